@@ -1,0 +1,51 @@
+"""Orthogonal weights for PyTorch networks by one word: constrain, train, compare.
+
+stiefel.constrain(model, "own")
+optimizer = stiefel.optimizer(model, torch.optim.SGD, lr=0.1)
+loss = F.cross_entropy(model(x), y) + stiefel.penalty(model)
+print(stiefel.report(model))
+"""
+
+from stiefel.attach import constrain, optimizer, penalty, release
+from stiefel.constraint import Constraint, ManifoldMethod, Penalty, Reparameterization, StepMethod
+from stiefel.errors import (
+    DataError,
+    LayoutError,
+    OptimizerError,
+    OptionError,
+    ProblemError,
+    SelectionError,
+    StiefelError,
+    UnknownMethodError,
+    WeightError,
+)
+from stiefel.measure import OrthogonalityReport, report
+from stiefel.methods import available, get, register
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Constraint",
+    "DataError",
+    "LayoutError",
+    "ManifoldMethod",
+    "OptimizerError",
+    "OptionError",
+    "OrthogonalityReport",
+    "Penalty",
+    "ProblemError",
+    "Reparameterization",
+    "SelectionError",
+    "StepMethod",
+    "StiefelError",
+    "UnknownMethodError",
+    "WeightError",
+    "available",
+    "constrain",
+    "get",
+    "optimizer",
+    "penalty",
+    "register",
+    "release",
+    "report",
+]

@@ -1,0 +1,10 @@
+"""Binding methods to modules: ``constrain``, ``optimizer``, ``penalty``, ``release``.
+
+The only package that knows the insides of torch.nn. Imports ``methods``, ``optim``, ``layout`` and below.
+"""
+
+from stiefel.attach.binding import Binding, ConstrainedWeight, constrained_weights
+from stiefel.attach.constrain import constrain, release
+from stiefel.attach.train import optimizer, penalty
+
+__all__ = ["Binding", "ConstrainedWeight", "constrain", "constrained_weights", "optimizer", "penalty", "release"]

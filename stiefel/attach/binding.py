@@ -1,0 +1,123 @@
+"""What a constrained module carries: which method holds which of its tensors, and how. Imports ``constraint``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from stiefel.constraint import Constraint, Reparameterization
+from stiefel.layout import Layout
+
+_ATTRIBUTE = "_stiefel"
+
+
+@dataclass
+class Binding:
+    """One method on one tensor of one module. It holds no reference to either, so that a module copies freely.
+
+    Args:
+        constraint: the method with its options.
+        layout: how the tensor is read.
+        label: the tensor's name when it was constrained, for messages.
+        position: the tensor's place among its module's parameters, which a reparameterization gives up and release
+            restores, so that the order of ``parameters()`` is the plain module's again.
+        steps: optimizer steps taken, where a schedule depends on them.
+    """
+
+    constraint: Constraint
+    layout: Layout
+    label: str
+    position: int = 0
+    steps: int = 0
+
+
+class Reparametrized(nn.Module):
+    """torch's parametrization of a weight by a method: ``weight = gain · s · method(proxy / s)``.
+
+    The proxy starts at s X₀, so that one small step moves the weight as far at every scale.
+    """
+
+    def __init__(self, binding: Binding, like: Tensor) -> None:
+        super().__init__()
+        self.binding = binding
+        self.gain: nn.Parameter | None = None
+        if binding.constraint.scale == "learnable":
+            b, p, _ = binding.layout.matrix_shape
+            self.gain = nn.Parameter(torch.ones(b * p, dtype=like.dtype, device=like.device))
+
+    def forward(self, proxy: Tensor) -> Tensor:
+        """The constrained weight of a proxy."""
+        method, layout = self.binding.constraint, self.binding.layout
+        assert isinstance(method, Reparameterization)
+        return layout.weight(self.gains(method.forward(layout.points(proxy), layout)))
+
+    def right_inverse(self, weight: Tensor) -> Tensor:
+        """The proxy that an assigned weight starts from: the nearest point of the set."""
+        method, layout = self.binding.constraint, self.binding.layout
+        return layout.weight(method.nearest(self.without_gains(layout.points(weight)), layout))
+
+    def gains(self, points: Tensor) -> Tensor:
+        """Multiply each output by its learnable factor, where there is one."""
+        return points if self.gain is None else points * self.gain.reshape(*points.shape[:2], 1)
+
+    def without_gains(self, points: Tensor) -> Tensor:
+        """Inverse of :meth:`gains`."""
+        return points if self.gain is None else points / self.gain.reshape(*points.shape[:2], 1)
+
+
+@dataclass(frozen=True)
+class ConstrainedWeight:
+    """A constrained tensor found in a module: ``owner.tensor``, by its name from the module searched."""
+
+    name: str
+    owner: nn.Module
+    tensor: str
+    binding: Binding
+
+    @property
+    def value(self) -> Tensor:
+        """The weight as the layer uses it."""
+        return getattr(self.owner, self.tensor)
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        """What the optimizer trains: the weight itself, or its proxy."""
+        if parametrize.is_parametrized(self.owner, self.tensor):
+            return self.owner.parametrizations[self.tensor].original  # type: ignore[index, union-attr]
+        return self.owner._parameters[self.tensor]  # type: ignore[return-value]
+
+    def points(self) -> Tensor:
+        """The weight as ``(b, p, n)`` in units in which the constraint is X Xᵀ = I."""
+        points = self.binding.layout.points(self.value)
+        if isinstance(self.binding.constraint, Reparameterization):
+            parametrization = self.owner.parametrizations[self.tensor][0]  # type: ignore[index]
+            return parametrization.without_gains(points)  # type: ignore[union-attr]
+        return points
+
+
+def bindings_of(owner: nn.Module) -> dict[str, Binding]:
+    """The bindings that this very module carries, by tensor name; empty where it carries none."""
+    return owner.__dict__.get(_ATTRIBUTE, {})
+
+
+def bind(owner: nn.Module, tensor: str, binding: Binding) -> None:
+    """Record a binding on its module."""
+    owner.__dict__.setdefault(_ATTRIBUTE, {})[tensor] = binding
+
+
+def unbind(owner: nn.Module, tensor: str) -> None:
+    """Remove a binding, and with the last one every trace of it."""
+    del owner.__dict__[_ATTRIBUTE][tensor]
+    if not owner.__dict__[_ATTRIBUTE]:
+        del owner.__dict__[_ATTRIBUTE]
+
+
+def constrained_weights(module: nn.Module) -> Iterator[ConstrainedWeight]:
+    """All constrained weights of a module and its submodules, each once, in the module's order."""
+    for prefix, owner in module.named_modules():
+        for tensor, binding in bindings_of(owner).items():
+            yield ConstrainedWeight(f"{prefix}.{tensor}" if prefix else tensor, owner, tensor, binding)

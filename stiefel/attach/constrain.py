@@ -1,0 +1,221 @@
+"""``constrain`` and ``release``: put a method on a module's weights and take it off. Imports ``attach.select``."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+from stiefel.attach.binding import (
+    Binding,
+    ConstrainedWeight,
+    Reparametrized,
+    bind,
+    bindings_of,
+    constrained_weights,
+    unbind,
+)
+from stiefel.attach.select import Target, layout_of, select
+from stiefel.constraint import Constraint, ManifoldMethod, Penalty, Reparameterization, StepMethod
+from stiefel.errors import LayoutError, OptionError
+from stiefel.linalg import gram_residual
+from stiefel.methods import get
+from stiefel.optim import SteppedParameter, install_guard
+from stiefel.optim.lift import Ownership, disown, own
+
+STEP_STATE = "_penalty_steps"  # suffix of the state-dict key that a scheduled penalty adds
+
+
+def constrain(
+    module: nn.Module,
+    constraint: str | Constraint = "own",
+    *,
+    layers: str | Iterable[str] | Callable[[str, nn.Module], bool] | None = None,
+    exclude: str | Iterable[str] = (),
+    **options: Any,
+) -> nn.Module:
+    """Constrain weights of a module, in place, to ``{W : W Wᵀ = scale² I}``.
+
+        stiefel.constrain(model, "own", exclude=["head"], scale="relu")
+
+    A weight of shape (out, in) gets orthonormal rows where out ≤ in and orthonormal columns otherwise; a convolution
+    kernel is read as (out, in/groups · k…) per group, packed recurrent and attention weights per gate and per q, k, v.
+    Training starts at the nearest point of the set. Nothing is changed where an error is raised.
+
+    Args:
+        module: any module.
+        constraint: a name from :func:`stiefel.available`, or a :class:`Constraint`.
+        layers: what to constrain: names of layers (their ``weight``, or all layers below a container), of tensors
+            (``"rnn.weight_hh_l0"``, or a bare parameter's own name), or a predicate ``(name, layer) -> bool`` over the
+            Linear and convolution layers. Default: all of these.
+        exclude: names of layers, containers or tensors to leave out.
+        options: the method's options, where ``constraint`` is a name.
+
+    Returns:
+        ``module``.
+
+    Raises:
+        UnknownMethodError, OptionError: no such method or option.
+        SelectionError: nothing selected, an unknown name, or a weight that is constrained already.
+        WeightError: a weight is not a finite float32 or float64 tensor of at least two dimensions.
+        LayoutError: the set is empty at a weight's shape, for instance a group size that does not divide.
+    """
+    if isinstance(constraint, str):
+        constraint = get(constraint, **options)
+    elif not isinstance(constraint, Constraint):
+        raise OptionError(f"constraint={constraint!r}: expected a method's name or a stiefel.Constraint")
+    elif options:
+        raise OptionError(f"options {sorted(options)} belong inside the {type(constraint).__name__} object given")
+    plan = []
+    for target in select(module, layers, exclude):
+        layout = layout_of(target, constraint.group_size, constraint.fixed_scale)
+        try:
+            constraint.check(layout)
+        except LayoutError as error:
+            raise LayoutError(f"weight '{target.name}': {error}") from None
+        plan.append((target, Binding(constraint, layout, target.name)))
+    for target, binding in plan:
+        _attach(target, binding)
+    return module
+
+
+@torch.no_grad()
+def release(module: nn.Module) -> nn.Module:
+    """Take all constraints off a module, in place: ordinary layers and parameters with the current weights remain.
+
+    For saving, export and inference. A module without constraints is returned as it is.
+    """
+    for found in reversed(list(constrained_weights(module))):
+        owner, tensor = found.owner, found.tensor
+        if isinstance(found.binding.constraint, Reparameterization):
+            _give_own_class(owner)
+            parametrize.remove_parametrizations(owner, tensor, leave_parametrized=True)
+            _restore_order(owner, tensor, found.binding.position)
+        elif isinstance(found.binding.constraint, ManifoldMethod):
+            del found.parameter.manifold  # type: ignore[attr-defined]
+            found.parameter.__class__ = nn.Parameter
+        elif isinstance(found.binding.constraint, StepMethod):
+            disown(found.parameter)
+        unbind(owner, tensor)
+        if not bindings_of(owner):
+            _remove_hooks(owner)
+    return module
+
+
+@torch.no_grad()
+def _attach(target: Target, binding: Binding) -> None:
+    owner, tensor, method = target.owner, target.tensor, binding.constraint
+    if isinstance(method, Reparameterization):
+        trained = target.parameter.requires_grad
+        for tied in (target, *target.ties):
+            position = list(tied.owner._parameters).index(tied.tensor)
+            tied_binding = Binding(method, binding.layout, tied.name, position)
+            parametrize.register_parametrization(tied.owner, tied.tensor, Reparametrized(tied_binding, tied.parameter))
+            bind(tied.owner, tied.tensor, tied_binding)
+        owner.parametrizations[tensor].original.requires_grad_(trained)  # type: ignore[index, union-attr]
+        return
+    target.parameter.copy_(_nearest(target.parameter, binding))
+    bind(owner, tensor, binding)
+    take_over(ConstrainedWeight(target.name, owner, tensor, binding))
+    _add_hooks(owner, method)
+
+
+def _give_own_class(owner: nn.Module) -> None:
+    """Part a parametrized module's class from that of its deep copies.
+
+    torch keeps the tensor's property on a class that deep copies share, and removing a parametrization deletes it
+    there: releasing a copy would take the weight away from the original.
+    """
+    shared = type(owner)
+    owner.__class__ = type(shared.__name__, shared.__bases__, dict(shared.__dict__))
+
+
+def _restore_order(owner: nn.Module, tensor: str, position: int) -> None:
+    names = [name for name in owner._parameters if name != tensor]
+    for name in [tensor, *names[position:]]:
+        owner._parameters[name] = owner._parameters.pop(name)
+
+
+def _nearest(parameter: nn.Parameter, binding: Binding) -> torch.Tensor:
+    layout = binding.layout
+    return layout.weight(binding.constraint.nearest(layout.points(parameter), layout))
+
+
+def take_over(found: ConstrainedWeight) -> None:
+    """Give a weight that a method steps its parameter class, in place; again where a conversion has lost it."""
+    method, layout, label = found.binding.constraint, found.binding.layout, found.binding.label
+    parameter = found.parameter
+    if isinstance(method, ManifoldMethod) and not hasattr(parameter, "manifold"):
+        from stiefel._geoopt import geoopt
+
+        manifold = method.manifold(layout)
+        manifold.label = label
+        parameter.__class__ = geoopt.ManifoldParameter
+        parameter.manifold = manifold  # type: ignore[attr-defined]
+        install_guard()
+    elif isinstance(method, StepMethod) and not isinstance(parameter, SteppedParameter):
+        own(parameter, Ownership(method, layout, label))
+        install_guard()
+
+
+# --- hooks on modules: module-level functions that find their bindings, so that copies and pickles keep working ---
+
+
+def _add_hooks(owner: nn.Module, method: Constraint) -> None:
+    if (
+        isinstance(method, (ManifoldMethod, StepMethod))
+        and _after_load not in owner._load_state_dict_post_hooks.values()
+    ):
+        owner.register_load_state_dict_post_hook(_after_load)
+    if _is_scheduled(method) and _save_steps not in owner._state_dict_hooks.values():
+        owner.register_state_dict_post_hook(_save_steps)
+        owner.register_load_state_dict_pre_hook(_load_steps)
+
+
+def _remove_hooks(owner: nn.Module) -> None:
+    for hooks in (owner._load_state_dict_post_hooks, owner._state_dict_hooks, owner._load_state_dict_pre_hooks):
+        for key, hook in list(hooks.items()):
+            if getattr(hook, "hook", hook) in (_after_load, _save_steps, _load_steps):
+                del hooks[key]
+
+
+def _is_scheduled(method: Constraint) -> bool:
+    return isinstance(method, Penalty) and callable(method.strength)
+
+
+@torch.no_grad()
+def _after_load(owner: nn.Module, incompatible_keys: Any) -> None:
+    """Take loaded weights over, and project those that the method needs on its set and are off it."""
+    for tensor, binding in bindings_of(owner).items():
+        found = ConstrainedWeight(binding.label, owner, tensor, binding)
+        if not isinstance(binding.constraint, (ManifoldMethod, StepMethod)):
+            continue
+        take_over(found)
+        if not binding.constraint.feasible:
+            continue
+        residual = gram_residual(found.points()).abs().max().item()
+        tolerance = 1e3 * torch.finfo(found.parameter.dtype).eps * binding.layout.matrix_shape[1]
+        if residual > tolerance:
+            found.parameter.copy_(_nearest(found.parameter, binding))
+            warnings.warn(
+                f"weight '{binding.label}' was loaded off its constraint's set (an entry of W Wᵀ/s² − I is "
+                f"{residual:.1e}) and has been moved to the nearest point of it",
+                stacklevel=2,
+            )
+
+
+def _save_steps(owner: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
+    for tensor, binding in bindings_of(owner).items():
+        if _is_scheduled(binding.constraint):
+            state[f"{prefix}{tensor}{STEP_STATE}"] = torch.tensor(binding.steps)
+
+
+def _load_steps(owner: nn.Module, state: dict[str, Any], prefix: str, *args: Any) -> None:
+    for tensor, binding in bindings_of(owner).items():
+        steps = state.pop(f"{prefix}{tensor}{STEP_STATE}", None)  # absent in a plain checkpoint
+        if steps is not None:
+            binding.steps = int(steps)

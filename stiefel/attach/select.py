@@ -1,0 +1,224 @@
+"""Which tensors of a module a call to ``constrain`` means, and how each is read. Imports ``layout`` and the errors."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+
+import torch
+from torch import nn
+from torch.nn.parameter import is_lazy
+from torch.nn.utils import parametrize
+
+from stiefel.attach.binding import bindings_of
+from stiefel.errors import LayoutError, SelectionError, WeightError, nearest_names
+from stiefel.layout import Layout
+
+Layers = str | Iterable[str] | Callable[[str, nn.Module], bool] | None
+
+CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+SUPPORTED = (nn.Linear, *CONVOLUTIONS)
+GATES = {nn.LSTM: 4, nn.LSTMCell: 4, nn.GRU: 3, nn.GRUCell: 3}
+
+
+@dataclass(frozen=True)
+class Target:
+    """One tensor to constrain: ``owner.tensor``, called ``name`` from the module given, and layers that share it."""
+
+    name: str
+    owner: nn.Module
+    tensor: str
+    ties: tuple[Target, ...] = ()
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        """The parameter itself."""
+        parameter = self.owner._parameters[self.tensor]
+        assert parameter is not None
+        return parameter
+
+
+def select(module: nn.Module, layers: Layers, exclude: str | Iterable[str]) -> list[Target]:
+    """Resolve ``layers`` and ``exclude`` to tensors.
+
+    Raises:
+        SelectionError: a name that does not exist, nothing selected, a tensor that is constrained or parametrized
+            already, or is selected twice.
+    """
+    modules = dict(module.named_modules())
+    if layers is None or callable(layers):
+        targets = [
+            Target(_join(prefix, "weight"), owner, "weight")
+            for prefix, owner in modules.items()
+            if isinstance(owner, SUPPORTED) and (layers is None or layers(prefix, owner))
+        ]
+    else:
+        names = [layers] if isinstance(layers, str) else list(layers)
+        targets = [target for name in names for target in _resolve(modules, name)]
+    excluded = [exclude] if isinstance(exclude, str) else list(exclude)
+    for name in excluded:
+        _resolve(modules, name, any_tensor=True)
+    targets = [t for t in targets if not _is_excluded(t.name, excluded)]
+    if not targets:
+        raise SelectionError(
+            f"nothing to constrain in {type(module).__name__}: layers={_describe(layers)} with exclude={excluded!r} "
+            "selects no weight. By default these are the weights of Linear, Conv1-3d and ConvTranspose1-3d; name other "
+            'tensors in layers, as in layers=["rnn.weight_hh_l0"]'
+        )
+    for target in targets:
+        _check_free(target)
+        if targets.count(target) > 1:
+            raise SelectionError(f"weight '{target.name}' is selected twice; name it once")
+    return _merge_ties(modules, targets, excluded)
+
+
+def layout_of(target: Target, group_size: int | None, scale: float) -> Layout:
+    """How a tensor is read, from the kind of module that owns it.
+
+    Raises:
+        WeightError: not a real float32 or float64 tensor of at least two dimensions with finite entries.
+        LayoutError: ``group_size`` does not fit.
+    """
+    _check_weight(target.name, target.parameter)
+    layouts = [_read(t) for t in (target, *target.ties)]
+    for tie, layout in zip(target.ties, layouts[1:], strict=True):
+        if layout != layouts[0]:
+            raise LayoutError(
+                f"weights '{target.name}' and '{tie.name}' are one tied parameter, but read as {layouts[0]} and as "
+                f"{layout}; exclude both"
+            )
+    try:
+        return replace(layouts[0], group_size=group_size, scale=scale)
+    except LayoutError as error:
+        raise LayoutError(f"weight '{target.name}': {error}") from None
+
+
+def _read(target: Target) -> Layout:
+    owner, parameter = target.owner, target.parameter
+    layout = Layout(tuple(parameter.shape))
+    if isinstance(owner, CONVOLUTIONS) and target.tensor == "weight":
+        return replace(layout, blocks=owner.groups, transposed=owner.transposed)
+    if isinstance(owner, (nn.RNNBase, nn.RNNCellBase)) and target.tensor.startswith(("weight_hh", "weight_ih")):
+        gates = next((count for kind, count in GATES.items() if isinstance(owner, kind)), 1)
+        return replace(layout, blocks=gates)
+    if isinstance(owner, nn.MultiheadAttention) and target.tensor == "in_proj_weight":
+        return replace(layout, blocks=3)
+    return replace(layout, batched=parameter.ndim > 2)
+
+
+def _resolve(modules: dict[str, nn.Module], name: str, any_tensor: bool = False) -> list[Target]:
+    """The tensors meant by one name: a tensor's own name, a layer's, or that of a module with layers below it."""
+    prefix, _, leaf = name.rpartition(".")
+    owner = modules.get(prefix)
+    if owner is not None and leaf and _has_tensor(owner, leaf):
+        return [Target(name, owner, leaf)]
+    if name in modules:
+        if _has_tensor(modules[name], "weight"):
+            return [Target(_join(name, "weight"), modules[name], "weight")]
+        below = [
+            Target(_join(prefix, "weight"), owner, "weight")
+            for prefix, owner in modules.items()
+            if isinstance(owner, SUPPORTED) and prefix.startswith(f"{name}." if name else "")
+        ]
+        if below or any_tensor:
+            return below
+        tensors = [n for n, p in modules[name].named_parameters(recurse=False) if p.ndim >= 2]
+        raise SelectionError(
+            f"'{name}' ({type(modules[name]).__name__}) has no `weight` and no Linear or convolution below it; name a "
+            f"tensor of it: {', '.join(f'{name}.{t}' for t in tensors) or 'it has none with two dimensions'}"
+        )
+    known = [m for m in modules if m] + [
+        _join(m, t) for m, owner in modules.items() for t, _ in owner.named_parameters(recurse=False)
+    ]
+    raise SelectionError(f"there is no layer or parameter named {name!r}; {nearest_names(name, known)}")
+
+
+def _has_tensor(owner: nn.Module, tensor: str) -> bool:
+    return owner._parameters.get(tensor) is not None or parametrize.is_parametrized(owner, tensor)
+
+
+def _join(prefix: str, tensor: str) -> str:
+    return f"{prefix}.{tensor}" if prefix else tensor
+
+
+def _describe(layers: Layers) -> str:
+    return (
+        "a predicate"
+        if callable(layers)
+        else repr(layers if layers is None or isinstance(layers, str) else list(layers))
+    )
+
+
+def _check_free(target: Target) -> None:
+    binding = bindings_of(target.owner).get(target.tensor)
+    if binding is not None:
+        raise SelectionError(
+            f"weight '{target.name}' is constrained already, by {binding.constraint}; leave it out with exclude="
+            f"['{target.name}'], or call stiefel.release first"
+        )
+    if parametrize.is_parametrized(target.owner, target.tensor):
+        raise SelectionError(
+            f"weight '{target.name}' has a torch parametrization already; remove it "
+            "(torch.nn.utils.parametrize.remove_parametrizations) or exclude the weight"
+        )
+    if target.owner._parameters.get(target.tensor) is None:
+        raise SelectionError(
+            f"weight '{target.name}' is not a parameter of its layer (a hook such as the old spectral_norm or "
+            "weight_norm computes it); remove the hook or exclude the weight"
+        )
+
+
+def _merge_ties(modules: dict[str, nn.Module], targets: list[Target], excluded: list[str]) -> list[Target]:
+    """Make each parameter one target, which knows the other layers that share it."""
+    merged: dict[int, Target] = {}
+    for target in targets:
+        parameter = target.parameter
+        if id(parameter) in merged:
+            continue
+        shared = [
+            Target(_join(prefix, tensor), owner, tensor)
+            for prefix, owner in modules.items()
+            for tensor, p in owner._parameters.items()
+            if p is parameter and (owner, tensor) != (target.owner, target.tensor)
+        ]
+        for tie in shared:
+            _check_free(tie)
+            if _is_excluded(tie.name, excluded):
+                raise SelectionError(
+                    f"weight '{target.name}' is tied to '{tie.name}', which is excluded: they are one parameter; "
+                    "exclude both or neither"
+                )
+        merged[id(parameter)] = replace(target, ties=tuple(shared))
+    return list(merged.values())
+
+
+def _is_excluded(name: str, excluded: list[str]) -> bool:
+    return any(name == e or name.startswith(f"{e}.") for e in excluded)
+
+
+def _check_weight(name: str, parameter: torch.Tensor) -> None:
+    if is_lazy(parameter):
+        raise WeightError(
+            f"weight '{name}' has no shape yet (a lazy layer); run one forward pass before constraining it"
+        )
+    if parameter.is_meta:
+        raise WeightError(f"weight '{name}' is on the meta device and has no values; materialize the model first")
+    if hasattr(parameter, "device_mesh"):
+        raise WeightError(
+            f"weight '{name}' is sharded ({type(parameter).__name__}); constrain whole weights, before sharding"
+        )
+    if parameter.ndim < 2:
+        raise WeightError(
+            f"weight '{name}' has shape {tuple(parameter.shape)}; orthogonality needs at least two dimensions "
+            "(outputs, inputs); exclude it"
+        )
+    if parameter.numel() == 0:
+        raise WeightError(f"weight '{name}' has shape {tuple(parameter.shape)} and no entries; exclude it")
+    if parameter.dtype not in (torch.float32, torch.float64):
+        raise WeightError(
+            f"weight '{name}' is {parameter.dtype}; constraints hold in torch.float32 or torch.float64 only. Keep the "
+            "weights in float32, as in model.float(), and use torch.autocast for speed"
+        )
+    if not torch.isfinite(parameter).all():
+        bad = int((~torch.isfinite(parameter)).sum())
+        raise WeightError(f"weight '{name}' has {bad} entries that are NaN or infinite; re-initialize it first")

@@ -1,0 +1,85 @@
+"""``optimizer`` and ``penalty``: what a training loop needs of a constrained model. Imports ``optim`` and below."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stiefel.attach.binding import constrained_weights
+from stiefel.attach.constrain import take_over
+from stiefel.constraint import ManifoldMethod, Penalty, StepMethod
+from stiefel.errors import OptimizerError
+from stiefel.linalg import full_precision
+from stiefel.optim import lift, watch_steps
+from stiefel.optim.buckets import bucket, stack
+
+
+def optimizer(
+    module: nn.Module, cls: type[torch.optim.Optimizer], params: Any = None, **hyper: Any
+) -> torch.optim.Optimizer:
+    """One optimizer for the whole model, constrained weights and the rest.
+
+        optimizer = stiefel.optimizer(model, torch.optim.SGD, lr=0.1, momentum=0.9)
+
+    For reparameterizations, penalties and controls it is ``cls`` itself. Where a weight is ``riemannian`` it is a
+    subclass of geoopt's RiemannianSGD (for SGD) or RiemannianAdam (for Adam). Where a method acts on the step it is
+    ``cls`` lifted: a subclass that hands the base step's displacement to the method.
+
+    Args:
+        module: the model, constrained before.
+        cls: an optimizer class.
+        params: parameters or parameter groups; default: all of the module's.
+        hyper: the optimizer's own options (lr, momentum, ...).
+
+    Raises:
+        OptimizerError: ``cls`` cannot serve the model's constraints, or not with these options.
+    """
+    if not (isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer)):
+        raise OptimizerError(f"cls must be an optimizer class such as torch.optim.SGD, got {cls!r}")
+    found = list(constrained_weights(module))
+    for weight in found:
+        take_over(weight)
+    methods = [weight.binding.constraint for weight in found]
+    if any(isinstance(m, ManifoldMethod) for m in methods):
+        from stiefel.optim.riemannian import riemannian  # imports geoopt, which other models need not pay
+
+        cls = riemannian(cls)
+    if any(isinstance(m, StepMethod) for m in methods):
+        cls = lift(cls)
+    return cls(module.parameters() if params is None else params, **hyper)
+
+
+def penalty(module: nn.Module) -> Tensor:
+    """The sum of the model's penalties, ``Σ strength · s² Φ(W/s)``, to be added to the loss.
+
+    Returns:
+        A scalar tensor; exactly 0, without a graph, where no weight has a penalty.
+    """
+    found = [w for w in constrained_weights(module) if isinstance(w.binding.constraint, Penalty)]
+    if not found:
+        like = next((p for p in module.parameters() if p.is_floating_point()), torch.zeros(()))
+        return torch.zeros((), dtype=like.dtype, device=like.device)
+    terms = []
+    buckets = bucket(
+        found,
+        lambda w: (
+            w.binding.constraint,
+            w.binding.layout.matrix_shape[1:],
+            w.value.dtype,
+            w.value.device,
+            w.binding.steps,
+        ),
+    )
+    for members in buckets:
+        binding = members[0].binding
+        method, scale = binding.constraint, binding.constraint.fixed_scale
+        assert isinstance(method, Penalty)
+        with full_precision(members[0].value.device):
+            x = stack([w.binding.layout for w in members], [w.value for w in members], scaled=True)
+            terms.append(method.strength_at(binding.steps) * scale**2 * method.penalty(x).sum())
+        if callable(method.strength):
+            for w in members:
+                watch_steps(w.parameter, w.binding)
+    return torch.stack([t.to(terms[0]) for t in terms]).sum()

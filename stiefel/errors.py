@@ -1,0 +1,51 @@
+"""The named errors of the library. Each says what came, what was expected, and what to do. Imports nothing."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class StiefelError(Exception):
+    """Base class of every error that this library raises on purpose."""
+
+
+class UnknownMethodError(StiefelError, ValueError):
+    """A constraint was asked for by a name that is not registered."""
+
+
+class OptionError(StiefelError, ValueError):
+    """A method got an option that it does not have, or a value outside the option's range."""
+
+
+class SelectionError(StiefelError, ValueError):
+    """The layers named select nothing, select something that does not exist, or select a weight twice."""
+
+
+class WeightError(StiefelError, ValueError):
+    """A weight cannot be constrained as it is: wrong dtype, non-finite entries, too few dimensions."""
+
+
+class LayoutError(StiefelError, ValueError):
+    """The constraint's set is empty, or not the one asked for, at this weight's shape."""
+
+
+class OptimizerError(StiefelError, TypeError):
+    """An optimizer class cannot serve the constraint, or an optimizer would step a weight off its set."""
+
+
+class DataError(StiefelError, RuntimeError):
+    """A data set is missing, corrupt, or out of reach."""
+
+
+class ProblemError(StiefelError, ValueError):
+    """A file given to ``stiefel compare`` does not define a usable problem, or the grid asked for is empty."""
+
+
+def nearest_names(name: str, known: Iterable[str]) -> str:
+    """Phrase the names in ``known`` that resemble ``name``, or all of them where none does."""
+    known = sorted(known)
+    close = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    if close:
+        return "did you mean " + " or ".join(repr(c) for c in close) + "?"
+    return "known: " + ", ".join(known) if known else "there are none"

@@ -1,0 +1,117 @@
+"""The Stiefel manifold St(p, n) = {X : X Xᵀ = I}: tangents, gradients, retractions, random points.
+
+Pure functions of ``(*batch, p, n)`` tensors with orthonormal rows; imports only ``linalg`` and torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from stiefel.linalg import cayley_step, nearest_orthonormal, polar, qf, skew, sym
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
+Retraction = Callable[[Tensor, Tensor], Tensor]
+
+
+def project_tangent(x: Float[Tensor, "*batch p n"], u: Float[Tensor, "*batch p n"]) -> Float[Tensor, "*batch p n"]:
+    """Project U orthogonally onto the tangent space at X: ``U − sym(U Xᵀ) X``.
+
+    It is the orthogonal projection in the Euclidean and in the canonical metric alike: normal vectors are S X with S
+    symmetric, and both metrics hold them orthogonal to every tangent vector. (Edelman, Arias and Smith 1998, eq. 2.4)
+    """
+    return u - sym(u @ x.mH) @ x
+
+
+def euclidean_gradient(x: Float[Tensor, "*batch p n"], g: Float[Tensor, "*batch p n"]) -> Float[Tensor, "*batch p n"]:
+    """Riemannian gradient in the Euclidean metric: ``G − sym(G Xᵀ) X = skew(GXᵀ)X + G(I − XᵀX)``; (a, b) = (1, 1)."""
+    return project_tangent(x, g)
+
+
+def canonical_gradient(x: Float[Tensor, "*batch p n"], g: Float[Tensor, "*batch p n"]) -> Float[Tensor, "*batch p n"]:
+    """Riemannian gradient in the canonical metric: ``G − X Gᵀ X = 2 skew(GXᵀ)X + G(I − XᵀX)``; (a, b) = (2, 1).
+
+    Source: Edelman, Arias and Smith (1998), eq. 2.53, in rows form.
+    """
+    return g - (x @ g.mH) @ x
+
+
+def euclidean_inner(u: Float[Tensor, "*batch p n"], v: Float[Tensor, "*batch p n"]) -> Float[Tensor, "*batch"]:
+    """Inner product ``tr(U Vᵀ)``."""
+    return (u * v).sum(dim=(-2, -1))
+
+
+def canonical_inner(
+    x: Float[Tensor, "*batch p n"], u: Float[Tensor, "*batch p n"], v: Float[Tensor, "*batch p n"]
+) -> Float[Tensor, "*batch"]:
+    """Inner product ``tr(U (I − ½XᵀX) Vᵀ)`` at X (Edelman, Arias and Smith 1998, eq. 2.39)."""
+    return euclidean_inner(u, v) - 0.5 * euclidean_inner(u @ x.mH, v @ x.mH)
+
+
+def retract_qr(x: Float[Tensor, "*batch p n"], u: Float[Tensor, "*batch p n"]) -> Float[Tensor, "*batch p n"]:
+    """QR retraction: ``qf(X + U)`` (Absil, Mahony and Sepulchre 2008, Example 4.1.3). First order."""
+    return qf(x + u)
+
+
+def retract_polar(x: Float[Tensor, "*batch p n"], u: Float[Tensor, "*batch p n"]) -> Float[Tensor, "*batch p n"]:
+    """Polar retraction: ``polar(X + U)``, the nearest point to X + U (ibid., Example 4.1.3)."""
+    return polar(x + u)
+
+
+def retract_cayley(x: Float[Tensor, "*batch p n"], u: Float[Tensor, "*batch p n"]) -> Float[Tensor, "*batch p n"]:
+    """Cayley retraction of a tangent U: the transform of ``A = XᵀB − BᵀX``, ``B = U(I − ½XᵀX)``, for which X A = U.
+
+    For U = −η(G − XGᵀX) it is the update of Wen and Yin (2013), ``A = η(GᵀX − XᵀG)``.
+    """
+    return cayley_step(x, u - 0.5 * (u @ x.mH) @ x)
+
+
+def exp_euclidean(x: Float[Tensor, "*batch p n"], u: Float[Tensor, "*batch p n"]) -> Float[Tensor, "*batch p n"]:
+    """Exact geodesic from X along the tangent U in the Euclidean metric, at time 1.
+
+    With ``A = U Xᵀ`` (skew) and ``S = U Uᵀ``, in rows form:
+
+        X⁺ = expm(−A) [I, 0] expm([[A, I], [−S, A]]) [X; U]
+
+    Source: Edelman, Arias and Smith (1998), eq. 2.14 (2p×2p exponentials, nothing of size n×n).
+    """
+    a, s = skew(u @ x.mH), u @ u.mH
+    eye = torch.eye(x.shape[-2], dtype=x.dtype, device=x.device).expand_as(a)
+    block = torch.cat([torch.cat([a, eye], -1), torch.cat([-s, a], -1)], -2)
+    top = torch.linalg.matrix_exp(block)[..., : x.shape[-2], :]
+    return torch.linalg.matrix_exp(-a) @ (top @ torch.cat([x, u], -2))
+
+
+def exp_canonical(x: Float[Tensor, "*batch p n"], u: Float[Tensor, "*batch p n"]) -> Float[Tensor, "*batch p n"]:
+    """Exact geodesic from X along the tangent U in the canonical metric, at time 1.
+
+    ``X⁺ = X expm(XᵀB − BᵀX)`` with B = U(I − ½XᵀX). The n×n generator has its range in the rows of X and U, so it is
+    exponentiated on an orthonormal basis of those (at most 2p rows).
+
+    Source: Edelman, Arias and Smith (1998), section 2.4.2 and eq. 2.42.
+    """
+    p, n = x.shape[-2:]
+    b = u - 0.5 * (u @ x.mH) @ x
+    if 2 * p >= n:
+        return x @ torch.linalg.matrix_exp(2 * skew(x.mT @ b))
+    basis = torch.linalg.qr(torch.cat([x, b], -2).mT)[0].mT  # 2p×n, spans the rows of X and B, also rank-deficient
+    xs, bs = x @ basis.mT, b @ basis.mT
+    return (xs @ torch.linalg.matrix_exp(2 * skew(xs.mT @ bs))) @ basis
+
+
+def random_stiefel(
+    *shape: int, generator: torch.Generator, dtype: torch.dtype = torch.float64, device: torch.device | str = "cpu"
+) -> Float[Tensor, "*batch p n"]:
+    """Draw points uniformly (Haar measure) from St(p, n): the polar factor of a Gaussian matrix (Chikuse 2003, 2.5.1).
+
+    Args:
+        shape: ``*batch, p, n`` with p ≤ n.
+        generator: the source of randomness, on ``device``.
+    """
+    gaussian = torch.randn(*shape, generator=generator, dtype=torch.float64, device=device)
+    return nearest_orthonormal(gaussian).to(dtype)

@@ -1,0 +1,125 @@
+"""Weights of any shape as a batch of matrices ``(b, p, n)``, p ≤ n, orthonormal rows, and back.
+
+The only file that knows shapes, orientation, groups and the fixed scale. Imports only torch and the errors.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from stiefel.errors import LayoutError
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How one weight is read as a batch of matrices with orthonormal rows.
+
+    A weight has ``blocks`` independent matrices of ``out`` rows (outputs) and ``fan_in`` columns: one for a Linear, one
+    per group of a convolution, one per gate of a recurrent weight, one per entry of a batched parameter. With
+    ``group_size`` each is cut into groups of that many outputs. Where a matrix has more outputs than inputs it is
+    transposed: orthonormal columns instead of rows.
+
+    Args:
+        shape: the weight's own shape, at least two dimensions.
+        blocks: how many independent matrices are stacked along the output dimension.
+        transposed: the kernel is ``(in, out/blocks, *k)``, as in transposed convolutions.
+        batched: the leading dimensions are a batch, the last two a matrix.
+        group_size: outputs per group; must divide the outputs of a block and not exceed the fan-in.
+        scale: fixed scale s of the set ``{W : W Wᵀ = s² I}``.
+
+    Raises:
+        LayoutError: ``blocks`` or ``group_size`` does not fit the shape.
+    """
+
+    shape: tuple[int, ...]
+    blocks: int = 1
+    transposed: bool = False
+    batched: bool = False
+    group_size: int | None = None
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not self.batched and self._output_dimension % self.blocks:
+            raise LayoutError(f"{self._output_dimension} outputs do not split into {self.blocks} equal blocks")
+        if self.group_size is None:
+            return
+        if self.group_size < 1 or self.out % self.group_size:
+            divisors = [d for d in range(1, min(self.out, self.fan_in) + 1) if self.out % d == 0]
+            raise LayoutError(
+                f"group_size={self.group_size} does not divide the {self.out} outputs of a weight of shape "
+                f"{self.shape}; use one of {divisors}"
+            )
+        if self.group_size > self.fan_in:
+            raise LayoutError(
+                f"group_size={self.group_size} exceeds the fan-in {self.fan_in} of a weight of shape {self.shape}: "
+                f"no more than {self.fan_in} rows of that length can be orthonormal; use group_size ≤ {self.fan_in}"
+            )
+
+    @property
+    def _output_dimension(self) -> int:
+        return self.shape[1] * self.blocks if self.transposed else self.shape[0]
+
+    @property
+    def out(self) -> int:
+        """Outputs of one block."""
+        return self.shape[-2] if self.batched else self._output_dimension // self.blocks
+
+    @property
+    def fan_in(self) -> int:
+        """Inputs of one block: the length of a filter."""
+        if self.batched:
+            return self.shape[-1]
+        if self.transposed:
+            return self.shape[0] // self.blocks * prod(self.shape[2:])
+        return prod(self.shape[1:])
+
+    @property
+    def columns(self) -> bool:
+        """Whether the constraint is on the columns (more outputs than inputs), so that matrices are transposed."""
+        return self.group_size is None and self.out > self.fan_in
+
+    @property
+    def matrix_shape(self) -> tuple[int, int, int]:
+        """``(b, p, n)`` with p ≤ n."""
+        count = prod(self.shape[:-2]) if self.batched else self.blocks
+        if self.group_size is not None:
+            return count * self.out // self.group_size, self.group_size, self.fan_in
+        return (count, self.fan_in, self.out) if self.columns else (count, self.out, self.fan_in)
+
+    def matrices(self, weight: Tensor) -> Float[Tensor, "b p n"]:
+        """Read a tensor of the weight's shape (a weight, a gradient) as ``(b, p, n)``, without scaling."""
+        if self.transposed:
+            k = prod(self.shape[2:])
+            split = weight.reshape(self.blocks, self.shape[0] // self.blocks, self.out, k)
+            weight = split.transpose(1, 2)
+        b, p, n = self.matrix_shape
+        return weight.reshape(b, n, p).mT if self.columns else weight.reshape(b, p, n)
+
+    def tensor(self, matrices: Float[Tensor, "b p n"]) -> Tensor:
+        """Inverse of :meth:`matrices`."""
+        rows = matrices.mT if self.columns else matrices
+        if self.transposed:
+            k = prod(self.shape[2:])
+            split = rows.reshape(self.blocks, self.out, self.shape[0] // self.blocks, k)
+            return split.transpose(1, 2).reshape(self.shape)
+        return rows.reshape(self.shape)
+
+    def points(self, weight: Tensor) -> Float[Tensor, "b p n"]:
+        """Read a weight, or a displacement of it, as points with X Xᵀ = I: divided by the scale."""
+        return self.matrices(weight) / self.scale if self.scale != 1 else self.matrices(weight)
+
+    def weight(self, points: Float[Tensor, "b p n"]) -> Tensor:
+        """Inverse of :meth:`points`: multiplied by the scale, in the weight's own shape."""
+        return self.tensor(points * self.scale if self.scale != 1 else points)
+
+    def __str__(self) -> str:
+        b, p, n = self.matrix_shape
+        matrix = f"{n}×{p} columns" if self.columns else f"{p}×{n} rows"
+        return matrix if b == 1 else f"{b} × ({matrix})"

@@ -1,0 +1,35 @@
+"""Symmetric and skew parts, the Gram residual, and one Newton-Schulz step. Imports only torch."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
+
+def sym(a: Float[Tensor, "*batch p p"]) -> Float[Tensor, "*batch p p"]:
+    """Symmetric part, ``(A + Aᴴ)/2``."""
+    return (a + a.mH) / 2
+
+
+def skew(a: Float[Tensor, "*batch p p"]) -> Float[Tensor, "*batch p p"]:
+    """Skew part, ``(A − Aᴴ)/2``."""
+    return (a - a.mH) / 2
+
+
+def gram_residual(x: Float[Tensor, "*batch p n"]) -> Float[Tensor, "*batch p p"]:
+    """How far the rows are from orthonormal: ``X Xᴴ − I``."""
+    return x @ x.mH - torch.eye(x.shape[-2], dtype=x.dtype, device=x.device)
+
+
+def newton_schulz(x: Float[Tensor, "*batch p n"]) -> Float[Tensor, "*batch p n"]:
+    """One Newton-Schulz step towards the polar factor, ``X − ½(XXᴴ − I)X``.
+
+    A residual of norm ``e`` becomes about ``¾e²``: applied to a nearly orthonormal X it removes accumulated rounding
+    at the price of two matrix products (Björck and Bowie, 1971).
+    """
+    return x - 0.5 * (gram_residual(x) @ x)

@@ -1,0 +1,146 @@
+"""Lifting: any dense first-order optimizer, with a step method applied to its displacement.
+
+Imports ``constraint``, ``layout`` and the errors.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from stiefel.constraint import StepMethod
+from stiefel.errors import OptimizerError
+from stiefel.layout import Layout
+from stiefel.linalg import full_precision
+from stiefel.optim.buckets import bucket, stack, unstack
+
+if TYPE_CHECKING:
+    _Base = torch.optim.Optimizer
+else:
+    _Base = object
+
+REFUSED = {
+    torch.optim.LBFGS: "it evaluates the loss several times per step, between which the weight must not leave its set",
+    torch.optim.Rprop: "its step sizes depend on the signs of single entries, which a projection changes",
+    torch.optim.SparseAdam: "it steps some rows only, and a row alone cannot stay orthogonal to the others",
+}
+
+
+@dataclass(frozen=True)
+class Ownership:
+    """Which step method moves a parameter, how the parameter is read, and its name for messages."""
+
+    method: StepMethod
+    layout: Layout
+    label: str
+
+
+class SteppedParameter(nn.Parameter):
+    """A parameter that a step method owns: under its old name, in its old shape, with the method attached.
+
+    Ordinary parameters become one in place (``p.__class__ = SteppedParameter``), so ties and optimizers stay valid.
+    """
+
+    ownership: Ownership
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SteppedParameter:
+        if id(self) not in memo:
+            data = self.data.clone(memory_format=torch.preserve_format)
+            memo[id(self)] = own(nn.Parameter(data, self.requires_grad), copy.deepcopy(self.ownership, memo))
+        return memo[id(self)]
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        return _rebuild_parameter, (self.data, self.requires_grad, self.ownership)
+
+
+def own(parameter: nn.Parameter, ownership: Ownership) -> SteppedParameter:
+    """Hand a parameter over to a step method, in place."""
+    parameter.__class__ = SteppedParameter
+    assert isinstance(parameter, SteppedParameter)
+    parameter.ownership = ownership
+    return parameter
+
+
+def disown(parameter: nn.Parameter) -> None:
+    """Take a parameter back from its step method, in place."""
+    del parameter.ownership  # type: ignore[attr-defined]
+    parameter.__class__ = nn.Parameter
+
+
+def _rebuild_parameter(data: Tensor, requires_grad: bool, ownership: Ownership) -> Tensor:
+    return own(nn.Parameter(data, requires_grad), ownership)
+
+
+class Lift(_Base):
+    """Mixin before an optimizer class: the base steps, then each owned weight's method gets the displacement.
+
+    A dynamic subclass rather than hooks: hooks vanish on deepcopy and pickle, silently leaving Euclidean steps.
+    """
+
+    stepping = False  # true inside the base step, which may carry the optimizer hooks a second time
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step of the base optimizer, followed by the methods' own."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        owned = [
+            (p, group["lr"], p.detach().clone())
+            for group in self.param_groups
+            for p in group["params"]
+            if isinstance(p, SteppedParameter) and p.grad is not None
+        ]
+        self.stepping = True
+        try:
+            super().step()
+        finally:
+            self.stepping = False
+        for members in bucket(owned, _moves_together):
+            parameters, rates, before = zip(*members, strict=True)
+            layouts = [p.ownership.layout for p in parameters]
+            with full_precision(parameters[0].device):
+                x = stack(layouts, before, scaled=True)
+                moved = stack(layouts, [p - b for p, b in zip(parameters, before, strict=True)], scaled=True)
+                x = parameters[0].ownership.method.step(x, moved, float(rates[0]))
+            for p, w in zip(parameters, unstack(layouts, x, scaled=True), strict=True):
+                p.copy_(w)
+        return loss
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        return _rebuild_optimizer, (type(self).__mro__[2],), self.__getstate__()
+
+
+def _moves_together(member: tuple[SteppedParameter, float, Tensor]) -> Hashable:
+    p, lr, _ = member
+    return p.ownership.method, p.ownership.layout.matrix_shape[1:], p.dtype, p.device, float(lr)
+
+
+def _rebuild_optimizer(base: type[torch.optim.Optimizer]) -> torch.optim.Optimizer:
+    return object.__new__(lift(base))
+
+
+def lift(cls: type[torch.optim.Optimizer]) -> type[torch.optim.Optimizer]:
+    """The lifted form of an optimizer class.
+
+    Raises:
+        OptimizerError: the class is one that cannot be lifted.
+    """
+    for refused, why in REFUSED.items():
+        if issubclass(cls, refused):
+            raise OptimizerError(f"{cls.__name__} cannot serve a method that acts on the step: {why}; use SGD or Adam")
+    return _lifted(cls)  # type: ignore[arg-type]
+
+
+@cache
+def _lifted(cls: type[torch.optim.Optimizer]) -> type[torch.optim.Optimizer]:
+    return type(
+        "Lifted" + cls.__name__, (Lift, cls), {"__doc__": f"{cls.__name__}, followed by the methods' own steps."}
+    )

@@ -1,0 +1,222 @@
+"""One run: train a model and measure it, or time its steps beside the control. Runs in a process of its own.
+
+Imports the public face, ``measure`` and ``compare.problem``.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from stiefel.attach import constrain, constrained_weights, optimizer, penalty, release
+from stiefel.compare.problem import Batch, Data, Problem, batches
+from stiefel.compare.records import RunFolder
+from stiefel.compare.spec import RunSpec
+from stiefel.errors import LayoutError
+from stiefel.measure.cost import StepClock, as_dict, gpu_cost, interleaved, peak_resident_bytes
+from stiefel.measure.orthogonality import report
+from stiefel.methods import get
+
+CONTROL = "unconstrained"
+WARMUP, REPEATS = 20, 60
+
+
+class Training:
+    """A model of a problem with a method on it, ready to step.
+
+    For one seed every method starts from the same network: its constrained weights are first moved to the nearest
+    orthogonal ones of the scale, a point of every method's set.
+    """
+
+    def __init__(self, problem: Problem, spec: RunSpec, device: torch.device) -> None:
+        self.problem, self.device = problem, device
+        seed_everything(spec.seed)
+        model = problem.make_model().to(device, getattr(torch, spec.dtype))
+        where = {"layers": problem.layers, "exclude": problem.exclude}
+        start = {key: value for key, value in spec.options.items() if key in ("scale", "group_size")}
+        if start.get("scale") == "learnable":
+            start["scale"] = 1.0
+        release(constrain(model, CONTROL, **where, **start))
+        self.model = constrain(model, get(spec.method, **spec.options), **where)
+        self.optimizer = optimizer(self.model, problem.optimizer, lr=spec.lr, **problem.hyper)
+
+    def step(self, batch: Batch) -> Tensor:
+        """One training step; returns the loss without penalties, on the device."""
+        self.optimizer.zero_grad()
+        loss = self.problem.loss(self.model, batch)
+        (loss + penalty(self.model)).backward()
+        self.optimizer.step()
+        return loss.detach()
+
+    @torch.no_grad()
+    def evaluate(self, batch: Batch) -> dict[str, float]:
+        """The problem's measures on a part of the data."""
+        self.model.eval()
+        try:
+            return self.problem.evaluate(self.model, batch)
+        finally:
+            self.model.train()
+
+    def finite(self) -> bool:
+        """Whether every parameter still is."""
+        return all(bool(torch.isfinite(p).all()) for p in self.model.parameters())
+
+
+def seed_everything(seed: int) -> None:
+    """Seed the generators that a model's construction may draw from."""
+    random.seed(seed)
+    np.random.seed(seed)  # noqa: NPY002  a user's model may use the global generator
+    torch.manual_seed(seed)
+
+
+def to_device(data: Data, spec: RunSpec, device: torch.device) -> Data:
+    """Move data to the run's device and its floating-point parts to the run's dtype."""
+
+    def move(t: Tensor) -> Tensor:
+        return t.to(device, getattr(torch, spec.dtype)) if t.is_floating_point() else t.to(device)
+
+    parts = ((move(x), move(y)) for x, y in (data.train, data.validation, data.test))
+    return Data(*parts)
+
+
+def run_quality(problem: Problem, spec: RunSpec, folder: RunFolder) -> dict[str, Any]:
+    """Train once and write a row of measurements per epoch.
+
+    The clock runs during training steps, projections, retractions and penalties included, and stops during evaluation.
+
+    Returns:
+        The record's ``status``, ``reason`` and ``summary``.
+    """
+    device = torch.device(spec.device)
+    data = to_device(problem.make_data(), spec, device)
+    try:
+        training = Training(problem, spec, device)
+    except LayoutError as error:
+        return {"status": "skipped", "reason": str(error), "summary": {}}
+    schedule = problem.schedule(training.optimizer)
+    order = torch.Generator().manual_seed(spec.seed)
+    steps, seconds = 0, 0.0
+    measured = [_measure(training, data, steps, 0, seconds, None, folder)]
+    diverged = None
+    for epoch in range(1, problem.epochs + 1):
+        clock, losses = StepClock(device), []
+        try:
+            for batch in batches(data.train, problem.batch_size, order):
+                with clock:
+                    losses.append(training.step(batch))
+                steps += 1
+        except (RuntimeError, ArithmeticError):
+            if training.finite():
+                raise
+            diverged = f"weights became non-finite after step {steps}"
+            break
+        if not losses:
+            raise ValueError(f"batch_size={problem.batch_size} exceeds the {len(data.train[0])} training examples")
+        if schedule is not None:
+            schedule.step()
+        seconds += clock.total()
+        loss = torch.stack(losses).mean().item()
+        if not (math.isfinite(loss) and training.finite()):
+            diverged = f"loss or weights became non-finite in epoch {epoch}, by step {steps}"
+            break
+        measured.append(_measure(training, data, steps, epoch, seconds, loss, folder))
+    return _conclude(problem, measured, steps, seconds, diverged, device)
+
+
+def _measure(
+    training: Training, data: Data, steps: int, epoch: int, seconds: float, loss: float | None, folder: RunFolder
+) -> dict[str, Any]:
+    orthogonality = report(training.model)
+    row = {
+        "step": steps,
+        "epoch": epoch,
+        "seconds": seconds,
+        "train_loss": loss,
+        "validation": training.evaluate(data.validation),
+        "test": training.evaluate(data.test),
+        "orthogonality": {"worst": orthogonality.worst, "layers": {r.name: r.relative for r in orthogonality.rows}},
+    }
+    folder.append(row)
+    return row
+
+
+def _conclude(
+    problem: Problem, rows: list[dict[str, Any]], steps: int, seconds: float, diverged: str | None, device: torch.device
+) -> dict[str, Any]:
+    sign = 1 if problem.higher_is_better else -1
+    best = max(rows, key=lambda row: sign * row["validation"][problem.metric])
+    value = best["validation"][problem.metric]
+    reached = [
+        r
+        for r in rows
+        if problem.target is not None and sign * r["validation"][problem.metric] >= sign * problem.target
+    ]
+    if diverged:
+        status, reason = "diverged", diverged
+    elif problem.target is not None and not reached:
+        status, reason = "target missed", f"best validation {problem.metric} {value:.4g}, target {problem.target:g}"
+    else:
+        status, reason = "done", None
+    gpu = {"gpu_peak_bytes": torch.cuda.max_memory_allocated(device)} if device.type == "cuda" else {}
+    summary = {
+        "metric": problem.metric,
+        "target": problem.target,
+        "higher_is_better": problem.higher_is_better,
+        "best_epoch": best["epoch"],
+        "best_validation": value,
+        "test_at_best": best["test"][problem.metric],
+        "final_validation": rows[-1]["validation"][problem.metric],
+        "steps": steps,
+        "seconds": seconds,
+        "steps_to_target": reached[0]["step"] if reached else None,
+        "seconds_to_target": reached[0]["seconds"] if reached else None,
+        "orthogonality_worst": max(row["orthogonality"]["worst"] for row in rows),
+        "orthogonality_final": rows[-1]["orthogonality"]["worst"],
+        "peak_resident_bytes": peak_resident_bytes(),
+        **gpu,
+    }
+    return {"status": status, "reason": reason, "summary": summary}
+
+
+def run_cost(problem: Problem, spec: RunSpec, folder: RunFolder) -> dict[str, Any]:
+    """Time whole training steps of a method and of the unconstrained control, in turn, in one process.
+
+    Returns:
+        The record's ``status``, ``reason`` and ``summary``: seconds per step of both with quartiles, their ratio, the
+        share of the step that the constraint takes, and the GPU's fields or the reason why they are null.
+    """
+    device = torch.device(spec.device)
+    data = to_device(problem.make_data(), spec, device)
+    batch = next(iter(batches(data.train, problem.batch_size, torch.Generator().manual_seed(spec.seed))))
+    control_spec = RunSpec.from_dict({**spec.to_dict(), "method": CONTROL, "options": _common(spec.options)})
+    try:
+        trainings = {"control": Training(problem, control_spec, device), "method": Training(problem, spec, device)}
+    except LayoutError as error:
+        return {"status": "skipped", "reason": str(error), "summary": {}}
+    steps = {name: partial(training.step, batch) for name, training in trainings.items()}
+    spreads = interleaved(steps, device, warmup=WARMUP, repeats=REPEATS)
+    ratio = spreads["method"].median / spreads["control"].median
+    parameters = sum(p.numel() for p in trainings["method"].model.parameters())
+    summary = {
+        "step_seconds": as_dict(spreads),
+        "step_ratio": ratio,
+        "constraint_share": 1 - 1 / ratio,
+        "parameters": parameters,
+        "constrained_weights": len(list(constrained_weights(trainings["method"].model))),
+        **gpu_cost(device, steps["method"]),
+    }
+    return {"status": "done", "reason": None, "summary": summary}
+
+
+def _common(options: dict[str, Any]) -> dict[str, Any]:
+    """The options that every method has, for the control."""
+    return {key: value for key, value in options.items() if key == "scale" and value != "learnable"}
+
+
+KINDS = {"quality": run_quality, "cost": run_cost}

@@ -1,0 +1,64 @@
+"""What identifies a run, and its hash. Imports ``methods``."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from stiefel.methods import available, method_class
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class RunSpec:
+    """One run: everything that determines its result, and nothing else.
+
+    Args:
+        kind: ``"quality"`` (train and measure) or ``"cost"`` (time steps beside the control).
+        phase: ``"tuning"`` for runs that choose a learning rate, ``"final"`` for those that are reported.
+        problem: the problem's name.
+        fields: the problem's factors, by name.
+        method: the method's name.
+        options: the method's options that differ from its defaults.
+        lr: learning rate.
+        seed: of the start and the order of batches.
+        device: ``"cpu"`` or ``"cuda"``.
+        dtype: of the weights.
+    """
+
+    kind: str
+    phase: str
+    problem: str
+    fields: dict[str, Any]
+    method: str
+    options: dict[str, Any]
+    lr: float
+    seed: int
+    device: str = "cpu"
+    dtype: str = "float32"
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, with the schema's version."""
+        return {"schema": SCHEMA, **asdict(self)}
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> RunSpec:
+        """Inverse of :meth:`to_dict`."""
+        return cls(**{key: value for key, value in data.items() if key != "schema"})
+
+    @property
+    def hash(self) -> str:
+        """16 hexadecimal digits of the SHA-256 of the canonical JSON."""
+        canonical = json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+
+    @property
+    def label(self) -> str:
+        """The method as a user would write it: without the scale, and without what every comparison sets for it."""
+        usual = method_class(self.method).comparison if self.method in available() else {}
+        shown = {k: v for k, v in self.options.items() if k != "scale" and not (k in usual and usual[k] == v)}
+        changed = ",".join(f"{key}={value}" for key, value in sorted(shown.items()))
+        return f"{self.method}:{changed}" if changed else self.method

@@ -1,0 +1,294 @@
+"""From records to one row per method and setting: choice, scores with intervals, feasibility, cost, failures.
+
+Imports ``records``, ``plan``, pandas, numpy and scipy.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from stiefel.compare.plan import on_edge
+from stiefel.compare.records import Record
+from stiefel.compare.run import CONTROL
+
+TOLERANCES = (1e-6, 1e-3)
+"""Orthogonality errors ‖XXᵀ − I‖_F/√p, worst layer and moment, at which a method counts as feasible."""
+ENDED = ("done", "target missed")
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean over n runs with a 95 % bootstrap interval; the interval is None for n = 1."""
+
+    mean: float
+    low: float | None
+    high: float | None
+    n: int
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Interval:
+        """Percentile bootstrap over at least one value, with a fixed seed."""
+        from scipy.stats import bootstrap
+
+        mean = float(np.mean(values))
+        if len(values) < 2:
+            return cls(mean, None, None, len(values))
+        if len(set(values)) == 1:
+            return cls(mean, mean, mean, len(values))
+        ci = bootstrap((values,), np.mean, n_resamples=2000, method="percentile", rng=0).confidence_interval
+        return cls(mean, float(ci.low), float(ci.high), len(values))
+
+    def __str__(self) -> str:
+        return f"{self.mean:.3f}" if self.low is None else f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}]"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method in one setting."""
+
+    label: str
+    lr: float | None
+    edge: bool
+    test: Interval | None
+    error_worst: float
+    error_final: float
+    steps_to_target: float
+    seconds_to_target: float
+    runs: int
+    failures: dict[str, int]
+    tuning_runs: int
+    tuning_failures: int
+    final: tuple[Record, ...] = field(repr=False)
+    tuning: tuple[Record, ...] = field(repr=False)
+
+    @property
+    def feasible(self) -> float | None:
+        """The tightest tolerance that its worst error meets, or None."""
+        return next((tolerance for tolerance in TOLERANCES if self.error_worst <= tolerance), None)
+
+    @property
+    def failed(self) -> str:
+        """Failures among the reported runs, in words."""
+        kinds = ", ".join(f"{n} {status}" for status, n in sorted(self.failures.items()))
+        return f"{sum(self.failures.values())}/{self.runs}" + (f" ({kinds})" if kinds else "")
+
+
+@dataclass(frozen=True)
+class CostRow:
+    """What a step of one method costs in one setting, beside the control in the same process."""
+
+    label: str
+    setting: str
+    step: dict[str, float]
+    control: dict[str, float]
+    ratio: float
+    share: float
+    memory: float | None
+    gpu: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One point of the grid of factors and scale, with its rows, best first."""
+
+    title: str
+    rows: tuple[Row, ...]
+
+    def best(self, tolerance: float | None = None) -> Row | None:
+        """The row with the best test metric, among those within an orthogonality tolerance where one is given."""
+        candidates = (row for row in self.rows if row.test is not None)
+        return next((r for r in candidates if tolerance is None or r.error_worst <= tolerance), None)
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A comparison, summarized."""
+
+    problem: str
+    metric: str
+    target: float | None
+    settings: tuple[Setting, ...]
+    cost: tuple[CostRow, ...]
+    notes: tuple[str, ...]
+    failures: tuple[Record, ...]
+    records: tuple[Record, ...] = field(repr=False)
+
+    @property
+    def labels(self) -> list[str]:
+        """All methods, in the catalogue's order: the order of colours."""
+        return sorted({record.spec.label for record in self.records})
+
+    @property
+    def device(self) -> str:
+        """The device that ran it."""
+        return self.records[0].spec.device
+
+    @classmethod
+    def of(cls, records: Sequence[Record]) -> Summary:
+        """Summarize the records of one problem on one device; others are left out, with a note."""
+        first = records[0].spec
+        kept = [r for r in records if (r.spec.problem, r.spec.device) == (first.problem, first.device)]
+        quality = [r for r in kept if r.spec.kind == "quality"]
+        summaries = [r.summary for r in quality if r.summary]
+        metric = summaries[0]["metric"] if summaries else "metric"
+        target = summaries[0]["target"] if summaries else None
+        factors = _varying(kept)
+        cells: dict[str, dict[str, list[Record]]] = defaultdict(lambda: defaultdict(list))
+        for record in quality:
+            cells[_title(record, factors)][record.spec.label].append(record)
+        higher = not summaries or summaries[0].get("higher_is_better", True)
+        settings = tuple(
+            Setting(title, _sorted([_row(label, runs) for label, runs in methods.items()], higher))
+            for title, methods in sorted(cells.items())
+        )
+        cost = tuple(_cost_row(r, kept, factors) for r in kept if r.spec.kind == "cost" and r.status == "done")
+        failures = tuple(r for r in kept if r.status in ("error", "timeout", "skipped"))
+        notes = _notes(records, kept, settings)
+        order = sorted(cost, key=lambda c: (c.setting, c.ratio))
+        return cls(first.problem, metric, target, settings, tuple(order), notes, failures, tuple(kept))
+
+
+def _varying(records: Iterable[Record]) -> list[str]:
+    """The problem's factors that take more than one value."""
+    values = defaultdict(set)
+    for record in records:
+        for name, value in record.spec.fields.items():
+            values[name].add(repr(value))
+    return [name for name, seen in values.items() if len(seen) > 1]
+
+
+def scale_name(scale: Any) -> str:
+    """A scale as people write it."""
+    return "√2" if scale == "relu" else f"{scale:g}" if isinstance(scale, (int, float)) else str(scale)
+
+
+def _title(record: Record, factors: list[str], scale: bool = True) -> str:
+    parts = [f"{name} {record.spec.fields[name]}" for name in factors]
+    if scale:
+        parts.append(f"scale {scale_name(record.spec.options.get('scale', 1.0))}")
+    return ", ".join(parts) or "default"
+
+
+def _row(label: str, records: list[Record]) -> Row:
+    tuning = [r for r in records if r.spec.phase == "tuning"]
+    final = [r for r in records if r.spec.phase == "final"]
+    ended = [r for r in final if r.status in ENDED]
+    rates = sorted({r.spec.lr for r in tuning})
+    lr = final[0].spec.lr if final else None
+    failures: dict[str, int] = defaultdict(int)
+    for record in final:
+        if record.status != "done":
+            failures[record.status] += 1
+    return Row(
+        label=label,
+        lr=lr,
+        edge=lr is not None and on_edge(lr, rates),
+        test=Interval.of([r.summary["test_at_best"] for r in ended]) if ended else None,
+        error_worst=max((_number(r.summary.get("orthogonality_worst")) for r in final), default=math.inf),
+        error_final=max((_number(r.summary.get("orthogonality_final")) for r in final), default=math.inf),
+        steps_to_target=_median([_number(r.summary.get("steps_to_target")) for r in final]),
+        seconds_to_target=_median([_number(r.summary.get("seconds_to_target")) for r in final]),
+        runs=len(final),
+        failures=dict(failures),
+        tuning_runs=len(tuning),
+        tuning_failures=sum(r.status not in ENDED for r in tuning),
+        final=tuple(final),
+        tuning=tuple(tuning),
+    )
+
+
+def _sorted(rows: list[Row], higher_is_better: bool) -> tuple[Row, ...]:
+    sign = -1 if higher_is_better else 1
+    return tuple(sorted(rows, key=lambda r: (r.test is None, sign * r.test.mean if r.test else 0.0, r.label)))
+
+
+def _number(value: float | None) -> float:
+    """A failure counts as infinite."""
+    return math.inf if value is None else float(value)
+
+
+def _median(values: Sequence[float]) -> float:
+    """Median in which failures stand as infinite (numpy's would subtract them)."""
+    if not values:
+        return math.inf
+    ordered = sorted(values)
+    low, high = ordered[(len(ordered) - 1) // 2], ordered[len(ordered) // 2]
+    return high if math.isinf(high) else (low + high) / 2
+
+
+def _cost_row(record: Record, records: list[Record], factors: list[str]) -> CostRow:
+    spec, summary = record.spec, record.summary
+    peers = [r for r in records if r.spec.kind == "quality" and r.status in ENDED and r.spec.fields == spec.fields]
+    own = _peak([r for r in peers if r.spec.label == spec.label])
+    control = _peak([r for r in peers if r.spec.method == CONTROL])
+    return CostRow(
+        label=spec.label,
+        setting=_title(record, factors, scale=False),
+        step=summary["step_seconds"]["method"],
+        control=summary["step_seconds"]["control"],
+        ratio=summary["step_ratio"],
+        share=summary["constraint_share"],
+        memory=None if own is None or control is None else own - control,
+        gpu={key: value for key, value in summary.items() if key.startswith("gpu_")},
+    )
+
+
+def _peak(records: list[Record]) -> float | None:
+    return _median([r.summary["peak_resident_bytes"] for r in records]) if records else None
+
+
+def _notes(records: Sequence[Record], kept: Sequence[Record], settings: Sequence[Setting]) -> tuple[str, ...]:
+    notes = []
+    if len(kept) < len(records):
+        notes.append(f"{len(records) - len(kept)} records of another problem or device are left out of this report")
+    code = sorted({str(r.environment.get("commit") or r.environment.get("stiefel")) for r in kept if r.environment})
+    if len(code) > 1:
+        notes.append(f"these records come from {len(code)} versions of the code: {', '.join(code)}")
+    machines = sorted({str(r.environment.get("cpu")) for r in kept if r.environment})
+    if len(machines) > 1:
+        notes.append(
+            f"these records come from different machines, so their times do not compare: {', '.join(machines)}"
+        )
+    edges = [f"{row.label} ({s.title})" for s in settings for row in s.rows if row.edge]
+    if edges:
+        notes.append(
+            f"the best learning rate is on the edge of the grid, a better one may lie outside: {'; '.join(edges)}"
+        )
+    return tuple(notes)
+
+
+def table(summary: Summary) -> pd.DataFrame:
+    """The rows of a summary as a frame, for notebooks and CSV."""
+    rows = []
+    for setting in summary.settings:
+        for r in setting.rows:
+            test = r.test or Interval(math.nan, None, None, 0)
+            rows.append(
+                {
+                    "setting": setting.title,
+                    "method": r.label,
+                    "lr": r.lr,
+                    "lr_on_edge": r.edge,
+                    f"test_{summary.metric}": test.mean,
+                    "low": test.low,
+                    "high": test.high,
+                    "n": test.n,
+                    "error_worst": r.error_worst,
+                    "error_final": r.error_final,
+                    "feasible_at": r.feasible,
+                    "steps_to_target": r.steps_to_target,
+                    "seconds_to_target": r.seconds_to_target,
+                    "failed": sum(r.failures.values()),
+                    "runs": r.runs,
+                    "tuning_runs": r.tuning_runs,
+                    "tuning_failures": r.tuning_failures,
+                }
+            )
+    return pd.DataFrame(rows)

@@ -1,0 +1,36 @@
+# make compare   set up .venv, compare the methods on digits, print where the report is
+# make test      set up .venv, run the tests
+# make lint      formatting, lint, types
+# make docs      regenerate the README's method table and the notebook's outputs
+
+PYTHON ?= python3
+BIN := .venv/bin
+ARGS ?=
+
+.PHONY: compare test lint docs clean
+
+compare: .venv/.installed
+	$(BIN)/stiefel compare benchmarks/omdsm.py $(ARGS)
+
+test: .venv/.installed
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 $(ARGS)
+
+lint: .venv/.installed
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+docs: .venv/.installed
+	$(BIN)/python tests/test_readme.py
+	$(BIN)/jupyter execute --inplace notebooks/*.ipynb
+
+.venv/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "stiefel needs Python 3.11 or newer; name one with: make PYTHON=/path/to/python"; exit 1; }
+	@echo "installing into .venv (some minutes the first time: torch is large)"
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[compare,notebooks,dev]"
+	@touch $@
+
+clean:
+	rm -rf .venv runs

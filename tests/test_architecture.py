@@ -1,0 +1,255 @@
+"""The rooms of the library: who imports whom, who knows a method's name, and that what is public is documented."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import stiefel
+
+ROOT = Path(stiefel.__file__).parent
+FILES = sorted(ROOT.rglob("*.py"))
+HEAVY = ["geoopt", "sklearn", "matplotlib", "pandas"]
+
+# What each room may import of this library. The first entry that matches a file counts.
+MAY_IMPORT: dict[str, list[str]] = {
+    "errors": [],
+    "_geoopt": [],
+    "linalg": ["linalg", "errors"],
+    "geometry": ["linalg"],
+    "layout": ["errors"],
+    "manifold": ["geometry", "layout", "linalg", "errors", "_geoopt"],
+    "constraint": ["geometry", "layout", "linalg", "errors"],
+    "methods": ["linalg", "geometry", "constraint", "layout", "errors", "methods"],
+    "optim": ["optim", "manifold", "constraint", "layout", "geometry", "linalg", "errors", "_geoopt"],
+    "attach": [
+        "attach", "optim", "methods", "manifold", "constraint", "layout", "geometry", "linalg", "errors", "_geoopt",
+    ],
+    "measure": [
+        "measure", "attach", "optim", "methods", "manifold", "constraint", "layout", "geometry", "linalg", "errors",
+    ],
+}  # fmt: skip
+LAZILY = {"methods": ["manifold"]}  # inside a function, so that importing the catalogue does not import geoopt
+
+
+def relative(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def room(path: Path) -> str:
+    return path.relative_to(ROOT).parts[0].removesuffix(".py")
+
+
+def tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def is_type_checking(node: ast.AST) -> bool:
+    return isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
+
+
+def imported(node: ast.AST, path: Path, lazy: bool = False) -> Iterator[tuple[str, bool]]:
+    """Absolute names of what a file imports at run time, each with whether a function imports it."""
+    for child in ast.iter_child_nodes(node):
+        if is_type_checking(child):
+            continue
+        if isinstance(child, ast.Import):
+            yield from ((alias.name, lazy) for alias in child.names)
+        elif isinstance(child, ast.ImportFrom):
+            assert child.level == 0, f"{relative(path)}:{child.lineno} imports relatively"
+            if child.module == "stiefel":
+                yield from ((f"stiefel.{alias.name}", lazy) for alias in child.names)
+            else:
+                yield child.module or "", lazy
+        else:
+            inside = isinstance(child, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda))
+            yield from imported(child, path, lazy or inside)
+
+
+def rooms_imported(path: Path) -> Iterator[tuple[str, bool]]:
+    for name, lazy in imported(tree(path), path):
+        parts = name.split(".")
+        if parts[0] == "stiefel":
+            yield parts[1] if len(parts) > 1 else "", lazy
+
+
+@pytest.mark.parametrize("path", [f for f in FILES if room(f) in MAY_IMPORT], ids=relative)
+def test_arrows_point_one_way(path: Path) -> None:
+    here = room(path)
+    for other, lazy in rooms_imported(path):
+        allowed = MAY_IMPORT[here] + (LAZILY.get(here, []) if lazy else [])
+        assert other in allowed, f"{relative(path)} imports stiefel.{other}; {here} may import {allowed}"
+
+
+def test_every_room_has_a_rule() -> None:
+    assert {room(f) for f in FILES} - {"__init__", "__main__", "compare"} == set(MAY_IMPORT)
+
+
+def test_only_the_comparison_and_the_command_line_import_the_comparison() -> None:
+    users = {room(f) for f in FILES if any(other == "compare" for other, _ in rooms_imported(f))}
+    assert users <= {"compare", "__main__"}
+
+
+@pytest.mark.parametrize("path", [f for f in FILES if room(f) == "methods" and f.stem != "__init__"], ids=relative)
+def test_a_method_knows_no_other_method(path: Path) -> None:
+    names = {name for name, _ in imported(tree(path), path) if name.startswith("stiefel.methods")}
+    assert names <= {"stiefel.methods"}
+    taken = [
+        alias.name
+        for node in ast.walk(tree(path))
+        if isinstance(node, ast.ImportFrom) and node.module == "stiefel.methods"
+        for alias in node.names
+    ]
+    assert taken == ["register"]
+
+
+def test_linalg_and_geometry_know_no_modules_and_no_optimizers() -> None:
+    for path in FILES:
+        if room(path) in ("linalg", "geometry", "layout"):
+            for node in ast.walk(tree(path)):
+                assert not (isinstance(node, ast.Attribute) and node.attr in ("nn", "optim")), relative(path)
+
+
+def test_one_file_imports_geoopt() -> None:
+    users = [relative(f) for f in FILES if any(name.split(".")[0] == "geoopt" for name, _ in imported(tree(f), f))]
+    assert users == ["_geoopt.py"]
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import stiefel",
+        "import stiefel, torch; m = stiefel.constrain(torch.nn.Linear(2, 2)); "
+        "stiefel.optimizer(m, torch.optim.SGD, lr=0.1); stiefel.report(m)",
+    ],
+    ids=["import", "use"],
+)
+def test_heavy_packages_are_not_imported_before_they_are_needed(code: str) -> None:
+    code += f"\nimport sys; print([name for name in {HEAVY} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.stdout.strip(), done.stderr) == ("[]", "")
+
+
+# --- nobody but a method's own file knows its name ---
+
+
+def docstrings(module: ast.Module) -> set[int]:
+    """Ids of the constants that stand alone as a statement: docstrings, and the notes below an attribute."""
+    return {
+        id(node.value)
+        for node in ast.walk(module)
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+    }
+
+
+def defaults(module: ast.Module) -> set[int]:
+    """Ids of the constants that are an argument's default."""
+    functions = (n for n in ast.walk(module) if isinstance(n, ast.FunctionDef))
+    return {id(d) for f in functions for d in (*f.args.defaults, *f.args.kw_defaults) if d is not None}
+
+
+def method_names_in(source: str) -> list[tuple[int, str]]:
+    """Lines of a source at which a string that equals a method's name stands anywhere but in prose or a default."""
+    module = ast.parse(source)
+    allowed = docstrings(module) | defaults(module)
+    return [
+        (node.lineno, node.value)
+        for node in ast.walk(module)
+        if isinstance(node, ast.Constant) and node.value in stiefel.available() and id(node) not in allowed
+    ]
+
+
+@pytest.mark.parametrize("path", [f for f in FILES if room(f) not in ("methods", "compare")], ids=relative)
+def test_no_file_outside_methods_names_a_method(path: Path) -> None:
+    assert method_names_in(path.read_text(encoding="utf-8")) == []
+
+
+@pytest.mark.parametrize(
+    ("source", "found"),
+    [
+        ('if name == "own":\n    pass', True),
+        ('match name:\n    case "soft":\n        pass', True),
+        ('TABLE = {"riemannian": 1}', True),
+        ('def constrain(module, constraint="own"):\n    """own"""', False),
+        ('text = "use own instead"', False),
+        ('metric = "euclidean"', False),
+    ],
+)
+def test_the_search_for_names_finds_them(source: str, found: bool) -> None:
+    assert bool(method_names_in(source)) is found
+
+
+def test_no_file_outside_methods_imports_a_methods_class() -> None:
+    for path in FILES:
+        if room(path) != "methods":
+            names = [name for name, _ in imported(tree(path), path) if name.startswith("stiefel.methods.")]
+            assert names == [], relative(path)
+
+
+# --- documentation ---
+
+
+def public_callables() -> dict[str, Callable[..., Any]]:
+    """Functions and classes of the public face, and the public methods and properties of its classes."""
+    found: dict[str, Any] = {name: getattr(stiefel, name) for name in stiefel.__all__}
+    for name, value in list(found.items()):
+        if inspect.isclass(value):
+            for member, inner in vars(value).items():
+                if not member.startswith("_") and (inspect.isfunction(inner) or isinstance(inner, property)):
+                    found[f"{name}.{member}"] = inner
+    return found
+
+
+PUBLIC = public_callables()
+
+
+def test_the_public_face_is_sorted_and_importable() -> None:
+    assert list(stiefel.__all__) == sorted(stiefel.__all__)
+    assert all(hasattr(stiefel, name) for name in stiefel.__all__)
+
+
+@pytest.mark.parametrize(
+    "name", ["constrain", "optimizer", "penalty", "report", "release", "available", "get", "register", "Monitor"]
+)
+def test_the_promised_calls_are_public(name: str) -> None:
+    assert name in stiefel.__all__
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_public_names_have_a_docstring_whose_first_line_is_one_sentence(name: str) -> None:
+    text = inspect.getdoc(PUBLIC[name]) or ""
+    assert text.strip(), f"stiefel.{name} has no docstring"
+    generated = inspect.isclass(PUBLIC[name]) and text.startswith(f"{name}(")  # a dataclass writes its own signature
+    assert not generated, f"stiefel.{name} has only the docstring that dataclass generates"
+    first, _, rest = text.partition("\n")
+    assert first.endswith("."), f"{name}: {first!r} does not end its sentence"
+    assert not re.search(r"[.!?] [A-Z]", first), f"{name}: {first!r} is more than one sentence"
+    assert not rest or rest.startswith("\n"), f"{name}: no empty line after the first"
+
+
+@pytest.mark.parametrize("path", FILES, ids=relative)
+def test_a_file_says_first_what_it_is_for(path: Path) -> None:
+    text = ast.get_docstring(tree(path))
+    assert text, f"{relative(path)} has no module docstring"
+
+
+@pytest.mark.parametrize("method", stiefel.available())
+def test_a_method_says_what_it_is(method: str) -> None:
+    cls = type(stiefel.get(method))
+    assert cls.name == method
+    assert cls.place in ("forward", "loss", "step", "none")
+    assert cls.summary
+    assert cls.reference
+    assert cls.__dataclass_params__.frozen
+    text = inspect.getdoc(cls) or ""
+    options = set(cls.__dataclass_fields__) - set(stiefel.Constraint.__dataclass_fields__)
+    inherited = inspect.getdoc(cls.__mro__[1]) or ""
+    assert all(f"{option}:" in text + inherited for option in options)

@@ -1,0 +1,471 @@
+"""The comparison engine: specs, plans, problems, data, isolation of runs, resuming, reports."""
+
+import gzip
+import json
+import math
+import re
+import struct
+import subprocess
+import sys
+import urllib.error
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import stiefel
+from stiefel.compare import cli, datasets, load_problem
+from stiefel.compare.plan import FRESH, Plan, Variant, cell_key, on_edge, parse_variants, winners
+from stiefel.compare.records import Record, RunFolder, frame, read, read_all
+from stiefel.compare.report import write_html
+from stiefel.compare.run import Training, run_cost, run_quality
+from stiefel.compare.spec import RunSpec
+from stiefel.compare.summary import Interval, Summary, _median
+
+OMDSM = Path(__file__).parent.parent / "benchmarks" / "omdsm.py"
+
+TOY = '''
+"""A linear problem that can be made to fail in several ways."""
+import ctypes, time
+from dataclasses import dataclass
+import torch
+from torch import nn
+from stiefel.compare import Data, Problem
+
+@dataclass(frozen=True, kw_only=True)
+class Toy(Problem):
+    fault: str = "none"
+    epochs: int = 3
+    batch_size: int = 16
+    target = 0.9
+
+    def make_model(self):
+        return nn.Sequential(nn.Linear(6, 8, bias=False), nn.ReLU(), nn.Linear(8, 2))
+
+    def make_data(self):
+        g = torch.Generator().manual_seed(0)
+        x = torch.randn(96, 6, generator=g)
+        y = (x[:, 0] > 0).long()
+        return Data((x[:64], y[:64]), (x[64:80], y[64:80]), (x[80:], y[80:]))
+
+    def loss(self, model, batch):
+        if self.fault == "raise":
+            raise KeyError("broken on purpose")
+        if self.fault == "segfault":
+            ctypes.string_at(0)
+        if self.fault == "hang":
+            time.sleep(600)
+        loss = super().loss(model, batch)
+        return loss * float("nan") if self.fault == "nan" else loss
+'''
+
+
+@pytest.fixture
+def toy(tmp_path):
+    path = tmp_path / "toy.py"
+    path.write_text(TOY)
+    return path
+
+
+def spec(**changes):
+    base = {"kind": "quality", "phase": "tuning", "problem": "toy", "fields": {"depth": 4}, "method": "own"}
+    return RunSpec(**{**base, "options": {"scale": 1.0}, "lr": 0.1, "seed": 0, **changes})
+
+
+def record(lr, value, status="done", seed=0, **changes):
+    summary = {"best_validation": value}
+    return Record(Path("."), spec(lr=lr, seed=seed, **changes), status, None, summary, {})
+
+
+# --- specs and plans ---
+
+
+def test_hash_identifies_a_spec_and_does_not_drift():
+    assert spec().hash == RunSpec.from_dict(json.loads(json.dumps(spec().to_dict()))).hash
+    changed = [{"lr": 0.2}, {"seed": 1}, {"options": {"scale": "relu"}}, {"fields": {"depth": 8}}, {"phase": "final"}]
+    assert len({spec(**c).hash for c in [{}, *changed]}) == 6
+    # Records on disk are found by this hash: a change of it orphans every earlier result.
+    assert spec().hash == "c8a827101f97204f"
+
+
+def test_plan_gives_every_method_the_same_trials():
+    variants = parse_variants(["own", "soft:strength=0.5", "riemannian:metric=canonical"])
+    plan = Plan("toy", ({"depth": 4}, {"depth": 8}), variants, (1.0, "relu"), (0.1, 1.0, 10.0), seeds=3, tuning_seeds=2)
+    tuning = plan.tuning()
+    assert len(tuning) == 2 * 3 * 2 * 3 * 2
+    assert len({s.hash for s in tuning}) == len(tuning)
+    counts = [sum(s.label == label for s in tuning) for label in {s.label for s in tuning}]
+    assert len(set(counts)) == 1
+    # Methods are compared on one set: own does not centre unless told to.
+    assert all(s.options["center"] is False for s in tuning if s.method == "own")
+    assert {s.label for s in tuning} == {"own", "soft:strength=0.5", "riemannian:metric=canonical"}
+
+
+def test_winner_is_chosen_on_validation_and_run_again_with_fresh_seeds():
+    plan = Plan("toy", ({"depth": 4},), (Variant("own"),), (1.0,), (0.1, 1.0, 10.0), seeds=2)
+    tuned = [record(0.1, 0.8), record(1.0, 0.9), record(10.0, 0.95, "diverged")]
+    final = plan.final(tuned, higher_is_better=True)
+    assert [s.lr for s in final] == [1.0, 1.0]
+    assert {s.seed for s in final} == {FRESH, FRESH + 1}
+    assert not {s.seed for s in final} & {s.seed for s in plan.tuning()}
+    assert [s.lr for s in plan.final(tuned, higher_is_better=False)] == [0.1, 0.1]
+    assert plan.final([record(0.1, 0.8, "diverged")], higher_is_better=True) == []
+
+
+def test_a_rate_that_fails_on_some_seeds_loses_to_one_that_does_not():
+    tuned = [record(0.1, 0.8), record(0.1, 0.8, seed=1), record(1.0, 0.99), record(1.0, 0.9, "diverged", seed=1)]
+    assert winners(tuned, higher_is_better=True) == {cell_key(spec()): 0.1}
+
+
+def test_edges_of_the_grid():
+    assert on_edge(0.1, (0.1, 1.0, 10.0))
+    assert on_edge(10.0, (0.1, 1.0, 10.0))
+    assert not on_edge(1.0, (0.1, 1.0, 10.0))
+
+
+@pytest.mark.parametrize("text", ["nonsense", "own:centre=False", "own:center", "own:center=maybe", "soft:strength=-1"])
+def test_bad_variants_are_named_errors(text):
+    with pytest.raises(stiefel.StiefelError):
+        parse_variants([text])
+
+
+# --- problems and data ---
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        ("x = 1", "no problem"),
+        ("import does_not_exist", "fails on import"),
+        (TOY + TOY.replace("class Toy", "class Other"), "2 problems"),
+        ("from stiefel.compare import Problem\nclass P(Problem): pass", "does not define make_data, make_model"),
+    ],
+)
+def test_a_file_without_a_usable_problem(tmp_path, source, words):
+    path = tmp_path / "p.py"
+    path.write_text(source)
+    with pytest.raises(stiefel.ProblemError, match=words):
+        load_problem(path)
+
+
+def test_a_file_that_does_not_exist(tmp_path):
+    with pytest.raises(stiefel.ProblemError, match="no problem file"):
+        load_problem(tmp_path / "missing.py")
+
+
+def test_digits_are_split_once_and_centred():
+    data = datasets.load("digits")
+    assert [len(y) for _, y in (data.train, data.validation, data.test)] == [1077, 360, 360]
+    rows = torch.cat([data.train[0], data.validation[0], data.test[0]])
+    assert len(torch.unique(rows, dim=0)) == 1797  # no image is in two parts
+    assert abs(data.train[0].mean().item()) < 1e-6
+    again = datasets.load("digits")
+    assert torch.equal(data.test[0], again.test[0])
+    assert not torch.equal(data.test[1], datasets.load("digits", split_seed=1).test[1])
+
+
+def write_idx(path, array):
+    header = struct.pack(">HBB", 0, 8, array.ndim) + struct.pack(f">{array.ndim}I", *array.shape)
+    raw = header + array.astype(np.uint8).tobytes()
+    path.write_bytes(gzip.compress(raw, 1) if path.suffix == ".gz" else raw)
+
+
+@pytest.fixture
+def fashion(tmp_path):
+    """A folder in the form of Fashion-MNIST, small: one training part plain, the rest gzipped."""
+    rng = np.random.default_rng(0)
+    folder = tmp_path / "fashion"
+    folder.mkdir()
+    write_idx(folder / "train-images-idx3-ubyte", rng.integers(0, 256, (10_020, 28, 28)))
+    write_idx(folder / "train-labels-idx1-ubyte.gz", rng.integers(0, 10, 10_020))
+    write_idx(folder / "t10k-images-idx3-ubyte.gz", rng.integers(0, 256, (7, 28, 28)))
+    write_idx(folder / "t10k-labels-idx1-ubyte.gz", rng.integers(0, 10, 7))
+    return folder
+
+
+def test_fashion_mnist_from_idx_files(fashion):
+    data = datasets.load("fashion-mnist", fashion)
+    assert data.train[0].shape == (20, 1024)
+    assert data.validation[0].shape == (10_000, 1024)
+    assert data.test[0].shape == (7, 1024)
+    raw = gzip.decompress((fashion / "t10k-images-idx3-ubyte.gz").read_bytes())[16:]
+    image = data.test[0][0].reshape(32, 32)
+    background = image[0, 0]  # a padded zero, less the mean
+    assert torch.allclose(image[2:30, 2:30].flatten() - background, torch.tensor(list(raw[:784])) / 255, atol=1e-6)
+
+
+@pytest.mark.parametrize("damage", ["missing", "truncated", "not gzip", "not idx", "other length"])
+def test_missing_or_corrupt_files_name_the_file_and_the_remedy(fashion, damage):
+    path = fashion / "train-labels-idx1-ubyte.gz"
+    raw = path.read_bytes()
+    if damage == "missing":
+        path.unlink()
+    elif damage == "other length":
+        write_idx(path, np.zeros(5))
+    else:
+        path.write_bytes({"truncated": raw[:40], "not gzip": b"hello" * 9, "not idx": gzip.compress(b"x" * 99)}[damage])
+    with pytest.raises(stiefel.DataError, match="train-labels-idx1-ubyte") as caught:
+        datasets.load("fashion-mnist", fashion)
+    assert "dataset-fashion-mnist" in str(caught.value)
+
+
+def test_offline_without_files_says_what_to_do(monkeypatch, tmp_path):
+    import sklearn.datasets
+
+    def offline(*args, **kwargs):
+        raise urllib.error.URLError("no route")
+
+    monkeypatch.setattr(sklearn.datasets, "fetch_openml", offline)
+    monkeypatch.setattr(datasets, "FASHION_MNIST", tmp_path / "nowhere")
+    with pytest.raises(stiefel.DataError, match="OpenML is out of reach") as caught:
+        datasets.load("fashion-mnist")
+    assert "apt-get download dataset-fashion-mnist" in str(caught.value)
+
+
+def test_unknown_data():
+    with pytest.raises(stiefel.DataError, match="known: 'digits', 'fashion-mnist'"):
+        datasets.load("mnist1d")
+
+
+# --- one run ---
+
+
+def test_every_method_starts_from_the_same_network_and_sees_the_same_batches(tmp_path):
+    problem = load_problem(OMDSM)(depth=3, epochs=1)
+    weights = {}
+    for method in stiefel.available():
+        options = {**stiefel.methods.method_class(method).comparison, "scale": "relu"}
+        training = Training(problem, spec(method=method, options=options), torch.device("cpu"))
+        weights[method] = [training.model.get_submodule(f"hidden{i}").weight.detach() for i in (1, 2, 3)]
+        head = training.model.get_submodule("head").weight.detach()
+        weights[method].append(head)
+    first = weights.pop("unconstrained")
+    for method, others in weights.items():
+        for a, b in zip(first, others, strict=True):
+            assert torch.allclose(a, b, atol=1e-5), method
+    w = first[1]
+    assert torch.allclose(w @ w.T, 2 * torch.eye(100), atol=1e-4)
+
+
+def test_same_seed_same_result_and_another_seed_another(tmp_path):
+    problem = load_problem(OMDSM)(depth=2, epochs=2)
+    rows = []
+    for seed in (0, 0, 1):
+        folder = RunFolder(tmp_path / str(len(rows)), spec(seed=seed, options={"scale": "relu", "center": False}))
+        folder.start()
+        run_quality(problem, folder.spec, folder)
+        lines = (folder.path / "metrics.jsonl").read_text().splitlines()
+        rows.append([{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in lines])
+    assert rows[0] == rows[1]
+    assert rows[0] != rows[2]
+    assert [row["epoch"] for row in rows[0]] == [0, 1, 2]
+    assert set(rows[0][0]["orthogonality"]["layers"]) == {"hidden1.weight", "hidden2.weight"}
+
+
+def test_cost_is_measured_beside_the_control_and_gpu_fields_are_null_with_a_reason(toy, tmp_path):
+    outcome = run_cost(load_problem(toy)(), spec(kind="cost"), RunFolder(tmp_path, spec(kind="cost")))
+    summary = outcome["summary"]
+    assert outcome["status"] == "done"
+    ratio = summary["step_seconds"]["method"]["median"] / summary["step_seconds"]["control"]["median"]
+    assert summary["step_ratio"] == pytest.approx(ratio)
+    assert summary["step_seconds"]["method"]["n"] >= 20
+    assert summary["gpu_peak_bytes"] is None
+    assert summary["gpu_energy_joules"] is None
+    assert "cuda" in summary["gpu_reason"].lower()
+
+
+def test_a_layout_that_a_method_refuses_is_a_skipped_run(toy, tmp_path):
+    skipped = spec(options={"scale": 1.0, "center": True})
+    folder = RunFolder(tmp_path, skipped)
+    folder.start()
+    outcome = run_quality(load_problem(toy)(), skipped, folder)
+    assert outcome["status"] == "skipped"
+    assert "center=True" in outcome["reason"]
+
+
+# --- the command line, with runs in processes of their own ---
+
+
+def compare(toy, *arguments, timeout=240):
+    command = [sys.executable, "-m", "stiefel", "compare", str(toy), "--seeds", "1", "--lr", "0.1", "--scale", "1"]
+    done = subprocess.run(
+        [*command, *arguments], cwd=toy.parent, capture_output=True, text=True, timeout=timeout, check=False
+    )
+    return done
+
+
+def test_a_raise_a_crash_a_hang_and_a_nan_cost_their_run_alone(toy):
+    faults = ["none", "raise", "segfault", "hang", "nan"]
+    done = compare(toy, "--fault", *faults, "--methods", "own", "--timeout", "20", "--no-cost", "--jobs", "2")
+    statuses = {r.spec.fields["fault"]: r for r in read_all([toy.parent / "runs"]) if r.spec.phase == "tuning"}
+    assert {fault: r.status for fault, r in statuses.items() if fault != "none"} == {
+        "raise": "error",
+        "segfault": "error",
+        "hang": "timeout",
+        "nan": "diverged",
+    }
+    assert statuses["none"].status in ("done", "target missed")
+    assert "broken on purpose" in statuses["raise"].reason
+    assert "SIGSEGV" in statuses["segfault"].reason
+    assert "20 s" in statuses["hang"].reason
+    assert done.returncode == 1  # an error is told by the exit status too
+    assert (toy.parent / "runs" / "report.html").is_file()
+
+
+def test_the_same_command_again_does_only_what_is_missing(toy):
+    arguments = ("--methods", "own", "soft", "--jobs", "2")
+    assert compare(toy, *arguments).returncode == 0
+    records = {path: path.stat().st_mtime_ns for path in toy.parent.glob("runs/*/run.json")}
+    assert len(records) == 2 * (1 + 1 + 1)  # tuning, final and cost for each method
+    lost = min(records)
+    lost.unlink()
+    (lost.parent / "metrics.jsonl").write_text('{"half a row')  # as a killed run leaves it
+    assert compare(toy, *arguments).returncode == 0
+    again = {path: path.stat().st_mtime_ns for path in toy.parent.glob("runs/*/run.json")}
+    assert again.keys() == records.keys()
+    assert {path for path in again if again[path] != records[path]} == {lost}
+    assert all(json.loads(line) for line in (lost.parent / "metrics.jsonl").read_text().splitlines())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--methods", "ownn"], "did you mean 'own'"),
+        (["--device", "cuda"], "no CUDA device"),
+        (["--methods", "own:eps=7"], "eps=7"),
+    ],
+)
+def test_bad_arguments_are_one_line_on_stderr(toy, capsys, arguments, words):
+    assert cli.main(["compare", str(toy), *arguments, "--out", str(toy.parent / "runs")]) == 2
+    error = capsys.readouterr().err
+    assert words in error
+    assert len(error.strip().splitlines()) == 1
+    assert not (toy.parent / "runs").exists()
+
+
+def test_compare_on_a_file_without_a_problem(tmp_path, capsys):
+    (tmp_path / "empty.py").write_text("x = 1")
+    assert cli.main(["compare", str(tmp_path / "empty.py")]) == 2
+    assert "ProblemError" in capsys.readouterr().err
+
+
+def test_report_on_nothing(tmp_path, capsys):
+    assert cli.main(["report", str(tmp_path)]) == 2
+    assert "no finished run" in capsys.readouterr().err
+    assert cli.main(["report", str(tmp_path / "missing")]) == 2
+
+
+def test_dry_run_runs_nothing(toy, capsys):
+    out = toy.parent / "runs"
+    assert cli.main(["compare", str(toy), "--dry-run", "--methods", "own", "--out", str(out)]) == 0
+    assert "14 tuning runs" in capsys.readouterr().out  # 7 rates × 2 scales
+    assert not out.exists()
+
+
+# --- records and reports ---
+
+
+def test_a_corrupt_record_counts_as_missing(tmp_path):
+    folder = RunFolder(tmp_path, spec())
+    folder.start()
+    assert read(folder.path) is None
+    for text in ("", "{", "[]", '{"schema": 999}', '{"schema": 1}'):
+        (folder.path / "run.json").write_text(text)
+        assert read(folder.path) is None, text
+    folder.finish({"status": "done", "reason": None, "summary": {"x": math.inf}}, {})
+    assert read(folder.path).summary == {"x": None}  # strict JSON has no infinity
+
+
+def test_a_failed_run_stands_in_the_median_as_infinite():
+    assert _median([3.0, 1.0, 2.0]) == 2.0
+    assert _median([1.0, 2.0]) == 1.5
+    assert _median([1.0, math.inf, 3.0]) == 3.0
+    assert _median([1.0, math.inf]) == math.inf
+    assert _median([]) == math.inf
+
+
+def test_interval_holds_the_mean_and_says_n():
+    interval = Interval.of([0.9, 0.95, 1.0])
+    assert interval.low < interval.mean < interval.high
+    assert (interval.mean, interval.n) == (pytest.approx(0.95), 3)
+    assert Interval.of([0.5]).low is None
+    assert str(Interval.of([0.5, 0.5])) == "0.500 [0.500, 0.500]"
+
+
+def finished(root, method, phase, seed, lr, accuracy, error, status="done"):
+    run = spec(method=method, phase=phase, seed=seed, lr=lr)
+    folder = RunFolder(root, run)
+    folder.start()
+    for epoch in (0, 1, 2):
+        value = accuracy * epoch / 2
+        folder.append(
+            {
+                "step": 10 * epoch,
+                "epoch": epoch,
+                "seconds": 0.1 * epoch,
+                "train_loss": None if epoch == 0 else 1 / epoch,
+                "validation": {"accuracy": value},
+                "test": {"accuracy": value},
+                "orthogonality": {"worst": error, "layers": {"a": error, "b": error / 2}},
+            }
+        )
+    summary = {"metric": "accuracy", "target": 0.5, "higher_is_better": True, "best_validation": accuracy}
+    summary |= {"test_at_best": accuracy, "steps_to_target": 20 if status == "done" else None}
+    summary |= {"seconds_to_target": 0.2 if status == "done" else None, "peak_resident_bytes": 1e8}
+    summary |= {"orthogonality_worst": error, "orthogonality_final": error}
+    environment = {"commit": "abc", "cpu": "a processor", "gpu_reason": "no CUDA device"}
+    folder.finish({"status": status, "reason": None, "summary": summary}, environment)
+
+
+@pytest.fixture
+def records(tmp_path):
+    for method, accuracy, error in (("own", 0.9, 1e-8), ("soft", 0.95, 1e-2), ("unconstrained", 0.97, 1.0)):
+        for lr in (0.1, 1.0, 10.0):
+            finished(tmp_path, method, "tuning", 0, lr, accuracy - abs(math.log10(lr)) / 10, error)
+        for seed in (FRESH, FRESH + 1):
+            finished(tmp_path, method, "final", seed, 1.0, accuracy, error)
+    finished(tmp_path, "soft", "final", FRESH + 2, 1.0, 0.1, 1e-2, status="target missed")
+    return list(read_all([tmp_path]))
+
+
+def test_summary_ranks_with_and_without_feasibility(records):
+    summary = Summary.of(records)
+    (setting,) = summary.settings
+    assert setting.best().label == "unconstrained"
+    assert setting.best(1e-6).label == "own"
+    rows = {row.label: row for row in setting.rows}
+    assert rows["own"].feasible == 1e-6
+    assert rows["soft"].feasible is None
+    assert rows["soft"].failures == {"target missed": 1}
+    assert rows["soft"].test.n == 3
+    assert rows["own"].test.n == 2
+    assert not rows["own"].edge
+    assert rows["own"].tuning_runs == 3
+
+
+def test_report_is_one_file_without_the_network(records, tmp_path):
+    path = tmp_path / "report.html"
+    write_html(Summary.of(records), path)
+    page = path.read_text()
+    links = set(re.findall(r"https?://[^\s\"'<>)]+", page))
+    assert all(link.startswith(("http://www.w3.org/", "https://www.w3.org/")) for link in links), links
+    assert not re.search(r"<(link|img|iframe)\b|\bsrc=|@import|url\((?!#)", page)
+    assert page.count("<svg") == 2  # sensitivity, and one setting's curves
+    for words in ("CPU cost", "worst ‖XX", "own", "soft", "unconstrained", "no CUDA device", "training seconds"):
+        assert words in page, words
+    assert (tmp_path / "summary.csv").read_text().count("\n") == 4
+
+
+def test_records_of_two_versions_of_the_code_are_told(records):
+    changed = [
+        Record(r.path, r.spec, r.status, r.reason, r.summary, {**r.environment, "commit": "def"}) for r in records[:1]
+    ]
+    notes = Summary.of([*changed, *records[1:]]).notes
+    assert any("2 versions of the code" in note for note in notes)
+
+
+def test_frame_has_a_row_per_run(records):
+    table = frame(records)
+    assert len(table) == len(records)
+    assert {"method", "lr", "seed", "scale", "depth", "status", "best_validation"} <= set(table.columns)

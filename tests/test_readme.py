@@ -1,0 +1,94 @@
+"""The README says what is: its snippets run word for word, its generated parts are current.
+
+Run as a script, this file writes the generated parts.
+"""
+
+import csv
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from stiefel.methods import table
+
+ROOT = Path(__file__).parent.parent
+README = ROOT / "README.md"
+RESULTS = ROOT / "docs" / "omdsm.csv"
+
+
+def results() -> str:
+    """The table of the committed comparison."""
+    rows = list(csv.DictReader(RESULTS.open()))
+    head = "| setting | method | best lr | test accuracy [95 %] | worst error | steps to target |\n|---|---|---|---|---|---|\n"
+    lines = []
+    for row in rows:
+        low, high = float(row["low"]), float(row["high"])
+        steps = "∞" if row["steps_to_target"] == "inf" else f"{float(row['steps_to_target']):.0f}"
+        test = f"{float(row['test_accuracy']):.3f} [{low:.3f}, {high:.3f}], n = {row['n']}"
+        error = f"{float(row['error_worst']):.0e}"
+        lines.append(f"| {row['setting']} | `{row['method']}` | {float(row['lr']):g} | {test} | {error} | {steps} |\n")
+    return head + "".join(lines)
+
+
+def current(text: str) -> str:
+    """The README with its generated parts as they should be."""
+    for mark, part in (("methods", table()), ("results", results())):
+        pattern = rf"(<!-- {mark} -->\n).*?(<!-- /{mark} -->)"
+        assert len(re.findall(pattern, text, flags=re.S)) == 1, f"the README has lost its mark {mark!r}"
+        text = re.sub(pattern, lambda m, part=part: m[1] + part + m[2], text, flags=re.S)
+    return text
+
+
+def snippets() -> list[str]:
+    """The README's Python code blocks."""
+    return re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.S)
+
+
+def test_generated_parts_are_current():
+    assert README.read_text() == current(README.read_text()), "run `make docs`"
+
+
+@pytest.mark.parametrize("method", ["own", "riemannian", "soft"])
+def test_first_snippet_runs_word_for_word(method):
+    code = snippets()[0]
+    assert code.count('"own"') == 1
+    code = code.replace('"own"', f'"{method}"')
+    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "0.weight" in done.stdout
+    assert "worst" in done.stdout
+
+
+def test_problem_snippet_runs_word_for_word(tmp_path):
+    (tmp_path / "my_problem.py").write_text(snippets()[1])
+    command = [
+        sys.executable,
+        "-m",
+        "stiefel",
+        "compare",
+        "my_problem.py",
+        "--epochs",
+        "4",
+        "--lr",
+        "0.1",
+        "--seeds",
+        "1",
+    ]
+    command += ["--scale", "1", "--methods", "own", "soft", "--no-cost", "--jobs", "1"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (tmp_path / "runs" / "report.html").is_file()
+
+
+def test_documented_make_targets_exist():
+    makefile = (ROOT / "Makefile").read_text()
+    targets = re.findall(r"(?:`|    )make (\w+)", README.read_text())
+    assert {"compare", "test"} <= set(targets)
+    for target in targets:
+        assert re.search(rf"^{target}:", makefile, flags=re.M), target
+
+
+if __name__ == "__main__":
+    README.write_text(current(README.read_text()))

@@ -14,6 +14,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
+from numbers import Real
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
@@ -29,6 +30,11 @@ if TYPE_CHECKING:
 Schedule = float | Callable[[int], float]
 
 RELU_SCALE = math.sqrt(2.0)
+
+
+def is_number(value: object) -> bool:
+    """Whether an option's value is a finite real number (and not True or False)."""
+    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +71,7 @@ class Constraint(ABC):
                     f"{self.name!r} cannot have scale='learnable': it would move the weight that the method holds in "
                     "place; use a number or 'relu', or a reparameterization such as 'own'"
                 )
-        elif isinstance(self.scale, bool) or not (math.isfinite(self.scale) and self.scale > 0):
+        elif not (is_number(self.scale) and self.scale > 0):
             raise OptionError(f"scale={self.scale!r}: expected a positive number, 'relu' or 'learnable'")
         size = self.group_size
         if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
@@ -135,7 +141,7 @@ class Penalty(Constraint):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not callable(self.strength) and not (math.isfinite(self.strength) and self.strength >= 0):
+        if not callable(self.strength) and not (is_number(self.strength) and self.strength >= 0):
             raise OptionError(f"strength={self.strength!r}: expected a number ≥ 0 or a callable of the step")
 
     def strength_at(self, step: int) -> float:

@@ -103,8 +103,8 @@ class Layout:
         return weight.reshape(b, n, p).mT if self.columns else weight.reshape(b, p, n)
 
     def tensor(self, matrices: Float[Tensor, "b p n"]) -> Tensor:
-        """Inverse of :meth:`matrices`."""
-        rows = matrices.mT if self.columns else matrices
+        """Inverse of :meth:`matrices`; contiguous, so that the weight is an ordinary one to kernels and exporters."""
+        rows = matrices.mT.contiguous() if self.columns else matrices
         if self.transposed:
             k = prod(self.shape[2:])
             split = rows.reshape(self.blocks, self.out, self.shape[0] // self.blocks, k)

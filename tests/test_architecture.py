@@ -217,7 +217,7 @@ def test_the_public_face_is_sorted_and_importable() -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["constrain", "optimizer", "penalty", "report", "release", "available", "get", "register", "Monitor"]
+    "name", ["constrain", "optimizer", "penalty", "report", "release", "available", "get", "register"]
 )
 def test_the_promised_calls_are_public(name: str) -> None:
     assert name in stiefel.__all__

@@ -19,7 +19,9 @@ def test_notebook_runs(path):
     notebook = nbformat.read(path, as_version=4)
     start = time.monotonic()
     # An exception in a cell raises here.
-    NotebookClient(notebook, timeout=120, kernel_name="python3", resources={"metadata": {"path": path.parent}}).execute()
+    NotebookClient(
+        notebook, timeout=120, kernel_name="python3", resources={"metadata": {"path": path.parent}}
+    ).execute()
     assert time.monotonic() - start < 60
 
 

@@ -21,7 +21,8 @@ RESULTS = ROOT / "docs" / "omdsm.csv"
 def results() -> str:
     """The table of the committed comparison."""
     rows = list(csv.DictReader(RESULTS.open()))
-    head = "| setting | method | best lr | test accuracy [95 %] | worst error | steps to target |\n|---|---|---|---|---|---|\n"
+    head = "| setting | method | best lr | test accuracy [95 %] | worst error | steps to target |\n"
+    head += "|---|---|---|---|---|---|\n"
     lines = []
     for row in rows:
         low, high = float(row["low"]), float(row["high"])

@@ -41,13 +41,14 @@ class Reparametrized(nn.Module):
     The proxy starts at s X₀, so that one small step moves the weight as far at every scale.
     """
 
-    def __init__(self, binding: Binding, like: Tensor) -> None:
+    def __init__(self, binding: Binding, proxy: Tensor) -> None:
         super().__init__()
         self.binding = binding
+        self.start: Tensor | None = proxy  # what right_inverse returns while torch registers the parametrization
         self.gain: nn.Parameter | None = None
         if binding.constraint.scale == "learnable":
             b, p, _ = binding.layout.matrix_shape
-            self.gain = nn.Parameter(torch.ones(b * p, dtype=like.dtype, device=like.device))
+            self.gain = nn.Parameter(torch.ones(b * p, dtype=proxy.dtype, device=proxy.device))
 
     def forward(self, proxy: Tensor) -> Tensor:
         """The constrained weight of a proxy."""
@@ -57,6 +58,8 @@ class Reparametrized(nn.Module):
 
     def right_inverse(self, weight: Tensor) -> Tensor:
         """The proxy that an assigned weight starts from: the nearest point of the set."""
+        if self.start is not None:
+            return self.start
         method, layout = self.binding.constraint, self.binding.layout
         return layout.weight(method.nearest(self.without_gains(layout.points(weight)), layout))
 
@@ -116,8 +119,17 @@ def unbind(owner: nn.Module, tensor: str) -> None:
         del owner.__dict__[_ATTRIBUTE]
 
 
-def constrained_weights(module: nn.Module) -> Iterator[ConstrainedWeight]:
-    """All constrained weights of a module and its submodules, each once, in the module's order."""
+def constrained_weights(module: nn.Module, *, ties: bool = False) -> Iterator[ConstrainedWeight]:
+    """All constrained weights of a module and its submodules, in the module's order.
+
+    Args:
+        module: where to look.
+        ties: whether a parameter that several layers share comes once for each of them, or only once.
+    """
+    seen = set()
     for prefix, owner in module.named_modules():
         for tensor, binding in bindings_of(owner).items():
-            yield ConstrainedWeight(f"{prefix}.{tensor}" if prefix else tensor, owner, tensor, binding)
+            found = ConstrainedWeight(f"{prefix}.{tensor}" if prefix else tensor, owner, tensor, binding)
+            if ties or id(found.parameter) not in seen:
+                seen.add(id(found.parameter))
+                yield found

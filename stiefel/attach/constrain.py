@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,10 +22,10 @@ from stiefel.attach.binding import (
 )
 from stiefel.attach.select import Target, layout_of, select
 from stiefel.constraint import Constraint, ManifoldMethod, Penalty, Reparameterization, StepMethod
-from stiefel.errors import LayoutError, OptionError
+from stiefel.errors import LayoutError, OptionError, WeightError
 from stiefel.linalg import gram_residual
 from stiefel.methods import get
-from stiefel.optim import SteppedParameter, install_guard
+from stiefel.optim import SteppedParameter, install_guard, watch_steps
 from stiefel.optim.lift import Ownership, disown, own
 
 STEP_STATE = "_penalty_steps"  # suffix of the state-dict key that a scheduled penalty adds
@@ -77,9 +78,10 @@ def constrain(
             constraint.check(layout)
         except LayoutError as error:
             raise LayoutError(f"weight '{target.name}': {error}") from None
-        plan.append((target, Binding(constraint, layout, target.name)))
-    for target, binding in plan:
-        _attach(target, binding)
+        binding = Binding(constraint, layout, target.name)
+        plan.append((target, binding, _nearest(target.parameter, binding)))
+    for target, binding, start in plan:
+        _attach(target, binding, start)
     return module
 
 
@@ -89,39 +91,46 @@ def release(module: nn.Module) -> nn.Module:
 
     For saving, export and inference. A module without constraints is returned as it is.
     """
-    for found in reversed(list(constrained_weights(module))):
+    weights = list(constrained_weights(module, ties=True))
+    values = {id(found.parameter): (found.parameter, found.value.detach().clone()) for found in weights}
+    for found in reversed(weights):
         owner, tensor = found.owner, found.tensor
         if isinstance(found.binding.constraint, Reparameterization):
             _give_own_class(owner)
             parametrize.remove_parametrizations(owner, tensor, leave_parametrized=True)
             _restore_order(owner, tensor, found.binding.position)
-        elif isinstance(found.binding.constraint, ManifoldMethod):
-            del found.parameter.manifold  # type: ignore[attr-defined]
+        elif isinstance(found.binding.constraint, ManifoldMethod) and hasattr(found.parameter, "manifold"):
+            del found.parameter.manifold
             found.parameter.__class__ = nn.Parameter
-        elif isinstance(found.binding.constraint, StepMethod):
+        elif isinstance(found.parameter, SteppedParameter):
             disown(found.parameter)
         unbind(owner, tensor)
         if not bindings_of(owner):
             _remove_hooks(owner)
+    for parameter, value in values.values():
+        parameter.copy_(value)  # with tied layers, taking off the first has changed what the others computed
     return module
 
 
 @torch.no_grad()
-def _attach(target: Target, binding: Binding) -> None:
-    owner, tensor, method = target.owner, target.tensor, binding.constraint
-    if isinstance(method, Reparameterization):
-        trained = target.parameter.requires_grad
-        for tied in (target, *target.ties):
-            position = list(tied.owner._parameters).index(tied.tensor)
-            tied_binding = Binding(method, binding.layout, tied.name, position)
-            parametrize.register_parametrization(tied.owner, tied.tensor, Reparametrized(tied_binding, tied.parameter))
-            bind(tied.owner, tied.tensor, tied_binding)
-        owner.parametrizations[tensor].original.requires_grad_(trained)  # type: ignore[index, union-attr]
+def _attach(target: Target, binding: Binding, start: torch.Tensor) -> None:
+    owners = (target, *target.ties)
+    if isinstance(binding.constraint, Reparameterization):
+        parameter, trained = target.parameter, target.parameter.requires_grad
+        parametrization = Reparametrized(binding, start)
+        for each in owners:  # tied layers share the parametrization, and with it a learnable scale
+            position = list(each.owner._parameters).index(each.tensor)
+            parametrize.register_parametrization(each.owner, each.tensor, parametrization)
+            bind(each.owner, each.tensor, replace(binding, label=each.name, position=position))
+            _add_hooks(each.owner, binding.constraint)
+        parametrization.start = None
+        parameter.requires_grad_(trained)  # torch keeps the Parameter object as the proxy
         return
-    target.parameter.copy_(_nearest(target.parameter, binding))
-    bind(owner, tensor, binding)
-    take_over(ConstrainedWeight(target.name, owner, tensor, binding))
-    _add_hooks(owner, method)
+    target.parameter.copy_(start)
+    for each in owners:
+        bind(each.owner, each.tensor, binding)
+        take_over(ConstrainedWeight(each.name, each.owner, each.tensor, binding))
+        _add_hooks(each.owner, binding.constraint)
 
 
 def _give_own_class(owner: nn.Module) -> None:
@@ -140,13 +149,14 @@ def _restore_order(owner: nn.Module, tensor: str, position: int) -> None:
         owner._parameters[name] = owner._parameters.pop(name)
 
 
+@torch.no_grad()
 def _nearest(parameter: nn.Parameter, binding: Binding) -> torch.Tensor:
     layout = binding.layout
     return layout.weight(binding.constraint.nearest(layout.points(parameter), layout))
 
 
 def take_over(found: ConstrainedWeight) -> None:
-    """Give a weight that a method steps its parameter class, in place; again where a conversion has lost it."""
+    """Make a weight's parameter known to optimizers, in place; again where a copy or a conversion has lost that."""
     method, layout, label = found.binding.constraint, found.binding.layout, found.binding.label
     parameter = found.parameter
     if isinstance(method, ManifoldMethod) and not hasattr(parameter, "manifold"):
@@ -160,6 +170,8 @@ def take_over(found: ConstrainedWeight) -> None:
     elif isinstance(method, StepMethod) and not isinstance(parameter, SteppedParameter):
         own(parameter, Ownership(method, layout, label))
         install_guard()
+    elif _is_scheduled(method):
+        watch_steps(parameter, found.binding)
 
 
 # --- hooks on modules: module-level functions that find their bindings, so that copies and pickles keep working ---
@@ -174,13 +186,24 @@ def _add_hooks(owner: nn.Module, method: Constraint) -> None:
     if _is_scheduled(method) and _save_steps not in owner._state_dict_hooks.values():
         owner.register_state_dict_post_hook(_save_steps)
         owner.register_load_state_dict_pre_hook(_load_steps)
+    if isinstance(owner, nn.RNNBase) and isinstance(method, Reparameterization):
+        owner.register_forward_hook(_drop_flat_weights, always_call=True)
 
 
 def _remove_hooks(owner: nn.Module) -> None:
-    for hooks in (owner._load_state_dict_post_hooks, owner._state_dict_hooks, owner._load_state_dict_pre_hooks):
+    ours = (_after_load, _save_steps, _load_steps, _drop_flat_weights)
+    for hooks in (
+        owner._load_state_dict_post_hooks,
+        owner._state_dict_hooks,
+        owner._load_state_dict_pre_hooks,
+        owner._forward_hooks,
+    ):
         for key, hook in list(hooks.items()):
-            if getattr(hook, "hook", hook) in (_after_load, _save_steps, _load_steps):
+            if getattr(hook, "hook", hook) in ours:
                 del hooks[key]
+                owner._forward_hooks_always_called.pop(key, None)
+    if isinstance(owner, nn.RNNBase):
+        owner._init_flat_weights()
 
 
 def _is_scheduled(method: Constraint) -> bool:
@@ -199,6 +222,8 @@ def _after_load(owner: nn.Module, incompatible_keys: Any) -> None:
             continue
         residual = gram_residual(found.points()).abs().max().item()
         tolerance = 1e3 * torch.finfo(found.parameter.dtype).eps * binding.layout.matrix_shape[1]
+        if residual != residual:
+            raise WeightError(f"weight '{binding.label}' was loaded with entries that are NaN or infinite")
         if residual > tolerance:
             found.parameter.copy_(_nearest(found.parameter, binding))
             warnings.warn(
@@ -206,6 +231,15 @@ def _after_load(owner: nn.Module, incompatible_keys: Any) -> None:
                 f"{residual:.1e}) and has been moved to the nearest point of it",
                 stacklevel=2,
             )
+
+
+def _drop_flat_weights(owner: nn.Module, *args: Any) -> None:
+    """Let go of the computed weights that a recurrent module keeps, which are no leaves and hold their graph.
+
+    They are computed anew at the next forward pass anyway, but would make ``copy.deepcopy(model)`` fail.
+    """
+    if not parametrize._cache_enabled:
+        owner._flat_weights = []  # type: ignore[assignment]
 
 
 def _save_steps(owner: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:

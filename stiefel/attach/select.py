@@ -31,6 +31,11 @@ class Target:
     ties: tuple[Target, ...] = ()
 
     @property
+    def key(self) -> tuple[int, str]:
+        """The tensor itself, under whatever name."""
+        return id(self.owner), self.tensor
+
+    @property
     def parameter(self) -> nn.Parameter:
         """The parameter itself."""
         parameter = self.owner._parameters[self.tensor]
@@ -45,7 +50,7 @@ def select(module: nn.Module, layers: Layers, exclude: str | Iterable[str]) -> l
         SelectionError: a name that does not exist, nothing selected, a tensor that is constrained or parametrized
             already, or is selected twice.
     """
-    modules = dict(module.named_modules())
+    modules = dict(module.named_modules(remove_duplicate=False))  # a shared layer has several names
     if layers is None or callable(layers):
         targets = [
             Target(_join(prefix, "weight"), owner, "weight")
@@ -56,9 +61,9 @@ def select(module: nn.Module, layers: Layers, exclude: str | Iterable[str]) -> l
         names = [layers] if isinstance(layers, str) else list(layers)
         targets = [target for name in names for target in _resolve(modules, name)]
     excluded = [exclude] if isinstance(exclude, str) else list(exclude)
-    for name in excluded:
-        _resolve(modules, name, any_tensor=True)
-    targets = [t for t in targets if not _is_excluded(t.name, excluded)]
+    left_out = {target.key for name in excluded for target in _excluded(modules, name)}
+    by_default = layers is None or callable(layers)
+    targets = [t for t in _once(targets, by_default) if t.key not in left_out]
     if not targets:
         raise SelectionError(
             f"nothing to constrain in {type(module).__name__}: layers={_describe(layers)} with exclude={excluded!r} "
@@ -67,9 +72,7 @@ def select(module: nn.Module, layers: Layers, exclude: str | Iterable[str]) -> l
         )
     for target in targets:
         _check_free(target)
-        if targets.count(target) > 1:
-            raise SelectionError(f"weight '{target.name}' is selected twice; name it once")
-    return _merge_ties(modules, targets, excluded)
+    return _merge_ties(modules, targets, left_out)
 
 
 def layout_of(target: Target, group_size: int | None, scale: float) -> Layout:
@@ -104,6 +107,28 @@ def _read(target: Target) -> Layout:
     if isinstance(owner, nn.MultiheadAttention) and target.tensor == "in_proj_weight":
         return replace(layout, blocks=3)
     return replace(layout, batched=parameter.ndim > 2)
+
+
+def _once(targets: list[Target], by_default: bool) -> list[Target]:
+    """Each tensor once: a shared layer found under two names is one, a tensor named twice by the user an error."""
+    found: dict[tuple[int, str], Target] = {}
+    for target in targets:
+        first = found.setdefault(target.key, target)
+        if first is not target and not by_default:
+            names = f"'{first.name}'" if first.name == target.name else f"'{first.name}', also called '{target.name}',"
+            raise SelectionError(f"weight {names} is selected twice; name it once")
+    return list(found.values())
+
+
+def _excluded(modules: dict[str, nn.Module], name: str) -> list[Target]:
+    """Every tensor that an excluded name covers: itself, or all below a layer or container of that name."""
+    _resolve(modules, name, any_tensor=True)
+    return [
+        Target(_join(prefix, tensor), owner, tensor)
+        for prefix, owner in modules.items()
+        for tensor in [*owner._parameters, *getattr(owner, "parametrizations", {})]
+        if f"{_join(prefix, tensor)}.".startswith(f"{name}.")
+    ]
 
 
 def _resolve(modules: dict[str, nn.Module], name: str, any_tensor: bool = False) -> list[Target]:
@@ -168,32 +193,28 @@ def _check_free(target: Target) -> None:
         )
 
 
-def _merge_ties(modules: dict[str, nn.Module], targets: list[Target], excluded: list[str]) -> list[Target]:
+def _merge_ties(modules: dict[str, nn.Module], targets: list[Target], left_out: set[tuple[int, str]]) -> list[Target]:
     """Make each parameter one target, which knows the other layers that share it."""
     merged: dict[int, Target] = {}
     for target in targets:
         parameter = target.parameter
         if id(parameter) in merged:
             continue
-        shared = [
-            Target(_join(prefix, tensor), owner, tensor)
+        shared = {
+            tie.key: tie
             for prefix, owner in modules.items()
             for tensor, p in owner._parameters.items()
-            if p is parameter and (owner, tensor) != (target.owner, target.tensor)
-        ]
-        for tie in shared:
+            if p is parameter and (tie := Target(_join(prefix, tensor), owner, tensor)).key != target.key
+        }
+        for tie in shared.values():
             _check_free(tie)
-            if _is_excluded(tie.name, excluded):
+            if tie.key in left_out:
                 raise SelectionError(
                     f"weight '{target.name}' is tied to '{tie.name}', which is excluded: they are one parameter; "
                     "exclude both or neither"
                 )
-        merged[id(parameter)] = replace(target, ties=tuple(shared))
+        merged[id(parameter)] = replace(target, ties=tuple(shared.values()))
     return list(merged.values())
-
-
-def _is_excluded(name: str, excluded: list[str]) -> bool:
-    return any(name == e or name.startswith(f"{e}.") for e in excluded)
 
 
 def _check_weight(name: str, parameter: torch.Tensor) -> None:

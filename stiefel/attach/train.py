@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from stiefel.attach.binding import constrained_weights
+from stiefel.attach.binding import ConstrainedWeight, constrained_weights
 from stiefel.attach.constrain import take_over
 from stiefel.constraint import ManifoldMethod, Penalty, StepMethod
 from stiefel.errors import OptimizerError
 from stiefel.linalg import full_precision
-from stiefel.optim import lift, watch_steps
 from stiefel.optim.buckets import bucket, stack
+from stiefel.optim.lift import Lift, lift
 
 
 def optimizer(
@@ -48,7 +49,15 @@ def optimizer(
         cls = riemannian(cls)
     if any(isinstance(m, StepMethod) for m in methods):
         cls = lift(cls)
-    return cls(module.parameters() if params is None else params, **hyper)
+    try:
+        return cls(module.parameters() if params is None else params, **hyper)
+    except ValueError as error:
+        if issubclass(cls, Lift) and "2D" in str(error):
+            raise OptimizerError(
+                f"{cls.__mro__[2].__name__} takes matrices only, and one optimizer serves the whole model: {error}; "
+                "use it where all of the model's parameters are 2-D"
+            ) from error
+        raise
 
 
 def penalty(module: nn.Module) -> Tensor:
@@ -62,24 +71,18 @@ def penalty(module: nn.Module) -> Tensor:
         like = next((p for p in module.parameters() if p.is_floating_point()), torch.zeros(()))
         return torch.zeros((), dtype=like.dtype, device=like.device)
     terms = []
-    buckets = bucket(
-        found,
-        lambda w: (
-            w.binding.constraint,
-            w.binding.layout.matrix_shape[1:],
-            w.value.dtype,
-            w.value.device,
-            w.binding.steps,
-        ),
-    )
-    for members in buckets:
+    for members in bucket(found, _measured_together):
         binding = members[0].binding
         method, scale = binding.constraint, binding.constraint.fixed_scale
         assert isinstance(method, Penalty)
-        with full_precision(members[0].value.device):
-            x = stack([w.binding.layout for w in members], [w.value for w in members], scaled=True)
+        with full_precision(members[0].parameter.device):
+            x = stack([w.binding.layout for w in members], [w.parameter for w in members], scaled=True)
             terms.append(method.strength_at(binding.steps) * scale**2 * method.penalty(x).sum())
-        if callable(method.strength):
-            for w in members:
-                watch_steps(w.parameter, w.binding)
+        for w in members:
+            take_over(w)  # a copy of a model counts its own steps
     return torch.stack([t.to(terms[0]) for t in terms]).sum()
+
+
+def _measured_together(w: ConstrainedWeight) -> Hashable:
+    shape, steps = w.binding.layout.matrix_shape[1:], w.binding.steps
+    return id(w.binding.constraint), shape, w.parameter.dtype, w.parameter.device, steps

@@ -51,6 +51,7 @@ def _dispatch(arguments: list[str]) -> int:
     report = commands.add_parser("report", help="report records", description="Report the records in folders.")
     report.add_argument("folders", nargs="+", type=Path)
     report.add_argument("--html", type=Path, help="where to write (default: report.html in the first folder)")
+    report.add_argument("--figures", type=Path, metavar="DIR", help="write the figures as PNG too, into this folder")
     if arguments[:1] == ["compare"] and len(arguments) > 1 and not arguments[1].startswith("-"):
         from stiefel.compare.problem import load_problem
 
@@ -60,7 +61,7 @@ def _dispatch(arguments: list[str]) -> int:
     parsed = parser.parse_args(arguments)
     if parsed.command == "compare":
         compare.error("the problem file comes first: stiefel compare FILE [options]")
-    return _report(parsed.folders, parsed.html)
+    return _report(parsed.folders, parsed.html, figures=parsed.figures)
 
 
 def _add_options(parser: argparse.ArgumentParser, problem: Any) -> None:
@@ -201,11 +202,11 @@ def _check(settings: list[Any], plan: Any) -> None:
         raise ProblemError(f"{type(problem).__name__}.make_data() fails: {type(error).__name__}: {error}") from error
 
 
-def _report(folders: list[Path], html: Path | None, only: set[str] | None = None) -> int:
+def _report(folders: list[Path], html: Path | None, only: set[str] | None = None, figures: Path | None = None) -> int:
     from rich.console import Console
 
     from stiefel.compare.records import read_all
-    from stiefel.compare.report import terminal_tables, write_html
+    from stiefel.compare.report import terminal_tables, write_html, write_png
     from stiefel.compare.summary import Summary
 
     for folder in folders:
@@ -225,5 +226,8 @@ def _report(folders: list[Path], html: Path | None, only: set[str] | None = None
     path = html or folders[0] / "report.html"
     write_html(summary, path)
     print(f"report: {path.resolve()}")
+    if figures is not None:
+        for written in write_png(summary, figures):
+            print(f"figure: {written.resolve()}")
     failed = [r for r in records if r.status == "error"]
     return 1 if failed else 0

@@ -24,7 +24,8 @@ _IDX_FILES = {
 _REMEDY = (
     "install Debian's package dataset-fashion-mnist, or unpack it without root (apt-get download "
     "dataset-fashion-mnist; dpkg -x dataset-fashion-mnist*.deb DIR) and give --data-dir "
-    "DIR/usr/share/datasets/fashion-mnist; or, on a connected machine, leave --data-dir out to fetch it from OpenML (30 MB)"
+    "DIR/usr/share/datasets/fashion-mnist; or, on a connected machine, leave --data-dir out to fetch it from OpenML "
+    "(30 MB)"
 )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 
 import jinja2
@@ -59,6 +60,19 @@ def write_html(summary: Summary, path: Path) -> None:
     )
     path.write_text(page, encoding="utf-8")
     table(summary).to_csv(path.with_name("summary.csv"), index=False)
+
+
+def write_png(summary: Summary, folder: Path) -> list[Path]:
+    """Write each figure as a PNG with a white ground; returns the files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    drawn = {"sensitivity": figures.sensitivity(summary)}
+    drawn |= {setting.title: figures.curves(summary, setting) for setting in summary.settings}
+    written = []
+    for title, figure in drawn.items():
+        name = "-".join(re.findall(r"[\w.]+", title.replace("√2", "relu")))
+        written.append(folder / f"{summary.problem}-{name}.png")
+        figure.savefig(written[-1], dpi=110, facecolor="white")
+    return written
 
 
 def headline(summary: Summary, setting: Setting) -> tuple[str, str]:

@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from stiefel.constraint import Reparameterization
+from stiefel.constraint import Reparameterization, is_number
 from stiefel.errors import LayoutError, OptionError
 from stiefel.layout import Layout
 from stiefel.linalg import nearest_orthonormal, polar
@@ -44,7 +44,7 @@ class OWN(Reparameterization):
         super().__post_init__()
         if self.center not in (True, False, "auto"):
             raise OptionError(f"center={self.center!r}: expected True, False or 'auto'")
-        if not 0 < self.eps < 1e-2:
+        if not (is_number(self.eps) and 0 < self.eps < 1e-2):
             raise OptionError(f"eps={self.eps!r}: expected a relative floor between 0 and 1e-2")
 
     @property
@@ -61,10 +61,8 @@ class OWN(Reparameterization):
                 why = "its columns, not its rows, are orthonormal, and a column is not a filter"
             else:
                 why = f"centring takes one rank away, so at most {n - 1} of its {p} rows can be orthonormal"
-            raise LayoutError(
-                f"center=True cannot hold for {layout}: {why}; "
-                f"use center='auto' or center=False, or group_size ≤ {layout.fan_in - 1}"
-            )
+            groups = f", or group_size ≤ {layout.fan_in - 1}" if layout.fan_in > 1 else ""
+            raise LayoutError(f"center=True cannot hold for {layout}: {why}; use center='auto' or center=False{groups}")
 
     def forward(self, proxy: Tensor, layout: Layout) -> Tensor:
         """Orthonormalize the (centred) proxy."""

@@ -26,7 +26,10 @@ class Counter(Protocol):
 
 @cache
 def install_guard() -> None:
-    """From now on, raise where a plain optimizer is about to step a weight that a step method owns."""
+    """From now on, raise where a plain optimizer is about to step a weight that a step method owns.
+
+    geoopt's own Riemannian optimizers may step a manifold's weights: they stay on it.
+    """
     register_optimizer_step_pre_hook(_refuse_plain_step)
 
 

@@ -188,6 +188,12 @@ class StiefelAdam(_Batched, geoopt.optim.RiemannianAdam):
     On ordinary parameters it is torch.optim.Adam (with L2 weight decay). AMSGrad is supported.
     """
 
+    def __init__(self, params: Any, lr: float = 1e-3, **hyper: Any) -> None:
+        try:
+            super().__init__(params, lr=lr, **hyper)
+        except TypeError as error:
+            raise OptimizerError(f"StiefelAdam takes the options of torch.optim.Adam: {error}") from error
+
     def _move(self, group: dict[str, Any], members: list[Tensor]) -> None:
         beta1, beta2 = group["betas"]
         states = [self.state[p] for p in members]

@@ -23,7 +23,6 @@ class OMDSM(Problem):
     data: str = "digits"
     data_dir: str | None = where(None, "folder with the idx files of Fashion-MNIST")
 
-    target = 0.95
     exclude = ("head",)
     grid: ClassVar = {"depth": (4, 8)}
     budgets: ClassVar = {"tiny": {"epochs": 2, "depth": (4,)}}
@@ -41,6 +40,11 @@ class OMDSM(Problem):
     def make_data(self) -> Data:
         """Pixels in [0, 1] less their mean."""
         return datasets.load(self.data, self.data_dir)
+
+    @property
+    def target(self) -> float:  # type: ignore[override]
+        """Validation accuracy that a run must reach: above what a linear model has on either data set."""
+        return 0.95 if self.data == "digits" else 0.86
 
     @property
     def _inputs(self) -> int:

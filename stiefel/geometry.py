@@ -74,17 +74,23 @@ def retract_cayley(x: Float[Tensor, "*batch p n"], u: Float[Tensor, "*batch p n"
 def exp_euclidean(x: Float[Tensor, "*batch p n"], u: Float[Tensor, "*batch p n"]) -> Float[Tensor, "*batch p n"]:
     """Exact geodesic from X along the tangent U in the Euclidean metric, at time 1.
 
-    With ``A = U Xᵀ`` (skew) and ``S = U Uᵀ``, in rows form:
+    With ``A = U Xᵀ`` (skew), ``S = U Uᵀ`` and c = ‖U‖_F/√p, in rows form:
 
-        X⁺ = expm(−A) [I, 0] expm([[A, I], [−S, A]]) [X; U]
+        X⁺ = expm(−A) [I, 0] expm([[A, c I], [−S/c, A]]) [X; U/c]
+
+    Any c gives the same point; this one balances the blocks. With c = 1 the norm of the block matrix is ‖U‖², and
+    float32 loses the manifold at ‖U‖ ≈ 100.
 
     Source: Edelman, Arias and Smith (1998), eq. 2.14 (2p×2p exponentials, nothing of size n×n).
     """
-    a, s = skew(u @ x.mH), u @ u.mH
-    eye = torch.eye(x.shape[-2], dtype=x.dtype, device=x.device).expand_as(a)
-    block = torch.cat([torch.cat([a, eye], -1), torch.cat([-s, a], -1)], -2)
-    top = torch.linalg.matrix_exp(block)[..., : x.shape[-2], :]
-    return torch.linalg.matrix_exp(-a) @ (top @ torch.cat([x, u], -2))
+    p = x.shape[-2]
+    c = torch.linalg.matrix_norm(u, keepdim=True) / p**0.5
+    c = torch.where(c > 0, c, 1.0)
+    a, s = skew(u @ x.mH), u @ (u / c).mH
+    eye = torch.eye(p, dtype=x.dtype, device=x.device)
+    block = torch.cat([torch.cat([a, c * eye], -1), torch.cat([-s, a], -1)], -2)
+    top = torch.linalg.matrix_exp(block)[..., :p, :]
+    return torch.linalg.matrix_exp(-a) @ (top @ torch.cat([x, u / c], -2))
 
 
 def exp_canonical(x: Float[Tensor, "*batch p n"], u: Float[Tensor, "*batch p n"]) -> Float[Tensor, "*batch p n"]:

@@ -46,8 +46,9 @@ class Layout:
     scale: float = 1.0
 
     def __post_init__(self) -> None:
-        if not self.batched and self._output_dimension % self.blocks:
-            raise LayoutError(f"{self._output_dimension} outputs do not split into {self.blocks} equal blocks")
+        if self.blocks < 1 or (not self.batched and self.shape[0] % self.blocks):
+            side = "inputs" if self.transposed else "outputs"
+            raise LayoutError(f"{self.shape[0]} {side} do not split into {self.blocks} equal blocks")
         if self.group_size is None:
             return
         if self.group_size < 1 or self.out % self.group_size:

@@ -15,7 +15,7 @@ from torch import Tensor
 from stiefel import geometry
 from stiefel._geoopt import geoopt
 from stiefel.layout import Layout
-from stiefel.linalg import full_precision, gram_residual, nearest_orthonormal, newton_schulz
+from stiefel.linalg import full_precision, gram_residual, nearest_orthonormal, newton_schulz, polar
 
 _EXP = {"euclidean": geometry.exp_euclidean, "canonical": geometry.exp_canonical}
 _GRADIENT = {"euclidean": geometry.euclidean_gradient, "canonical": geometry.canonical_gradient}
@@ -56,7 +56,8 @@ class StiefelWeight(geoopt.Stiefel):
     def retract(self, x: Tensor, u: Tensor) -> Tensor:
         """Move from X along the tangent U and stay on the manifold, for any number of steps."""
         if self.retraction == "exp":
-            return newton_schulz(_EXP[self.metric](x, u))
+            # Exponentials lose digits in proportion to the length of the step: take them in double, and end on the set.
+            return polar(_EXP[self.metric](x.double(), u.double())).to(x.dtype)
         if self.retraction == "cayley":
             # A product of many rotations: without this step float32 rounding adds up.
             return newton_schulz(geometry.retract_cayley(x, u))

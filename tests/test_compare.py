@@ -210,7 +210,7 @@ def test_missing_or_corrupt_files_name_the_file_and_the_remedy(fashion, damage):
     assert "dataset-fashion-mnist" in str(caught.value)
 
 
-def test_offline_without_files_says_what_to_do(monkeypatch, tmp_path):
+def test_offline_without_files_says_what_to_do(monkeypatch, tmp_path, capsys):
     import sklearn.datasets
 
     def offline(*args, **kwargs):
@@ -220,6 +220,7 @@ def test_offline_without_files_says_what_to_do(monkeypatch, tmp_path):
     monkeypatch.setattr(datasets, "FASHION_MNIST", tmp_path / "nowhere")
     with pytest.raises(stiefel.DataError, match="OpenML is out of reach") as caught:
         datasets.load("fashion-mnist")
+    assert "30 MB" in capsys.readouterr().err  # told before anything is downloaded
     assert "apt-get download dataset-fashion-mnist" in str(caught.value)
 
 

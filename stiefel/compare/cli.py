@@ -145,8 +145,8 @@ def _compare(args: argparse.Namespace, problem: Any) -> int:
     finals = len(plan.settings) * len(plan.scales) * len(plan.variants) * plan.seeds
     costs = 0 if args.no_cost else len(plan.settings) * len(plan.variants)
     print(
-        f"{plan.problem}: {len(plan.variants)} methods × {len(plan.settings)} settings × {len(plan.scales)} scales × "
-        f"{len(plan.rates)} learning rates\n{len(plan.tuning())} tuning runs, then {finals} with fresh seeds, "
+        f"{plan.problem}: methods {len(plan.variants)} × settings {len(plan.settings)} × scales {len(plan.scales)} × "
+        f"learning rates {len(plan.rates)}\n{len(plan.tuning())} tuning runs, then {finals} with fresh seeds, "
         f"{costs} for cost; {workers} at a time; records in {args.out}/"
     )
     if args.dry_run:

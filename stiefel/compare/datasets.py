@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import struct
+import sys
 import urllib.error
 from pathlib import Path
 from typing import Any
@@ -105,6 +106,7 @@ def _read_idx(folder: Path, stem: str) -> np.ndarray[Any, np.dtype[np.uint8]]:
 def _from_openml() -> tuple[Tensor, Tensor, Tensor, Tensor]:
     from sklearn.datasets import fetch_openml
 
+    print("fetching Fashion-MNIST from OpenML (30 MB; kept in scikit-learn's data folder)", file=sys.stderr)
     try:
         fetched = fetch_openml("Fashion-MNIST", version=1, as_frame=False, parser="liac-arff")
     except (TimeoutError, urllib.error.URLError, OSError) as error:

@@ -25,7 +25,8 @@ def cayley_step(x: Float[Tensor, "*batch p n"], b: Float[Tensor, "*batch p n"]) 
 
     Args:
         x: the point, p ≤ n; orthonormal rows are kept orthonormal.
-        b: the direction; X A = B(I − ...) is made a given tangent by :func:`stiefel.geometry.retract_cayley`.
+        b: the direction. For a tangent U take ``B = U(I − ½XᵀX)``, which makes X A = U
+            (:func:`stiefel.geometry.retract_cayley`).
 
     Returns:
         X⁺, the same shape and dtype.
@@ -38,7 +39,9 @@ def cayley_step(x: Float[Tensor, "*batch p n"], b: Float[Tensor, "*batch p n"]) 
         eye = torch.eye(n, dtype=x.dtype, device=x.device)
         # X + XA (I − ½A)⁻¹; the right-hand solve is a solve with the transpose.
         return x + torch.linalg.solve(eye - 0.5 * a, x @ a, left=False)
-    c = torch.linalg.matrix_norm(b, keepdim=True) / p**0.5
+    largest = b.abs().amax(dim=(-2, -1), keepdim=True)  # first, since squares of large entries overflow
+    largest = torch.where(largest > 0, largest, 1.0)
+    c = largest * torch.linalg.matrix_norm(b / largest, keepdim=True) / p**0.5
     b = b / torch.where(c > 0, c, 1.0)
     u = torch.cat([x.mT, b.mT], dim=-1)
     z = torch.cat([b, -x], dim=-2)

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from jaxtyping import Float
 
 
-def polar(v: Float[Tensor, "*batch p n"], eps: float = 1e-6) -> Float[Tensor, "*batch p n"]:
+def polar(v: Float[Tensor, "*batch p n"], eps: float | None = None) -> Float[Tensor, "*batch p n"]:
     """Orthonormal matrix nearest to V: ``X = (V Vᴴ)^{-1/2} V``, the polar factor.
 
     With ``V Vᴴ = D diag(s²) Dᴴ`` and ``A = Dᴴ (G Xᴴ) D``, the gradient is
@@ -31,7 +31,7 @@ def polar(v: Float[Tensor, "*batch p n"], eps: float = 1e-6) -> Float[Tensor, "*
     Args:
         v: p ≤ n; float64 is decomposed by SVD, anything narrower by the eigenvalues of its Gram matrix in float64
             (accurate to 1e-8 for condition numbers up to 1e4, where a float32 Gram matrix loses everything).
-        eps: relative floor of the singular values.
+        eps: relative floor of the singular values; default 1e-6, and 1e-9 for float64.
 
     Returns:
         X in the dtype of ``v``. Autocast and TF32 are off inside.
@@ -39,6 +39,8 @@ def polar(v: Float[Tensor, "*batch p n"], eps: float = 1e-6) -> Float[Tensor, "*
     Source: Huang, Liu, Lang, Yu and Li (AAAI 2018), equations 6 and 7, for the map; the gradient in this gap-free form
     follows from differentiating ``H X = V``, ``H² = V Vᴴ`` (Higham 2008, section 8.2).
     """
+    if eps is None:
+        eps = 1e-9 if v.dtype in (torch.float64, torch.complex128) else 1e-6
     return _Polar.apply(v, eps)[0]
 
 
@@ -83,12 +85,17 @@ class _Polar(torch.autograd.Function):
             g = grads[0].to(d.dtype)
             if torch.is_grad_enabled():  # create_graph: write the gradient as a function of V and G
                 x = polar(v, ctx.eps).to(d.dtype)
-                h = v.to(d.dtype) @ x.mH
-                h = (h + h.mH) / 2
+                h = _hermitian_factor(v.to(d.dtype), x, d, s)
                 normal = torch.linalg.solve(h, g - (g @ x.mH) @ x)
             else:
-                x = x.to(d.dtype)
-                h = d  # not read without a graph
+                x, h = x.to(d.dtype), d.new_empty(0)  # lyapunov reads d and s; h is for its graph alone
                 normal = (d / s.unsqueeze(-2)) @ (d.mH @ (g - (g @ x.mH) @ x))
             a = g @ x.mH
             return (lyapunov(h, a - a.mH, d, s) @ x + normal).to(v.dtype), None
+
+
+def _hermitian_factor(v: Tensor, x: Tensor, d: Tensor, s: Tensor) -> Tensor:
+    """``H = V Xᴴ`` with its derivative, and with the floored value ``D diag(s) Dᴴ`` that the plain gradient uses."""
+    h = v @ x.mH
+    h = (h + h.mH) / 2
+    return h + ((d * s.unsqueeze(-2)) @ d.mH - h).detach()

@@ -77,13 +77,15 @@ def method_class(name: str) -> type[Constraint]:
 
 def table() -> str:
     """The catalogue as a Markdown table; the README's is this one."""
-    head = "| method | acts on | what it does | its own options (defaults) | source |\n|---|---|---|---|---|\n"
+    head = "| method | acts on | what it does | its own options (defaults) | (a, b) | source |\n" + "|---" * 6 + "|\n"
     common = {f.name for f in fields(Constraint)}
     rows = []
     for name in available():
         cls = _CATALOGUE[name]
         own = ", ".join(f"`{f.name}={f.default!r}`" for f in fields(cls) if f.name not in common)
-        rows.append(f"| `{name}` | {cls.place} | {cls.summary} | {own or '—'} | {cls.reference} |\n")
+        ab = cls().coefficients
+        step = "—" if ab is None else f"({ab[0]:g}, {ab[1]:g})"
+        rows.append(f"| `{name}` | {cls.place} | {cls.summary} | {own or '—'} | {step} | {cls.reference} |\n")
     return head + "".join(rows)
 
 

@@ -25,14 +25,14 @@ class OWN(Reparameterization):
     Args:
         center: subtract row means, the paper's choice. It shrinks the set to X 1 = 0 and takes a rank away, so it needs
             p ≤ n − 1 and rows that are filters. ``"auto"`` centres where both hold. Comparisons use False.
-        eps: relative floor of the proxy's singular values (:func:`stiefel.linalg.polar`), which keeps a rank-deficient
-            proxy finite.
+        eps: relative floor of the proxy's singular values, which keeps a rank-deficient proxy finite; default 1e-6, and
+            1e-9 for float64 (:func:`stiefel.linalg.polar`).
 
     Source: Huang, Liu, Lang, Yu and Li, Orthogonal Weight Normalization, AAAI 2018 (arXiv 1709.06079).
     """
 
     center: bool | Literal["auto"] = "auto"
-    eps: float = 1e-6
+    eps: float | None = None
 
     name = "own"
     summary = "polar factor of a proxy, with a gap-free gradient"
@@ -44,7 +44,7 @@ class OWN(Reparameterization):
         super().__post_init__()
         if self.center not in (True, False, "auto"):
             raise OptionError(f"center={self.center!r}: expected True, False or 'auto'")
-        if not (is_number(self.eps) and 0 < self.eps < 1e-2):
+        if self.eps is not None and not (is_number(self.eps) and 0 < self.eps < 1e-2):
             raise OptionError(f"eps={self.eps!r}: expected a relative floor between 0 and 1e-2")
 
     @property

@@ -31,13 +31,27 @@ class _Batched:
     state: dict[Any, dict[str, Any]]
     _stabilize = None  # geoopt keeps it on the instance only, where a copy or a pickle loses it
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
+    def __init__(self, params: Any, lr: float = 1e-3, **hyper: Any) -> None:
+        foreach = {"foreach": hyper.pop("foreach")} if "foreach" in hyper else {}  # harmless: the batches are our own
+        unsupported = {option: hyper.pop(option) for option in _UNSUPPORTED if option in hyper}
+        self._refuse(unsupported)
+        try:
+            super().__init__(params, lr=lr, **hyper)  # type: ignore[call-arg]
+        except TypeError as error:
+            raise OptimizerError(
+                f"{type(self).__name__} refuses its options {sorted(foreach | hyper)}: {error}"
+            ) from error
+
+    def _refuse(self, options: dict[str, Any]) -> None:
         for option in _UNSUPPORTED:
-            if param_group.get(option, getattr(self, "defaults", {}).get(option)):
+            if options.get(option):
                 raise OptimizerError(
                     f"{type(self).__name__} does not support {option}=True: geoopt's optimizers would ignore it; "
                     "leave it out, or use a reparameterization such as 'own' with torch's optimizer"
                 )
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        self._refuse(param_group)
         super().add_param_group(param_group)
 
     @torch.no_grad()
@@ -60,14 +74,8 @@ class _Batched:
             m = _manifold(p)
             if m is None:
                 return id(p)
-            return (
-                m.metric,
-                m.retraction,
-                m.layout.matrix_shape[1:],
-                p.dtype,
-                p.device,
-                int(self.state[p].get("step", 0)),
-            )
+            steps = int(self.state[p].get("step", 0))
+            return m.metric, m.retraction, m.layout.matrix_shape[1:], m.layout.scale, p.dtype, p.device, steps
 
         ready = [p for p in group["params"] if p.grad is not None]
         for p in ready:
@@ -129,18 +137,14 @@ class _Point:
         if self.manifold is None:
             self.members[0].add_(displacement)
             return
-        u = self.points(self.tensors(displacement)) if self._scaled else displacement
-        self.x = self.manifold.retract(self.x, u)
+        scale = self.layouts[0].scale
+        self.x = self.manifold.retract(self.x, displacement / scale if scale != 1 else displacement)
         for p, w in zip(self.members, unstack(self.layouts, self.x, scaled=True), strict=True):
             p.copy_(w)
 
     def transport(self, momentum: Tensor) -> list[Tensor]:
         """Momentum at the point advanced to, as the weights' own tensors: projected onto its tangent space."""
         return self.tensors(momentum if self.manifold is None else project_tangent(self.x, momentum))
-
-    @property
-    def _scaled(self) -> bool:
-        return any(layout.scale != 1 for layout in self.layouts)
 
 
 class StiefelSGD(_Batched, geoopt.optim.RiemannianSGD):
@@ -150,35 +154,22 @@ class StiefelSGD(_Batched, geoopt.optim.RiemannianSGD):
     space. On ordinary parameters it is torch.optim.SGD. ``stabilize=k`` re-projects every k steps, and is not needed.
     """
 
-    def __init__(self, params: Any, lr: float = 1e-3, **hyper: Any) -> None:
-        for option in (*_UNSUPPORTED, "foreach"):
-            if hyper.pop(option, None) and option != "foreach":
-                raise OptimizerError(f"{type(self).__name__} does not support {option}=True; leave it out")
-        try:
-            super().__init__(params, lr, **hyper)
-        except TypeError as error:
-            raise OptimizerError(f"StiefelSGD takes the options of torch.optim.SGD: {error}") from error
-
     def _move(self, group: dict[str, Any], members: list[Tensor]) -> None:
         momentum = group["momentum"]
+        states = [self.state[p] for p in members]
+        previous = [s["momentum_buffer"] for s in states if s.get("momentum_buffer") is not None]
+        if momentum and 0 < len(previous) < len(members):  # a late first gradient starts a momentum of its own
+            for p in members:
+                self._move(group, [p])
+            return
         with full_precision(members[0].device):
             point = _Point(members)
             r = point.gradient(group["weight_decay"])
             if not momentum:
                 point.advance(-group["lr"] * r)
                 return
-            states = [self.state[p] for p in members]
-            previous = [s["momentum_buffer"] for s in states if s.get("momentum_buffer") is not None]
-            if len(previous) == len(members):
-                m = momentum * point.vectors(previous) + (1 - group["dampening"]) * r
-            elif not previous:
-                m = r.clone()
-            else:  # a late first gradient: those weights start their own momentum
-                for p in members:
-                    self._move(group, [p])
-                return
-            direction = r + momentum * m if group["nesterov"] else m
-            point.advance(-group["lr"] * direction)
+            m = momentum * point.vectors(previous) + (1 - group["dampening"]) * r if previous else r.clone()
+            point.advance(-group["lr"] * (r + momentum * m if group["nesterov"] else m))
             _store(states, "momentum_buffer", point.transport(m))
 
 
@@ -187,12 +178,6 @@ class StiefelAdam(_Batched, geoopt.optim.RiemannianAdam):
 
     On ordinary parameters it is torch.optim.Adam (with L2 weight decay). AMSGrad is supported.
     """
-
-    def __init__(self, params: Any, lr: float = 1e-3, **hyper: Any) -> None:
-        try:
-            super().__init__(params, lr=lr, **hyper)
-        except TypeError as error:
-            raise OptimizerError(f"StiefelAdam takes the options of torch.optim.Adam: {error}") from error
 
     def _move(self, group: dict[str, Any], members: list[Tensor]) -> None:
         beta1, beta2 = group["betas"]

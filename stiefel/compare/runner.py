@@ -21,7 +21,7 @@ from typing import Any
 from stiefel.compare.records import Record, RunFolder, read
 from stiefel.compare.spec import RunSpec
 
-_PRELOAD = ["stiefel.compare.run", "stiefel.optim.riemannian", "sklearn.datasets"]
+_PRELOAD = ["stiefel.compare.preload"]
 _GRACE = 5.0  # seconds between asking a process to end and killing it
 
 

@@ -83,15 +83,23 @@ class _Polar(torch.autograd.Function):
         v, x, d, s = ctx.saved_tensors
         with full_precision(v.device):
             g = grads[0].to(d.dtype)
-            if torch.is_grad_enabled():  # create_graph: write the gradient as a function of V and G
-                x = polar(v, ctx.eps).to(d.dtype)
-                h = _hermitian_factor(v.to(d.dtype), x, d, s)
-                normal = torch.linalg.solve(h, g - (g @ x.mH) @ x)
+            if torch.is_grad_enabled():
+                gradient = _differentiable_gradient(v.to(d.dtype), g, d, s, ctx.eps)
             else:
-                x, h = x.to(d.dtype), d.new_empty(0)  # lyapunov reads d and s; h is for its graph alone
-                normal = (d / s.unsqueeze(-2)) @ (d.mH @ (g - (g @ x.mH) @ x))
-            a = g @ x.mH
-            return (lyapunov(h, a - a.mH, d, s) @ x + normal).to(v.dtype), None
+                rows = s.unsqueeze(-1)
+                e, f = d.mH @ x.to(d.dtype), d.mH @ g  # X and G in the basis of D
+                a = f @ e.mH
+                k = (a - a.mH) / (rows + rows.mT)
+                gradient = d @ ((k - a / rows) @ e + f / rows)
+        return gradient.to(v.dtype), None
+
+
+def _differentiable_gradient(v: Tensor, g: Tensor, d: Tensor, s: Tensor, eps: float) -> Tensor:
+    """The gradient as a function of V and G, for ``create_graph``: ``Ω X + H⁻¹ G (I − XᴴX)``, HΩ + ΩH = GXᴴ − XGᴴ."""
+    x = polar(v, eps)
+    a = g @ x.mH
+    h = _hermitian_factor(v, x, d, s)
+    return lyapunov(h, a - a.mH, d, s) @ x + torch.linalg.solve(h, g - a @ x)
 
 
 def _hermitian_factor(v: Tensor, x: Tensor, d: Tensor, s: Tensor) -> Tensor:

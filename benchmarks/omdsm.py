@@ -18,6 +18,7 @@ from stiefel.compare import Data, Problem, datasets, where
 class OMDSM(Problem):
     """An MLP with ``depth`` hidden layers of ``width`` units, on digits or Fashion-MNIST."""
 
+    epochs: int = 35
     depth: int = 4
     width: int = 100
     data: str = "digits"

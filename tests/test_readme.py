@@ -21,15 +21,18 @@ RESULTS = ROOT / "docs" / "omdsm.csv"
 def results() -> str:
     """The table of the committed comparison."""
     rows = list(csv.DictReader(RESULTS.open()))
-    head = "| setting | method | best lr | test accuracy [95 %] | worst error | steps to target |\n"
-    head += "|---|---|---|---|---|---|\n"
+    what = f"{rows[0]['cores']} CPU cores ({rows[0]['cpu']}), torch {rows[0]['torch']}, code {rows[0]['commit']}"
+    head = f"Every setting of that run, from its records ({what}):\n\n"
+    head += "| setting | method | best lr | test accuracy [95 %] | worst error | steps to target | step cost |\n"
+    head += "|---|---|---|---|---|---|---|\n"
     lines = []
     for row in rows:
         low, high = float(row["low"]), float(row["high"])
         steps = "∞" if row["steps_to_target"] == "inf" else f"{float(row['steps_to_target']):.0f}"
         test = f"{float(row['test_accuracy']):.3f} [{low:.3f}, {high:.3f}], n = {row['n']}"
         error = f"{float(row['error_worst']):.0e}"
-        lines.append(f"| {row['setting']} | `{row['method']}` | {float(row['lr']):g} | {test} | {error} | {steps} |\n")
+        cells = [row["setting"], f"`{row['method']}`", f"{float(row['lr']):g}", test, error, steps]
+        lines.append(f"| {' | '.join(cells)} | {float(row['step_ratio']):.1f}× |\n")
     return head + "".join(lines)
 
 

@@ -147,7 +147,7 @@ def _compare(args: argparse.Namespace, problem: Any) -> int:
     print(
         f"{plan.problem}: methods {len(plan.variants)} × settings {len(plan.settings)} × scales {len(plan.scales)} × "
         f"learning rates {len(plan.rates)}\n{len(plan.tuning())} tuning runs, then {finals} with fresh seeds, "
-        f"{costs} for cost; {workers} at a time; records in {args.out}/"
+        f"{costs} for cost; {workers} at a time\nrecords in {args.out}/"
     )
     if args.dry_run:
         return 0
@@ -222,7 +222,7 @@ def _report(folders: list[Path], html: Path | None, only: set[str] | None = None
     for table in terminal_tables(summary):
         console.print(table)
     for note in summary.notes:
-        console.print(f"· {note}", soft_wrap=True, highlight=False)
+        console.print(f"· {note}", highlight=False)
     path = html or folders[0] / "report.html"
     write_html(summary, path)
     print(f"report: {path.resolve()}")

@@ -46,7 +46,7 @@ class Problem(ABC):
         batch_size: examples per step; a last partial batch is dropped.
     """
 
-    epochs: int = 40
+    epochs: int = 30
     batch_size: int = 128
 
     metric: ClassVar[str] = "accuracy"

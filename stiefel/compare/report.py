@@ -94,11 +94,9 @@ def headline(summary: Summary, setting: Setting) -> tuple[str, str]:
 
 
 def ratio(summary: Summary, setting: Setting, row: Row) -> str:
-    """Step time as a multiple of the control's, from the cost run of the same method and factors."""
-    for cost in summary.cost:
-        if cost.label == row.label and (setting.title.startswith(cost.setting) or cost.setting == "default"):
-            return f"{cost.ratio:.1f}×"
-    return "—"
+    """Step time as a multiple of the control's."""
+    value = summary.step_ratio(setting, row)
+    return "—" if value is None else f"{value:.1f}×"
 
 
 def rate(row: Row) -> str:

@@ -130,6 +130,13 @@ class Summary:
         """The device that ran it."""
         return self.records[0].spec.device
 
+    def step_ratio(self, setting: Setting, row: Row) -> float | None:
+        """Step time as a multiple of the control's, from the cost run of the same method and factors."""
+        for cost in self.cost:
+            if cost.label == row.label and (setting.title.startswith(cost.setting) or cost.setting == "default"):
+                return cost.ratio
+        return None
+
     @classmethod
     def of(cls, records: Sequence[Record]) -> Summary:
         """Summarize the records of one problem on one device; others are left out, with a note."""
@@ -267,6 +274,7 @@ def _notes(records: Sequence[Record], kept: Sequence[Record], settings: Sequence
 def table(summary: Summary) -> pd.DataFrame:
     """The rows of a summary as a frame, for notebooks and CSV."""
     rows = []
+    environment: dict[str, Any] = next((r.environment for r in summary.records if r.environment), {})
     for setting in summary.settings:
         for r in setting.rows:
             test = r.test or Interval(math.nan, None, None, 0)
@@ -287,8 +295,10 @@ def table(summary: Summary) -> pd.DataFrame:
                     "seconds_to_target": r.seconds_to_target,
                     "failed": sum(r.failures.values()),
                     "runs": r.runs,
+                    "step_ratio": summary.step_ratio(setting, r),
                     "tuning_runs": r.tuning_runs,
                     "tuning_failures": r.tuning_failures,
+                    **{name: environment.get(name) for name in ("commit", "cpu", "cores", "gpu", "torch")},
                 }
             )
     return pd.DataFrame(rows)

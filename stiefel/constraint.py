@@ -69,7 +69,7 @@ class Constraint(ABC):
             if self.scale == "learnable" and not self.can_learn_scale:
                 raise OptionError(
                     f"{self.name!r} cannot have scale='learnable': it would move the weight that the method holds in "
-                    "place; use a number or 'relu', or a reparameterization such as 'own'"
+                    "place; use a number or 'relu', or a reparameterization"
                 )
         elif not (is_number(self.scale) and self.scale > 0):
             raise OptionError(f"scale={self.scale!r}: expected a positive number, 'relu' or 'learnable'")
@@ -110,8 +110,8 @@ class Constraint(ABC):
         return f"{self.name}({', '.join(changed)})" if changed else self.name
 
 
-class Unrestricted(Constraint):
-    """A control: an orthogonal start, and no action at any place."""
+class Control(Constraint):
+    """Acts nowhere: an orthogonal start, then the base optimizer alone. What a comparison measures others by."""
 
     place = "none"
 

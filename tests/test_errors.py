@@ -378,7 +378,7 @@ STEPPED = ["riemannian", Projection.name]
 def test_riemannian_weights_take_sgd_and_adam(cls: type[torch.optim.Optimizer]) -> None:
     with pytest.raises(stiefel.OptimizerError) as caught:
         stiefel.optimizer(stiefel.constrain(mlp(), "riemannian"), cls, lr=0.1)
-    for word in (cls.__name__, "torch.optim.SGD", "torch.optim.Adam", "'own'"):
+    for word in (cls.__name__, "torch.optim.SGD", "torch.optim.Adam", "a reparameterization"):
         assert word in str(caught.value)
 
 

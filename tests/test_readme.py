@@ -20,7 +20,7 @@ RESULTS = ROOT / "docs" / "omdsm.csv"
 
 def results() -> str:
     """The table of the committed comparison."""
-    rows = list(csv.DictReader(RESULTS.open()))
+    rows = list(csv.DictReader(RESULTS.read_text().splitlines()))
     what = f"{rows[0]['cores']} CPU cores ({rows[0]['cpu']}), torch {rows[0]['torch']}, code {rows[0]['commit']}"
     head = f"Every setting of that run, from its records ({what}):\n\n"
     head += "| setting | method | best lr | test accuracy [95 %] | worst error | steps to target | step cost |\n"

@@ -24,7 +24,7 @@ def optimizer(
 
         optimizer = stiefel.optimizer(model, torch.optim.SGD, lr=0.1, momentum=0.9)
 
-    For reparameterizations, penalties and controls it is ``cls`` itself. Where a weight is ``riemannian`` it is a
+    For reparameterizations, penalties and controls it is ``cls`` itself. Where a weight is on a geoopt manifold it is a
     subclass of geoopt's RiemannianSGD (for SGD) or RiemannianAdam (for Adam). Where a method acts on the step it is
     ``cls`` lifted: a subclass that hands the base step's displacement to the method.
 

@@ -22,9 +22,8 @@ from stiefel.compare.spec import RunSpec
 from stiefel.errors import LayoutError
 from stiefel.measure.cost import StepClock, as_dict, gpu_cost, interleaved, peak_resident_bytes
 from stiefel.measure.orthogonality import errors
-from stiefel.methods import get
+from stiefel.methods import control, get
 
-CONTROL = "unconstrained"
 WARMUP, REPEATS = 20, 60
 
 
@@ -43,7 +42,7 @@ class Training:
         start = {key: value for key, value in spec.options.items() if key in ("scale", "group_size")}
         if start.get("scale") == "learnable":
             start["scale"] = 1.0
-        release(constrain(model, CONTROL, **where, **start))
+        release(constrain(model, control(), **where, **start))
         self.model = constrain(model, get(spec.method, **spec.options), **where)
         self.optimizer = optimizer(self.model, problem.optimizer, lr=spec.lr, **problem.hyper)
 
@@ -196,7 +195,7 @@ def run_cost(problem: Problem, spec: RunSpec, folder: RunFolder) -> dict[str, An
     device = torch.device(spec.device)
     data = to_device(problem.make_data(), spec, device)
     batch = next(iter(batches(data.train, problem.batch_size, torch.Generator().manual_seed(spec.seed))))
-    control_spec = RunSpec.from_dict({**spec.to_dict(), "method": CONTROL, "options": _common(spec.options)})
+    control_spec = RunSpec.from_dict({**spec.to_dict(), "method": control(), "options": _common(spec.options)})
     try:
         trainings = {"control": Training(problem, control_spec, device), "method": Training(problem, spec, device)}
     except LayoutError as error:

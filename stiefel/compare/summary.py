@@ -16,7 +16,7 @@ import pandas as pd
 
 from stiefel.compare.plan import on_edge
 from stiefel.compare.records import Record
-from stiefel.compare.run import CONTROL
+from stiefel.methods import control
 
 TOLERANCES = (1e-6, 1e-3)
 """Orthogonality errors ‖XXᵀ − I‖_F/√p, worst layer and moment, at which a method counts as feasible."""
@@ -234,7 +234,7 @@ def _cost_row(record: Record, records: list[Record], factors: list[str]) -> Cost
     spec, summary = record.spec, record.summary
     peers = [r for r in records if r.spec.kind == "quality" and r.status in ENDED and r.spec.fields == spec.fields]
     own = _peak([r for r in peers if r.spec.label == spec.label])
-    control = _peak([r for r in peers if r.spec.method == CONTROL])
+    baseline = _peak([r for r in peers if r.spec.method == control()])
     return CostRow(
         label=spec.label,
         setting=_title(record, factors, scale=False),
@@ -242,7 +242,7 @@ def _cost_row(record: Record, records: list[Record], factors: list[str]) -> Cost
         control=summary["step_seconds"]["control"],
         ratio=summary["step_ratio"],
         share=summary["constraint_share"],
-        memory=None if own is None or control is None else own - control,
+        memory=None if own is None or baseline is None else own - baseline,
         gpu={key: value for key, value in summary.items() if key.startswith("gpu_")},
     )
 

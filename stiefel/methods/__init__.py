@@ -11,7 +11,7 @@ from dataclasses import fields
 from importlib import import_module
 from typing import Any, TypeVar
 
-from stiefel.constraint import Constraint
+from stiefel.constraint import Constraint, Control
 from stiefel.errors import OptionError, StiefelError, UnknownMethodError, nearest_names
 
 _CATALOGUE: dict[str, type[Constraint]] = {}
@@ -73,6 +73,11 @@ def method_class(name: str) -> type[Constraint]:
     if name not in _CATALOGUE:
         raise UnknownMethodError(f"no method is named {name!r}; {nearest_names(str(name), _CATALOGUE)}")
     return _CATALOGUE[name]
+
+
+def control() -> str:
+    """The name of the method that does nothing, against which a comparison measures the others."""
+    return next(name for name in available() if issubclass(_CATALOGUE[name], Control))
 
 
 def table() -> str:

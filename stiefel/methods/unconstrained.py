@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from stiefel.constraint import Unrestricted
+from stiefel.constraint import Control
 from stiefel.methods import register
 
 
 @register
 @dataclass(frozen=True, kw_only=True)
-class Unconstrained(Unrestricted):
+class Unconstrained(Control):
     """Start at the nearest orthonormal weight, then train freely (orthogonal initialization: Saxe et al., 2014)."""
 
     name = "unconstrained"

@@ -47,7 +47,7 @@ class _Batched:
             if options.get(option):
                 raise OptimizerError(
                     f"{type(self).__name__} does not support {option}=True: geoopt's optimizers would ignore it; "
-                    "leave it out, or use a reparameterization such as 'own' with torch's optimizer"
+                    "leave it out, or use a reparameterization with torch's optimizer"
                 )
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -226,5 +226,5 @@ def riemannian(cls: type[torch.optim.Optimizer]) -> type[torch.optim.Optimizer]:
         return cls
     raise OptimizerError(
         f"weights on a Riemannian manifold cannot be stepped by {cls.__name__}: use torch.optim.SGD or "
-        "torch.optim.Adam, or a reparameterization such as 'own', which takes any optimizer"
+        "torch.optim.Adam, or a reparameterization, which takes any optimizer"
     )

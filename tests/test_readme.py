@@ -86,6 +86,29 @@ def test_problem_snippet_runs_word_for_word(tmp_path):
     assert (tmp_path / "runs" / "report.html").is_file()
 
 
+def test_the_template_of_a_method_works_from_a_file_of_ones_own(tmp_path):
+    # Registered in the problem's file, a method is known to the driver and to every run's own process.
+    (template,) = re.findall(r"```python\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), flags=re.S)
+    (tmp_path / "my_problem.py").write_text(template + "\n\n" + snippets()[1])
+    command = [
+        sys.executable,
+        "-m",
+        "stiefel",
+        "compare",
+        "my_problem.py",
+        "--epochs",
+        "2",
+        "--lr",
+        "0.1",
+        "--seeds",
+        "1",
+    ]
+    command += ["--scale", "1", "--methods", "projection", "--jobs", "1", "--no-cost"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "projection" in (tmp_path / "runs" / "summary.csv").read_text()
+
+
 def test_documented_make_targets_exist():
     makefile = (ROOT / "Makefile").read_text()
     targets = re.findall(r"(?:`|    )make (\w+)", README.read_text())

@@ -26,7 +26,7 @@ class OMDSM(Problem):
 
     exclude = ("head",)
     grid: ClassVar = {"depth": (4, 8)}
-    budgets: ClassVar = {"tiny": {"epochs": 2, "depth": (4,)}}
+    budgets: ClassVar = {"tiny": {"epochs": (2,), "depth": (4,)}}
 
     def make_model(self) -> nn.Module:
         """``inputs → (width, ReLU) × depth → 10``; only the last layer has a bias (as OWN's layers have none)."""

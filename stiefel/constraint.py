@@ -5,7 +5,7 @@
     step:     weight ← method(weight, update)    StepMethod, ManifoldMethod (performed by geoopt)
 
 A method is a frozen dataclass, its fields are its options, and it sees batches ``(b, p, n)`` with orthonormal rows.
-Scale, groups, shapes and modules are handled elsewhere, once. Imports ``geometry``, ``layout`` and the errors.
+Scale, groups, shapes and modules are handled elsewhere, once. Imports ``layout``, ``linalg`` and the errors.
 """
 
 from __future__ import annotations
@@ -145,8 +145,17 @@ class Penalty(Constraint):
             raise OptionError(f"strength={self.strength!r}: expected a number ≥ 0 or a callable of the step")
 
     def strength_at(self, step: int) -> float:
-        """λ after ``step`` optimizer steps."""
-        return self.strength(step) if callable(self.strength) else self.strength
+        """λ after ``step`` optimizer steps.
+
+        Raises:
+            OptionError: the schedule returned something else than a number ≥ 0.
+        """
+        if not callable(self.strength):
+            return self.strength
+        value = self.strength(step)
+        if not (is_number(value) and value >= 0):
+            raise OptionError(f"the strength of {self.name!r} at step {step} is {value!r}: expected a number ≥ 0")
+        return value
 
     @abstractmethod
     def penalty(self, x: Float[Tensor, "b p n"]) -> Float[Tensor, " b"]:

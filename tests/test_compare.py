@@ -4,9 +4,11 @@ import gzip
 import json
 import math
 import re
+import signal
 import struct
 import subprocess
 import sys
+import time
 import urllib.error
 from pathlib import Path
 
@@ -69,7 +71,14 @@ def toy(tmp_path):
 
 
 def spec(**changes):
-    base = {"kind": "quality", "phase": "tuning", "problem": "toy", "fields": {"depth": 4}, "method": "own"}
+    base = {
+        "kind": "quality",
+        "phase": "tuning",
+        "problem": "toy",
+        "digest": "d",
+        "fields": {"depth": 4},
+        "method": "own",
+    }
     return RunSpec(**{**base, "options": {"scale": 1.0}, "lr": 0.1, "seed": 0, **changes})
 
 
@@ -86,12 +95,14 @@ def test_hash_identifies_a_spec_and_does_not_drift():
     changed = [{"lr": 0.2}, {"seed": 1}, {"options": {"scale": "relu"}}, {"fields": {"depth": 8}}, {"phase": "final"}]
     assert len({spec(**c).hash for c in [{}, *changed]}) == 6
     # Records on disk are found by this hash: a change of it orphans every earlier result.
-    assert spec().hash == "c8a827101f97204f"
+    assert spec().hash == "1a813998f7e33059"
 
 
 def test_plan_gives_every_method_the_same_trials():
     variants = parse_variants(["own", "soft:strength=0.5", "riemannian:metric=canonical"])
-    plan = Plan("toy", ({"depth": 4}, {"depth": 8}), variants, (1.0, "relu"), (0.1, 1.0, 10.0), seeds=3, tuning_seeds=2)
+    plan = Plan(
+        "toy", "d", ({"depth": 4}, {"depth": 8}), variants, (1.0, "relu"), (0.1, 1.0, 10.0), seeds=3, tuning_seeds=2
+    )
     tuning = plan.tuning()
     assert len(tuning) == 2 * 3 * 2 * 3 * 2
     assert len({s.hash for s in tuning}) == len(tuning)
@@ -103,7 +114,7 @@ def test_plan_gives_every_method_the_same_trials():
 
 
 def test_winner_is_chosen_on_validation_and_run_again_with_fresh_seeds():
-    plan = Plan("toy", ({"depth": 4},), (Variant("own"),), (1.0,), (0.1, 1.0, 10.0), seeds=2)
+    plan = Plan("toy", "d", ({"depth": 4},), (Variant("own"),), (1.0,), (0.1, 1.0, 10.0), seeds=2)
     tuned = [record(0.1, 0.8), record(1.0, 0.9), record(10.0, 0.95, "diverged")]
     final = plan.final(tuned, higher_is_better=True)
     assert [s.lr for s in final] == [1.0, 1.0]
@@ -392,6 +403,8 @@ def test_interval_holds_the_mean_and_says_n():
     assert (interval.mean, interval.n) == (pytest.approx(0.95), 3)
     assert Interval.of([0.5]).low is None
     assert str(Interval.of([0.5, 0.5])) == "0.500 [0.500, 0.500]"
+    assert str(Interval(0.00472, 0.00451, 0.00493, 3)) == "0.00472 [0.00451, 0.00493]"
+    assert str(Interval(0.50012, 0.5, 0.50024, 3)) == "0.5001 [0.5000, 0.5002]"
 
 
 def finished(root, method, phase, seed, lr, accuracy, error, status="done"):
@@ -470,3 +483,151 @@ def test_frame_has_a_row_per_run(records):
     table = frame(records)
     assert len(table) == len(records)
     assert {"method", "lr", "seed", "scale", "depth", "status", "best_validation"} <= set(table.columns)
+
+
+def test_only_finals_at_the_winning_rate_are_reported(records, tmp_path):
+    # An earlier, smaller grid ran its finals at a rate that has lost since.
+    finished(tmp_path, "own", "final", FRESH, 10.0, 0.2, 1e-8)
+    (setting,) = Summary.of(list(read_all([tmp_path]))).settings
+    (row,) = (row for row in setting.rows if row.label == "own")
+    assert (row.lr, row.test.n, row.test.mean) == (1.0, 2, pytest.approx(0.9))
+
+
+def test_a_diverged_run_counts_as_infinite_and_ranks_its_method_last(records, tmp_path):
+    finished(tmp_path, "unconstrained", "final", FRESH + 2, 1.0, 0.99, 1e-9, status="diverged")
+    summary = Summary.of(list(read_all([tmp_path])))
+    (setting,) = summary.settings
+    assert setting.rows[-1].label == "unconstrained"
+    row = setting.rows[-1]
+    assert (row.broken, row.test.n, row.runs) == (1, 2, 3)
+    assert math.isinf(row.error_worst)
+    assert setting.best().label == "own"
+
+
+def cost(root, fields, ratio):
+    run = spec(kind="cost", phase="final", fields=fields)
+    folder = RunFolder(root, run)
+    folder.start()
+    step = {"median": ratio, "q1": ratio, "q3": ratio, "n": 20}
+    summary = {"step_seconds": {"method": step, "control": {**step, "median": 1.0}}, "step_ratio": ratio}
+    folder.finish({"status": "done", "reason": None, "summary": {**summary, "constraint_share": 0.5}}, {"cpu": "x"})
+
+
+def test_cost_belongs_to_its_own_setting(tmp_path):
+    # "depth 4" is the beginning of "depth 40".
+    for depth, ratio in ((4, 2.0), (40, 7.0)):
+        cost(tmp_path, {"depth": depth}, ratio)
+        run = spec(fields={"depth": depth}, phase="final", seed=FRESH)
+        folder = RunFolder(tmp_path, run)
+        folder.start()
+        folder.finish(
+            {
+                "status": "done",
+                "reason": None,
+                "summary": {"metric": "m", "target": depth, "test_at_best": 1.0, "peak_resident_bytes": 1},
+            },
+            {},
+        )
+    summary = Summary.of(list(read_all([tmp_path])))
+    found = {s.title: (summary.step_ratio(s, s.rows[0]), s.target) for s in summary.settings}
+    assert found == {"depth 4, scale 1": (2.0, 4), "depth 40, scale 1": (7.0, 40)}
+
+
+def test_a_changed_problem_is_another_problem(toy):
+    before = load_problem(toy).digest()
+    toy.write_text(TOY + "# a comment\n")
+    assert load_problem(toy).digest() == before
+    toy.write_text(TOY.replace("target = 0.9", "target = 0.8"))
+    assert load_problem(toy).digest() != before
+
+
+def test_equal_numbers_are_the_same_run():
+    assert spec(options={"scale": 1}, lr=1).hash == spec(options={"scale": 1.0}, lr=1.0).hash
+    assert spec(options={"scale": 1}).hash != spec(options={"scale": True}).hash
+
+
+def test_a_scale_given_with_a_method_is_that_variants_only_one():
+    variants = parse_variants(["own:scale=learnable", "own:scale=relu", "soft"])
+    plan = Plan("toy", "d", ({"depth": 4},), variants, (1.0, "relu"), (0.1,), seeds=1)
+    cells = [(s.method, s.options["scale"]) for s in plan.tuning()]
+    assert sorted(map(str, cells)) == sorted(
+        map(str, [("own", "learnable"), ("own", "relu"), ("soft", 1.0), ("soft", "relu")])
+    )
+
+
+def test_default_options_do_not_make_another_variant():
+    assert Variant.parse("own:eps=None") == Variant.parse("own")
+    assert Variant.parse("own:center=True") != Variant.parse("own")
+
+
+def test_an_optimizer_that_a_method_cannot_have_is_a_skipped_run(toy, tmp_path):
+    toy.write_text(TOY.replace("target = 0.9", "target = 0.9\n    optimizer = torch.optim.AdamW"))
+    run = spec(method="riemannian")
+    outcome = run_quality(load_problem(toy)(), run, RunFolder(tmp_path, run))
+    assert outcome["status"] == "skipped"
+    assert "AdamW" in outcome["reason"]
+
+
+def test_a_metric_that_is_never_finite_is_a_diverged_run(toy, tmp_path):
+    nan = '    def evaluate(self, model, batch):\n        return {"loss": 0.0, "accuracy": float("nan")}\n'
+    toy.write_text(TOY + "\n" + nan)
+    folder = RunFolder(tmp_path, spec())
+    folder.start()
+    outcome = run_quality(load_problem(toy)(), spec(), folder)
+    assert (outcome["status"], "never finite" in outcome["reason"]) == ("diverged", True)
+
+
+def test_a_problem_may_import_its_neighbour(toy):
+    (toy.parent / "my_network_beside.py").write_text("WIDTH = 8\n")
+    toy.write_text("from my_network_beside import WIDTH\n" + TOY)
+    assert load_problem(toy)().make_model()[0].out_features == 8
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (("fault: str", "device: str"), "which is an option of the comparison"),
+        (("target = 0.9", 'metric = "f1"'), "without the metric 'f1'"),
+        (("target = 0.9", 'exclude = ("haed",)'), "no layer or parameter named 'haed'"),
+        (("def make_data(self):", "def make_data(self):\n        1 / 0"), r"make_data\(\) fails: ZeroDivisionError"),
+    ],
+)
+def test_what_would_fail_in_every_run_fails_before_the_first(toy, capsys, change, words):
+    toy.write_text(TOY.replace(*change))
+    assert cli.main(["compare", str(toy), "--methods", "own", "--out", str(toy.parent / "runs")]) == 2
+    assert re.search(words, capsys.readouterr().err)
+    assert not (toy.parent / "runs").exists()
+
+
+def test_a_sequence_as_a_default_is_one_value(toy, capsys):
+    toy.write_text(TOY.replace('fault: str = "none"', 'fault: str = "none"\n    hidden: tuple = (4, 4)'))
+    assert cli.main(["compare", str(toy), "--methods", "own", "--scale", "1", "--lr", "0.1", "--dry-run"]) == 0
+    assert "settings 1" in capsys.readouterr().out
+
+
+def test_retry_replaces_what_failed(toy):
+    toy.write_text(TOY.replace('if self.fault == "raise":', 'if not __import__("pathlib").Path("mended").exists():'))
+    arguments = ("--methods", "own", "--no-cost", "--jobs", "1")
+    failed = compare(toy, *arguments)
+    assert failed.returncode == 1
+    assert "broken on purpose" in failed.stdout  # the terminal says why
+    assert compare(toy, *arguments).returncode == 1  # a failure is not run again unasked
+    (toy.parent / "mended").write_text("")
+    assert compare(toy, *arguments, "--retry-failed").returncode == 0
+    assert {r.status for r in read_all([toy.parent / "runs"])} <= {"done", "target missed"}
+
+
+def test_an_interrupted_comparison_goes_on_where_it_stopped(toy):
+    command = [sys.executable, "-m", "stiefel", "compare", str(toy), "--methods", "own", "--fault", "none", "hang"]
+    command += ["--lr", "0.1", "--scale", "1", "--seeds", "1", "--jobs", "2", "--no-cost"]
+    process = subprocess.Popen(command, cwd=toy.parent, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    runs = toy.parent / "runs"
+    for _ in range(600):  # until one run has ended and the other hangs
+        if list(runs.glob("*/run.json")):
+            break
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert b"stopped" in error
+    assert [r.spec.fields["fault"] for r in read_all([runs])] == ["none"]  # the interrupted run has not failed

@@ -506,10 +506,24 @@ def test_a_plain_checkpoint_loads_strictly_into_a_scheduled_model() -> None:
     model.load_state_dict(nn.Linear(3, 3).state_dict(), strict=True)
 
 
-def test_release_takes_a_schedules_step_out_of_the_checkpoint() -> None:
-    model, _, _ = scheduled()
-    assert len(model.state_dict()) == 3
-    assert list(stiefel.release(model).state_dict()) == ["weight", "bias"]
+def test_a_schedules_steps_travel_in_the_metadata_of_a_checkpoint() -> None:
+    # The keys are a plain module's, so that the checkpoint loads strictly into one.
+    model, _, recorder = scheduled()
+    optimizer = stiefel.optimizer(model, torch.optim.SGD, lr=0.1)
+    for _ in range(3):
+        model(batch(2, 3)).sum().backward()
+        optimizer.step()
+    file = io.BytesIO()
+    torch.save(model.state_dict(), file)
+    file.seek(0)
+    state = torch.load(file, weights_only=True)
+    assert list(state) == ["weight", "bias"]
+    nn.Linear(3, 3).load_state_dict(state, strict=True)
+    resumed, _, recorder = scheduled()
+    resumed.load_state_dict(state)
+    stiefel.penalty(resumed)
+    assert recorder.steps[-1] == 3
+    assert "penalty_steps" not in stiefel.release(model).state_dict()._metadata[""]
 
 
 # --- optimizer ---
@@ -1202,3 +1216,30 @@ def test_what_is_not_a_complete_method_is_not_registered() -> None:
         with pytest.raises(stiefel.StiefelError, match=missing):
             stiefel.register(wrong)
     assert "test_abstract" not in stiefel.available()
+
+
+# --- precision ---
+
+
+@pytest.mark.parametrize("setting", ["highest", "high", "medium"])
+def test_full_precision_restores_what_the_user_set(setting: str) -> None:
+    from stiefel.linalg import full_precision
+
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision(setting)
+        for device in ("cpu", "cuda"):  # the switches exist without the device
+            products = torch.backends.cuda.matmul if device == "cuda" else torch.backends.mkldnn.matmul
+            outside = products.fp32_precision
+            with full_precision(torch.device(device)):
+                assert products.fp32_precision == "ieee"
+            assert products.fp32_precision == outside
+        assert torch.get_float32_matmul_precision() == setting
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def test_a_reparameterized_model_in_bfloat16_says_what_to_do() -> None:
+    model = stiefel.constrain(nn.Linear(4, 3), "own").to(torch.bfloat16)
+    with pytest.raises(stiefel.WeightError, match="release"):
+        model(torch.zeros(1, 4, dtype=torch.bfloat16))

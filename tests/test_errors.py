@@ -527,3 +527,25 @@ def test_a_report_on_nothing(model: nn.Module) -> None:
         stiefel.report(model)
     assert type(model).__name__ in str(caught.value)
     assert "stiefel.constrain" in str(caught.value)
+
+
+@pytest.mark.parametrize("argument", ["layers", "exclude"])
+def test_names_must_be_names(argument: str) -> None:
+    with pytest.raises(stiefel.SelectionError, match="take names"):
+        stiefel.constrain(mlp(), "own", **{argument: [0]})
+
+
+@pytest.mark.parametrize("value", [-1.0, float("nan"), None])
+def test_a_schedule_that_returns_no_strength(value: float | None) -> None:
+    model = stiefel.constrain(mlp(), "soft", strength=lambda step: value)
+    with pytest.raises(stiefel.OptionError, match="at step 0"):
+        stiefel.penalty(model)
+
+
+def test_a_frozen_weight_is_no_business_of_the_guard() -> None:
+    model = stiefel.constrain(mlp(), "riemannian")
+    for p in model.parameters():
+        p.requires_grad_(p.ndim == 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model(torch.ones(2, 6)).sum().backward()
+    optimizer.step()

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from stiefel.constraint import Constraint, Reparameterization
+from stiefel.errors import WeightError
 from stiefel.layout import Layout
 
 _ATTRIBUTE = "_stiefel"
@@ -51,9 +52,18 @@ class Reparametrized(nn.Module):
             self.gain = nn.Parameter(torch.ones(b * p, dtype=proxy.dtype, device=proxy.device))
 
     def forward(self, proxy: Tensor) -> Tensor:
-        """The constrained weight of a proxy."""
+        """The constrained weight of a proxy.
+
+        Raises:
+            WeightError: the model was converted to a precision in which no weight is orthogonal.
+        """
         method, layout = self.binding.constraint, self.binding.layout
         assert isinstance(method, Reparameterization)
+        if proxy.dtype not in (torch.float32, torch.float64):
+            raise WeightError(
+                f"weight '{self.binding.label}' is {proxy.dtype}, in which it cannot be orthogonal; keep the "
+                "model in float32 and use torch.autocast, or stiefel.release(model) before converting it"
+            )
         return layout.weight(self.gains(method.forward(layout.points(proxy), layout)))
 
     def right_inverse(self, weight: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""``constrain`` and ``release``: put a method on a module's weights and take it off. Imports ``attach.select``."""
+"""``constrain`` and ``release``: put a method on a module's weights and take it off. Imports ``methods``, ``optim`` and below."""
 
 from __future__ import annotations
 
@@ -27,8 +27,6 @@ from stiefel.linalg import gram_residual
 from stiefel.methods import get
 from stiefel.optim import SteppedParameter, install_guard, watch_steps
 from stiefel.optim.lift import Ownership, disown, own
-
-STEP_STATE = "_penalty_steps"  # suffix of the state-dict key that a scheduled penalty adds
 
 
 def constrain(
@@ -60,7 +58,7 @@ def constrain(
         ``module``.
 
     Raises:
-        UnknownMethodError, OptionError: no such method or option.
+        UnknownMethodError, OptionError: no such method or option, a value out of range, or options beside an object.
         SelectionError: nothing selected, an unknown name, or a weight that is constrained already.
         WeightError: a weight is not a finite float32 or float64 tensor of at least two dimensions.
         LayoutError: the set is empty at a weight's shape, for instance a group size that does not divide.
@@ -242,14 +240,14 @@ def _drop_flat_weights(owner: nn.Module, *args: Any) -> None:
         owner._flat_weights = []  # type: ignore[assignment]
 
 
-def _save_steps(owner: nn.Module, state: dict[str, Any], prefix: str, metadata: Any) -> None:
-    for tensor, binding in bindings_of(owner).items():
-        if _is_scheduled(binding.constraint):
-            state[f"{prefix}{tensor}{STEP_STATE}"] = torch.tensor(binding.steps)
+def _save_steps(owner: nn.Module, state: dict[str, Any], prefix: str, metadata: dict[str, Any]) -> None:
+    """Keep step counts in the state dict's metadata, so that its keys stay those of a plain module."""
+    metadata["penalty_steps"] = {
+        tensor: binding.steps for tensor, binding in bindings_of(owner).items() if _is_scheduled(binding.constraint)
+    }
 
 
-def _load_steps(owner: nn.Module, state: dict[str, Any], prefix: str, *args: Any) -> None:
-    for tensor, binding in bindings_of(owner).items():
-        steps = state.pop(f"{prefix}{tensor}{STEP_STATE}", None)  # absent in a plain checkpoint
-        if steps is not None:
-            binding.steps = int(steps)
+def _load_steps(owner: nn.Module, state: dict[str, Any], prefix: str, metadata: dict[str, Any], *args: Any) -> None:
+    for tensor, steps in metadata.get("penalty_steps", {}).items():  # none in a plain checkpoint
+        if tensor in bindings_of(owner):
+            bindings_of(owner)[tensor].steps = steps

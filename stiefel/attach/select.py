@@ -1,4 +1,4 @@
-"""Which tensors of a module a call to ``constrain`` means, and how each is read. Imports ``layout`` and the errors."""
+"""Which tensors of a module a call to ``constrain`` means, and how each is read. Imports ``attach.binding``, ``layout``, errors."""
 
 from __future__ import annotations
 
@@ -133,6 +133,8 @@ def _excluded(modules: dict[str, nn.Module], name: str) -> list[Target]:
 
 def _resolve(modules: dict[str, nn.Module], name: str, any_tensor: bool = False) -> list[Target]:
     """The tensors meant by one name: a tensor's own name, a layer's, or that of a module with layers below it."""
+    if not isinstance(name, str):
+        raise SelectionError(f"layers and exclude take names, as in layers=['0', 'head'], got {name!r}")
     prefix, _, leaf = name.rpartition(".")
     owner = modules.get(prefix)
     if owner is not None and leaf and _has_tensor(owner, leaf):

@@ -8,7 +8,7 @@ import sys
 import time
 import typing
 from collections.abc import Sequence
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
@@ -81,13 +81,22 @@ def _add_options(parser: argparse.ArgumentParser, problem: Any) -> None:
     parser.add_argument("--no-cost", action="store_true", help="leave the cost pass out")
     parser.add_argument("--retry-failed", action="store_true", help="run again what ended in an error or a timeout")
     parser.add_argument("--dry-run", action="store_true", help="print the plan only")
+    taken = {action.dest for action in parser._actions}
     group = parser.add_argument_group("factors of this problem (several values span the grid)")
     hints = typing.get_type_hints(problem)
     for f in fields(problem):
+        if f.name in taken:
+            raise ProblemError(
+                f"{problem.__name__} has a field {f.name!r}, which is an option of the comparison; rename it"
+            )
         convert = {int: int, float: float, str: str}.get(hints[f.name], literal)
         many: Any = {"nargs": "+"} if f.metadata.get("identity", True) else {}
-        note = f.metadata.get("help") or f"default {problem.grid.get(f.name, f.default)}"
-        group.add_argument("--" + f.name.replace("_", "-"), type=convert, help=str(note), **many)
+        note = str(f.metadata.get("help") or f"default {problem.grid.get(f.name, _default(f))}").replace("%", "%%")
+        group.add_argument("--" + f.name.replace("_", "-"), type=convert, help=note, **many)
+
+
+def _default(f: Any) -> Any:
+    return f.default if f.default_factory is MISSING else f.default_factory()
 
 
 def _positive(text: str) -> float:
@@ -109,8 +118,10 @@ def _settings(args: argparse.Namespace, problem: Any) -> list[Any]:
     axes = {}
     for f in fields(problem):
         given = getattr(args, f.name)
-        value = given if given is not None else budget.get(f.name, problem.grid.get(f.name, f.default))
-        axes[f.name] = value if isinstance(value, (list, tuple)) else [value]
+        if given is not None:
+            axes[f.name] = given if isinstance(given, list) else [given]
+        else:
+            axes[f.name] = list(budget.get(f.name, problem.grid.get(f.name, [_default(f)])))
     try:
         return [problem(**dict(zip(axes, point, strict=True))) for point in itertools.product(*axes.values())]
     except StiefelError:
@@ -132,6 +143,7 @@ def _compare(args: argparse.Namespace, problem: Any) -> int:
     by_identity = {repr(sorted(s.identity().items())): s for s in settings}
     plan = Plan(
         problem=settings[0].name,
+        digest=problem.digest(),
         settings=tuple(s.identity() for s in by_identity.values()),
         variants=parse_variants(args.methods),
         scales=tuple(args.scale),
@@ -187,26 +199,33 @@ def _compare(args: argparse.Namespace, problem: Any) -> int:
 
 def _check(settings: list[Any], plan: Any) -> None:
     """Fail before the first run where every run would: data that cannot be loaded, a model that cannot be built."""
+    from stiefel.attach import constrain
+    from stiefel.compare.run import load_data
+    from stiefel.methods import control
+
     for problem in settings:
+        name, step = type(problem).__name__, "make_model()"
         try:
-            problem.make_model()
+            model = problem.make_model()
+            step = "layers, exclude"
+            constrain(model, control(), layers=problem.layers, exclude=problem.exclude)
+            step = "make_data()"
+            x, y = load_data(problem).validation
+            step = "evaluate()"
+            measures = problem.evaluate(model.eval(), (x[: problem.batch_size], y[: problem.batch_size]))
+        except DataError:
+            raise
         except Exception as error:
-            raise ProblemError(
-                f"{type(problem).__name__}.make_model() fails: {type(error).__name__}: {error}"
-            ) from error
-    try:
-        settings[0].make_data()
-    except DataError:
-        raise
-    except Exception as error:
-        raise ProblemError(f"{type(problem).__name__}.make_data() fails: {type(error).__name__}: {error}") from error
+            raise ProblemError(f"{name}: {step} fails: {type(error).__name__}: {error}") from error
+        if problem.metric not in measures:
+            raise ProblemError(f"{name}.evaluate() returns {sorted(measures)}, without the metric {problem.metric!r}")
 
 
 def _report(folders: list[Path], html: Path | None, only: set[str] | None = None, figures: Path | None = None) -> int:
     from rich.console import Console
 
     from stiefel.compare.records import read_all
-    from stiefel.compare.report import terminal_tables, write_html, write_png
+    from stiefel.compare.report import failure_lines, terminal_tables, write_html, write_png
     from stiefel.compare.summary import Summary
 
     for folder in folders:
@@ -221,7 +240,7 @@ def _report(folders: list[Path], html: Path | None, only: set[str] | None = None
     console = Console()
     for table in terminal_tables(summary):
         console.print(table)
-    for note in summary.notes:
+    for note in (*summary.notes, *failure_lines(summary)):
         console.print(f"· {note}", highlight=False)
     path = html or folders[0] / "report.html"
     write_html(summary, path)

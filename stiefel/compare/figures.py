@@ -72,9 +72,9 @@ def curves(summary: Summary, setting: Setting) -> Figure:
             _layers(axes[1, 2], runs, **_style(summary, row.label))
         for ax, _, xlabel, _, title, log in panels:
             ax.set(title=title, xlabel=xlabel, yscale="log" if log else "linear")
-        if summary.target is not None:
+        if setting.target is not None:
             for ax in (axes[1, 0], axes[1, 1]):
-                ax.axhline(summary.target, color="#888888", lw=1, ls=(0, (1, 2)), zorder=0)
+                ax.axhline(setting.target, color="#888888", lw=1, ls=(0, (1, 2)), zorder=0)
         for tolerance in TOLERANCES:
             axes[0, 2].axhline(tolerance, color="#888888", lw=1, ls=(0, (1, 2)), zorder=0)
         axes[1, 2].set(title="‖XXᵀ−I‖/√p per layer, at the end", yscale="log", xlabel="constrained layer")
@@ -83,7 +83,7 @@ def curves(summary: Summary, setting: Setting) -> Figure:
 
 
 def sensitivity(summary: Summary) -> Figure:
-    """Best validation metric against the learning rate, from the tuning runs; a cross marks a failed run."""
+    """Best validation metric against the learning rate, from the tuning runs; crosses at the edge are failed runs."""
     columns = min(4, len(summary.settings))
     rows = -(-len(summary.settings) // columns)
     with mpl.rc_context(STYLE):
@@ -93,13 +93,16 @@ def sensitivity(summary: Summary) -> Figure:
             for row in sorted(setting.rows, key=lambda r: r.label):
                 style = _style(summary, row.label)
                 good = [(r.spec.lr, r.summary["best_validation"]) for r in row.tuning if r.status in ENDED]
-                bad = [(r.spec.lr, r.summary.get("best_validation", 0.0)) for r in row.tuning if r.status not in ENDED]
+                bad = sorted({r.spec.lr for r in row.tuning if r.status not in ENDED})
                 if good:
                     rates = sorted({lr for lr, _ in good})
                     means = [float(np.mean([v for lr, v in good if lr == rate])) for rate in rates]
                     ax.plot(rates, means, marker="o", ms=3.5, **style)
                 if bad:
-                    ax.plot(*zip(*bad, strict=True), ls="none", marker="x", ms=5, color=style["color"])
+                    edge = 0.03 + 0.04 * summary.labels.index(row.label)  # of the axes, on the side of bad values
+                    heights = [edge if summary.higher_is_better else 1 - edge] * len(bad)
+                    across = ax.get_xaxis_transform()
+                    ax.plot(bad, heights, ls="none", marker="x", ms=4, color=style["color"], transform=across)
             ax.set(title=setting.title, xscale="log", xlabel="learning rate")
         for ax in axes.flat[len(summary.settings) :]:
             ax.set_visible(False)

@@ -1,4 +1,7 @@
-"""Which runs a comparison consists of: a tuning grid, its winners with fresh seeds, a cost pass. Imports ``spec``."""
+"""Which runs a comparison consists of: a tuning grid, its winners with fresh seeds, a cost pass.
+
+Imports ``spec``, ``records`` and ``methods``.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +9,10 @@ import ast
 import itertools
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from stiefel.compare.records import Record
+from stiefel.compare.records import ENDED, Record
 from stiefel.compare.spec import RunSpec
 from stiefel.errors import OptionError, ProblemError
 from stiefel.methods import available, get, method_class
@@ -26,7 +29,7 @@ class Variant:
 
     @classmethod
     def parse(cls, text: str) -> Variant:
-        """Read ``name`` or ``name:option=value,option=value``.
+        """Read ``name`` or ``name:option=value,option=value``; a scale given here is this variant's only one.
 
         Raises:
             UnknownMethodError, OptionError: as :func:`stiefel.get` raises them, or where an option has no value.
@@ -38,8 +41,9 @@ class Variant:
             if not equals:
                 raise OptionError(f"{text!r}: expected name:option=value,option=value")
             options[key] = literal(value)
-        get(name, **options)
-        return cls(name, tuple(sorted(options.items())))
+        method = get(name, **options)
+        usual = {f.name: f.default for f in fields(method)}
+        return cls(name, tuple(sorted((k, v) for k, v in options.items() if k == "scale" or v != usual[k])))
 
 
 def literal(text: str) -> Any:
@@ -55,7 +59,7 @@ class Plan:
     """The axes of a comparison.
 
     Args:
-        problem: the problem's name.
+        problem, digest: the problem's name, and the digest of its source.
         settings: one dictionary of the problem's factors per setting.
         variants: methods with options.
         scales: values of the option ``scale``.
@@ -66,6 +70,7 @@ class Plan:
     """
 
     problem: str
+    digest: str
     settings: tuple[dict[str, Any], ...]
     variants: tuple[Variant, ...]
     scales: tuple[Any, ...]
@@ -102,33 +107,36 @@ class Plan:
     def cost(self, tuned: Iterable[Record], higher_is_better: bool) -> list[RunSpec]:
         """One cost run for each setting and method, at the last scale's winning rate (a scale costs nothing)."""
         best = winners(tuned, higher_is_better)
-        cells = [cell for cell in self._cells() if cell.options["scale"] == self.scales[-1]]
+        cells = {(repr(cell.fields), cell.label): cell for cell in self._cells()}.values()
         return [
             replace(cell, lr=best.get(cell_key(cell), min(self.rates)), seed=FRESH, phase="final", kind="cost")
             for cell in cells
         ]
 
     def _cells(self) -> Iterator[RunSpec]:
-        for fields, scale, variant in itertools.product(self.settings, self.scales, self.variants):
-            options = {**dict(variant.options), "scale": scale}
-            yield RunSpec(
-                kind="quality",
-                phase="tuning",
-                problem=self.problem,
-                fields=fields,
-                method=variant.method,
-                options=options,
-                lr=0.0,
-                seed=0,
-                device=self.device,
-                dtype=self.dtype,
-            )
+        for setting, variant in itertools.product(self.settings, self.variants):
+            own = dict(variant.options)
+            for scale in (own["scale"],) if "scale" in own else self.scales:
+                yield RunSpec(
+                    kind="quality",
+                    phase="tuning",
+                    problem=self.problem,
+                    digest=self.digest,
+                    fields=setting,
+                    method=variant.method,
+                    options={**own, "scale": scale},
+                    lr=0.0,
+                    seed=0,
+                    device=self.device,
+                    dtype=self.dtype,
+                )
 
 
 def cell_key(spec: RunSpec) -> tuple[Any, ...]:
     """What the runs of one method in one setting share: all but rate, seed, phase and kind."""
     return (
         spec.problem,
+        spec.digest,
         tuple(sorted(spec.fields.items())),
         spec.method,
         tuple(sorted((k, str(v)) for k, v in spec.options.items())),
@@ -151,7 +159,7 @@ def winners(tuned: Iterable[Record], higher_is_better: bool) -> dict[tuple[Any, 
     for key, rates in scores.items():
         ranked = []
         for lr, records in rates.items():
-            good = [r for r in records if r.status in ("done", "target missed")]
+            good = [r for r in records if r.status in ENDED]
             if good:
                 mean = sum(r.summary["best_validation"] for r in good) / len(good)
                 ranked.append((len(good) / len(records), mean if higher_is_better else -mean, -lr))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import hashlib
 import importlib.util
 import inspect
 import sys
@@ -63,8 +65,8 @@ class Problem(ABC):
     scales: ClassVar[tuple[float | str, ...]] = (1.0, "relu")
     grid: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
     """Values of factors that a comparison spans unless told otherwise; other factors keep their default."""
-    budgets: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
-    """Named sets of field values, for ``--budget``."""
+    budgets: ClassVar[Mapping[str, Mapping[str, tuple[Any, ...]]]] = {}
+    """Named sets of values of factors, for ``--budget``."""
 
     @abstractmethod
     def make_model(self) -> nn.Module:
@@ -72,7 +74,7 @@ class Problem(ABC):
 
     @abstractmethod
     def make_data(self) -> Data:
-        """The data, the same for every run."""
+        """The data, the same for every run: the generators are seeded with a constant before."""
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """The training loss of a batch, without penalties. Default: cross-entropy."""
@@ -87,6 +89,12 @@ class Problem(ABC):
     def schedule(self, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler | None:
         """A learning-rate schedule stepped once per epoch, or None."""
         return None
+
+    @classmethod
+    def digest(cls) -> str:
+        """12 hexadecimal digits that change with the problem's source; comments and layout apart."""
+        source = Path(inspect.getfile(cls)).read_text(encoding="utf-8")
+        return hashlib.sha256(ast.unparse(ast.parse(source)).encode()).hexdigest()[:12]
 
     @property
     def name(self) -> str:
@@ -111,7 +119,7 @@ def load_problem(path: str | Path) -> type[Problem]:
     Raises:
         ProblemError: there is no such file, it fails on import, or it does not define exactly one problem.
     """
-    path = Path(path)
+    path = Path(path).resolve()
     if not path.is_file():
         raise ProblemError(f"there is no problem file {str(path)!r}; give a Python file that defines a stiefel Problem")
     name = _PREFIX + path.stem
@@ -122,6 +130,8 @@ def load_problem(path: str | Path) -> type[Problem]:
         )
     module = importlib.util.module_from_spec(spec)
     sys.modules[name] = module  # dataclasses look their module up
+    if str(path.parent) not in sys.path:
+        sys.path.insert(0, str(path.parent))  # a problem may import the network that stands beside it
     try:
         spec.loader.exec_module(module)
     except Exception as error:

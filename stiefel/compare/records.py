@@ -18,7 +18,8 @@ from stiefel.compare.spec import SCHEMA, RunSpec
 if TYPE_CHECKING:
     import pandas as pd
 
-STATUSES = ("done", "target missed", "diverged", "timeout", "error", "skipped")
+ENDED = ("done", "target missed")
+"""The statuses of a run that trained to its end; the others are diverged, timeout, error and skipped."""
 
 
 class RunFolder:
@@ -29,8 +30,9 @@ class RunFolder:
         self.spec = spec
 
     def start(self) -> None:
-        """Create the folder and drop what an interrupted attempt left in it."""
+        """Create the folder and drop what an earlier or interrupted attempt left in it."""
         self.path.mkdir(parents=True, exist_ok=True)
+        (self.path / "run.json").unlink(missing_ok=True)
         (self.path / "metrics.jsonl").write_text("")
 
     def append(self, row: dict[str, Any]) -> None:
@@ -57,6 +59,7 @@ class Record:
     reason: str | None
     summary: dict[str, Any]
     environment: dict[str, Any]
+    written: float = 0.0
 
     def metrics(self) -> list[dict[str, Any]]:
         """Its rows of measurements."""
@@ -71,7 +74,8 @@ def read(path: Path) -> Record | None:
         if raw["schema"] != SCHEMA:
             return None
         spec = RunSpec.from_dict(raw["spec"])
-        return Record(path, spec, raw["status"], raw["reason"], raw["summary"], raw["environment"])
+        written = (path / "run.json").stat().st_mtime
+        return Record(path, spec, raw["status"], raw["reason"], raw["summary"], raw["environment"], written)
     except (OSError, ValueError, KeyError, TypeError):
         return None
 

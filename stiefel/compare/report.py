@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import Counter
 from pathlib import Path
 
 import jinja2
@@ -20,15 +21,16 @@ def terminal_tables(summary: Summary) -> list[Table]:
     columns = (("lr", 5), (f"test {summary.metric} [95 %]", 20), ("worst\nerror", 6), ("steps to\ntarget", 8))
     tables = []
     for setting in summary.settings:
-        n = max((row.runs for row in setting.rows), default=0)
-        title = f"{_title(summary)} · {setting.title} · n = {n}"
+        title = f"{_title(summary)} · {setting.title}"
         out = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", pad_edge=False, collapse_padding=True)
         out.add_column("method", min_width=13, overflow="fold")
+        out.add_column("n", justify="right")
         for name, width in (*columns, ("step\ncost", 5), ("failed", 6)):
             out.add_column(name, justify="right", min_width=width)
         for row in setting.rows:
             out.add_row(
                 row.label,
+                str(row.test.n if row.test else 0),
                 rate(row),
                 str(row.test) if row.test else "every run failed",
                 f"{row.error_worst:.0e}",
@@ -80,17 +82,27 @@ def headline(summary: Summary, setting: Setting) -> tuple[str, str]:
     best, exact = setting.best(), setting.best(1e-6)
     if best is None or best.test is None:
         return setting.title, "every run of every method failed."
-    words = f"best {best.label}, test {summary.metric} {best.test}"
+    words = f"best {best.label}, test {summary.metric} {best.test}{_caution(best)}"
     if exact is None or exact.test is None:
         words += "; no method keeps ‖XXᵀ−I‖/√p ≤ 1e-6."
     elif exact is best:
         words += ", and it keeps ‖XXᵀ−I‖/√p ≤ 1e-6."
     else:
-        words += f"; best with ‖XXᵀ−I‖/√p ≤ 1e-6: {exact.label}, {exact.test}."
-    if summary.target is not None:
+        words += f"; best with ‖XXᵀ−I‖/√p ≤ 1e-6: {exact.label}, {exact.test}{_caution(exact)}."
+    if setting.target is not None:
         reached = sum(row.runs > 0 and math.isfinite(row.steps_to_target) for row in setting.rows)
-        words += f" {reached} of {len(setting.rows)} methods reach validation {summary.metric} {summary.target:g}."
+        words += f" {reached} of {len(setting.rows)} methods reach validation {summary.metric} {setting.target:g}."
     return setting.title, words
+
+
+def _caution(row: Row) -> str:
+    return f" (of {row.runs} runs {row.broken} did not train to the end)" if row.broken else ""
+
+
+def failure_lines(summary: Summary) -> list[str]:
+    """Why runs have no result, each reason once, with how many runs it cost."""
+    reasons = Counter((r.status, r.spec.label, r.reason) for r in summary.failures)
+    return [f"{label}: {n} {status}: {reason}" for (status, label, reason), n in reasons.most_common(8)]
 
 
 def ratio(summary: Summary, setting: Setting, row: Row) -> str:

@@ -19,12 +19,21 @@ from stiefel.attach import constrain, constrained_weights, optimizer, penalty, r
 from stiefel.compare.problem import Batch, Data, Problem, batches
 from stiefel.compare.records import RunFolder
 from stiefel.compare.spec import RunSpec
-from stiefel.errors import LayoutError
-from stiefel.measure.cost import StepClock, as_dict, gpu_cost, interleaved, peak_resident_bytes
+from stiefel.errors import LayoutError, OptimizerError, OptionError
+from stiefel.measure.cost import (
+    StepClock,
+    as_dict,
+    gpu_cost,
+    interleaved,
+    peak_allocated_bytes,
+    peak_resident_bytes,
+)
 from stiefel.measure.orthogonality import errors
 from stiefel.methods import control, get
 
 WARMUP, REPEATS = 20, 60
+UNSUPPORTED = (LayoutError, OptimizerError, OptionError)
+"""A method that cannot hold a layer, or be served by the optimizer, is skipped with the reason: nothing has failed."""
 
 
 class Training:
@@ -75,6 +84,12 @@ def seed_everything(seed: int) -> None:
     torch.manual_seed(seed)
 
 
+def load_data(problem: Problem) -> Data:
+    """The problem's data, the same in every run also where its loading draws from the global generators."""
+    seed_everything(0)
+    return problem.make_data()
+
+
 def to_device(data: Data, spec: RunSpec, device: torch.device) -> Data:
     """Move data to the run's device and its floating-point parts to the run's dtype."""
 
@@ -94,10 +109,10 @@ def run_quality(problem: Problem, spec: RunSpec, folder: RunFolder) -> dict[str,
         The record's ``status``, ``reason`` and ``summary``.
     """
     device = torch.device(spec.device)
-    data = to_device(problem.make_data(), spec, device)
+    data = to_device(load_data(problem), spec, device)
     try:
         training = Training(problem, spec, device)
-    except LayoutError as error:
+    except UNSUPPORTED as error:
         return {"status": "skipped", "reason": str(error), "summary": {}}
     schedule = problem.schedule(training.optimizer)
     order = torch.Generator().manual_seed(spec.seed)
@@ -151,20 +166,26 @@ def _conclude(
     problem: Problem, rows: list[dict[str, Any]], steps: int, seconds: float, diverged: str | None, device: torch.device
 ) -> dict[str, Any]:
     sign = 1 if problem.higher_is_better else -1
-    best = max(rows, key=lambda row: sign * row["validation"][problem.metric])
+    known = [row for row in rows if math.isfinite(row["validation"][problem.metric])]
+    if not known:
+        why = diverged or f"the validation {problem.metric} is never finite"
+        summary = {"metric": problem.metric, "target": problem.target, "higher_is_better": problem.higher_is_better}
+        return {"status": "diverged", "reason": why, "summary": summary}
+    best = max(known, key=lambda row: sign * row["validation"][problem.metric])
     value = best["validation"][problem.metric]
     reached = [
         r
-        for r in rows
+        for r in known
         if problem.target is not None and sign * r["validation"][problem.metric] >= sign * problem.target
     ]
+    status: str
+    reason: str | None
     if diverged:
         status, reason = "diverged", diverged
     elif problem.target is not None and not reached:
         status, reason = "target missed", f"best validation {problem.metric} {value:.4g}, target {problem.target:g}"
     else:
         status, reason = "done", None
-    gpu = {"gpu_peak_bytes": torch.cuda.max_memory_allocated(device)} if device.type == "cuda" else {}
     summary = {
         "metric": problem.metric,
         "target": problem.target,
@@ -180,7 +201,7 @@ def _conclude(
         "orthogonality_worst": max(row["orthogonality"]["worst"] for row in rows),
         "orthogonality_final": rows[-1]["orthogonality"]["worst"],
         "peak_resident_bytes": peak_resident_bytes(),
-        **gpu,
+        "gpu_peak_bytes": peak_allocated_bytes(device),
     }
     return {"status": status, "reason": reason, "summary": summary}
 
@@ -193,12 +214,12 @@ def run_cost(problem: Problem, spec: RunSpec, folder: RunFolder) -> dict[str, An
         share of the step that the constraint takes, and the GPU's fields or the reason why they are null.
     """
     device = torch.device(spec.device)
-    data = to_device(problem.make_data(), spec, device)
+    data = to_device(load_data(problem), spec, device)
     batch = next(iter(batches(data.train, problem.batch_size, torch.Generator().manual_seed(spec.seed))))
     control_spec = RunSpec.from_dict({**spec.to_dict(), "method": control(), "options": _common(spec.options)})
     try:
         trainings = {"control": Training(problem, control_spec, device), "method": Training(problem, spec, device)}
-    except LayoutError as error:
+    except UNSUPPORTED as error:
         return {"status": "skipped", "reason": str(error), "summary": {}}
     steps = {name: partial(training.step, batch) for name, training in trainings.items()}
     spreads = interleaved(steps, device, warmup=WARMUP, repeats=REPEATS)

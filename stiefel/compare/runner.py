@@ -10,6 +10,7 @@ import multiprocessing as mp
 import os
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable
@@ -37,8 +38,14 @@ class Job:
     timeout: float
 
 
-def execute(job: Job) -> Record:
-    """Run one job in a process of its own and return its record, whatever happens to the process."""
+def execute(job: Job, stopping: threading.Event | None = None) -> Record | None:
+    """Run one job in a process of its own and return its record, whatever happens to the process.
+
+    Once ``stopping`` is set nothing is started or recorded any more, and None is returned: what was interrupted has not
+    failed, and a later call runs it again.
+    """
+    if stopping is not None and stopping.is_set():
+        return None
     fresh = job.spec.device != "cpu" or job.spec.kind == "cost"
     context = mp.get_context("spawn" if fresh else "forkserver")
     if not fresh:
@@ -52,6 +59,8 @@ def execute(job: Job) -> Record:
     if late:
         _end(process)
     record = None if late else read(folder.path)
+    if record is None and stopping is not None and stopping.is_set():
+        return None
     if record is None:
         folder.finish(_post_mortem(process.exitcode, late, job.timeout), {})
         record = read(folder.path)
@@ -119,14 +128,17 @@ def run_all(
             records[job.spec.hash] = record
             on_done(record)
     executor: Executor
+    stopping = threading.Event()
     with ThreadPoolExecutor(workers) as executor:
-        futures = [executor.submit(execute, job) for job in missing]
+        futures = [executor.submit(execute, job, stopping) for job in missing]
         try:
             for future in as_completed(futures):
                 record = future.result()
+                assert record is not None, "only stopping leaves a run without a record"
                 records[record.spec.hash] = record
                 on_done(record)
         except BaseException:
+            stopping.set()
             executor.shutdown(wait=False, cancel_futures=True)
             for process in mp.active_children():
                 _end(process)

@@ -20,9 +20,10 @@ class RunSpec:
         kind: ``"quality"`` (train and measure) or ``"cost"`` (time steps beside the control).
         phase: ``"tuning"`` for runs that choose a learning rate, ``"final"`` for those that are reported.
         problem: the problem's name.
+        digest: of the problem's source, comments apart, so that another problem of that name is another run.
         fields: the problem's factors, by name.
         method: the method's name.
-        options: the method's options that differ from its defaults.
+        options: the scale, and the method's options that differ from its defaults.
         lr: learning rate.
         seed: of the start and the order of batches.
         device: ``"cpu"`` or ``"cuda"``.
@@ -32,6 +33,7 @@ class RunSpec:
     kind: str
     phase: str
     problem: str
+    digest: str
     fields: dict[str, Any]
     method: str
     options: dict[str, Any]
@@ -52,7 +54,7 @@ class RunSpec:
     @property
     def hash(self) -> str:
         """16 hexadecimal digits of the SHA-256 of the canonical JSON."""
-        canonical = json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"))
+        canonical = json.dumps(_canonical(self.to_dict()), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 
     @property
@@ -62,3 +64,12 @@ class RunSpec:
         shown = {k: v for k, v in self.options.items() if k != "scale" and not (k in usual and usual[k] == v)}
         changed = ",".join(f"{key}={value}" for key, value in sorted(shown.items()))
         return f"{self.method}:{changed}" if changed else self.method
+
+
+def _canonical(value: Any) -> Any:
+    """Equal numbers in one form: 1.0 and 1 are the same run."""
+    if isinstance(value, dict):
+        return {key: _canonical(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_canonical(item) for item in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value

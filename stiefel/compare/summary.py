@@ -1,6 +1,6 @@
 """From records to one row per method and setting: choice, scores with intervals, feasibility, cost, failures.
 
-Imports ``records``, ``plan``, pandas, numpy and scipy.
+Imports ``records``, ``plan``, ``spec``, ``methods``, pandas, numpy and scipy.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from stiefel.compare.plan import on_edge
-from stiefel.compare.records import Record
+from stiefel.compare.plan import cell_key, on_edge, winners
+from stiefel.compare.records import ENDED, Record
+from stiefel.compare.spec import RunSpec
 from stiefel.methods import control
 
 TOLERANCES = (1e-6, 1e-3)
 """Orthogonality errors ‖XXᵀ − I‖_F/√p, worst layer and moment, at which a method counts as feasible."""
-ENDED = ("done", "target missed")
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,13 @@ class Interval:
         return cls(mean, float(ci.low), float(ci.high), len(values))
 
     def __str__(self) -> str:
-        return f"{self.mean:.3f}" if self.low is None else f"{self.mean:.3f} [{self.low:.3f}, {self.high:.3f}]"
+        form = ".3f" if 0.01 <= abs(self.mean) < 100 else ".4g"
+        if self.low is None or self.high is None:
+            return f"{self.mean:{form}}"
+        width = self.high - self.low
+        if width > 0 and form == ".3f":  # as many decimals as tell the ends apart
+            form = f".{max(3, math.ceil(-math.log10(width)))}f"
+        return f"{self.mean:{form}} [{self.low:{form}}, {self.high:{form}}]"
 
 
 @dataclass(frozen=True)
@@ -69,6 +75,11 @@ class Row:
     tuning: tuple[Record, ...] = field(repr=False)
 
     @property
+    def broken(self) -> int:
+        """Reported runs that did not train to their end."""
+        return sum(record.status not in ENDED for record in self.final)
+
+    @property
     def feasible(self) -> float | None:
         """The tightest tolerance that its worst error meets, or None."""
         return next((tolerance for tolerance in TOLERANCES if self.error_worst <= tolerance), None)
@@ -86,6 +97,7 @@ class CostRow:
 
     label: str
     setting: str
+    fields: dict[str, Any]
     step: dict[str, float]
     control: dict[str, float]
     ratio: float
@@ -99,10 +111,15 @@ class Setting:
     """One point of the grid of factors and scale, with its rows, best first."""
 
     title: str
+    fields: dict[str, Any]
+    target: float | None
     rows: tuple[Row, ...]
 
     def best(self, tolerance: float | None = None) -> Row | None:
-        """The row with the best test metric, among those within an orthogonality tolerance where one is given."""
+        """The row with the best test metric, among those within an orthogonality tolerance where one is given.
+
+        A method some of whose runs did not train to their end comes after those whose every run did.
+        """
         candidates = (row for row in self.rows if row.test is not None)
         return next((r for r in candidates if tolerance is None or r.error_worst <= tolerance), None)
 
@@ -113,7 +130,7 @@ class Summary:
 
     problem: str
     metric: str
-    target: float | None
+    higher_is_better: bool
     settings: tuple[Setting, ...]
     cost: tuple[CostRow, ...]
     notes: tuple[str, ...]
@@ -133,33 +150,29 @@ class Summary:
     def step_ratio(self, setting: Setting, row: Row) -> float | None:
         """Step time as a multiple of the control's, from the cost run of the same method and factors."""
         for cost in self.cost:
-            if cost.label == row.label and (setting.title.startswith(cost.setting) or cost.setting == "default"):
+            if cost.label == row.label and cost.fields == setting.fields:
                 return cost.ratio
         return None
 
     @classmethod
     def of(cls, records: Sequence[Record]) -> Summary:
-        """Summarize the records of one problem on one device; others are left out, with a note."""
-        first = records[0].spec
-        kept = [r for r in records if (r.spec.problem, r.spec.device) == (first.problem, first.device)]
+        """Summarize the records of the problem that ran last, on its device; others are left out, with a note."""
+        last = max(records, key=lambda r: r.written).spec
+        kept = [r for r in records if _family(r.spec) == _family(last)]
         quality = [r for r in kept if r.spec.kind == "quality"]
         summaries = [r.summary for r in quality if r.summary]
         metric = summaries[0]["metric"] if summaries else "metric"
-        target = summaries[0]["target"] if summaries else None
         factors = _varying(kept)
         cells: dict[str, dict[str, list[Record]]] = defaultdict(lambda: defaultdict(list))
         for record in quality:
             cells[_title(record, factors)][record.spec.label].append(record)
         higher = not summaries or summaries[0].get("higher_is_better", True)
-        settings = tuple(
-            Setting(title, _sorted([_row(label, runs) for label, runs in methods.items()], higher))
-            for title, methods in sorted(cells.items())
-        )
+        settings = tuple(_setting(title, methods, higher) for title, methods in sorted(cells.items()))
         cost = tuple(_cost_row(r, kept, factors) for r in kept if r.spec.kind == "cost" and r.status == "done")
         failures = tuple(r for r in kept if r.status in ("error", "timeout", "skipped"))
         notes = _notes(records, kept, settings)
         order = sorted(cost, key=lambda c: (c.setting, c.ratio))
-        return cls(first.problem, metric, target, settings, tuple(order), notes, failures, tuple(kept))
+        return cls(last.problem, metric, higher, settings, tuple(order), notes, failures, tuple(kept))
 
 
 def _varying(records: Iterable[Record]) -> list[str]:
@@ -183,9 +196,23 @@ def _title(record: Record, factors: list[str], scale: bool = True) -> str:
     return ", ".join(parts) or "default"
 
 
-def _row(label: str, records: list[Record]) -> Row:
+def _family(spec: RunSpec) -> tuple[str, str, str]:
+    """What the records of one report share."""
+    return spec.problem, spec.digest, spec.device
+
+
+def _setting(title: str, methods: dict[str, list[Record]], higher_is_better: bool) -> Setting:
+    records = [record for runs in methods.values() for record in runs]
+    target = next((r.summary["target"] for r in records if r.summary), None)
+    rows = [_row(label, runs, higher_is_better) for label, runs in methods.items()]
+    return Setting(title, records[0].spec.fields, target, _sorted(rows, higher_is_better))
+
+
+def _row(label: str, records: list[Record], higher_is_better: bool) -> Row:
     tuning = [r for r in records if r.spec.phase == "tuning"]
-    final = [r for r in records if r.spec.phase == "final"]
+    chosen = winners(tuning, higher_is_better)
+    # Records of an earlier, smaller grid may hold final runs at a rate that has lost since.
+    final = [r for r in records if r.spec.phase == "final" and chosen.get(cell_key(r.spec), r.spec.lr) == r.spec.lr]
     ended = [r for r in final if r.status in ENDED]
     rates = sorted({r.spec.lr for r in tuning})
     lr = final[0].spec.lr if final else None
@@ -198,10 +225,10 @@ def _row(label: str, records: list[Record]) -> Row:
         lr=lr,
         edge=lr is not None and on_edge(lr, rates),
         test=Interval.of([r.summary["test_at_best"] for r in ended]) if ended else None,
-        error_worst=max((_number(r.summary.get("orthogonality_worst")) for r in final), default=math.inf),
-        error_final=max((_number(r.summary.get("orthogonality_final")) for r in final), default=math.inf),
-        steps_to_target=_median([_number(r.summary.get("steps_to_target")) for r in final]),
-        seconds_to_target=_median([_number(r.summary.get("seconds_to_target")) for r in final]),
+        error_worst=max((_value(r, "orthogonality_worst") for r in final), default=math.inf),
+        error_final=max((_value(r, "orthogonality_final") for r in final), default=math.inf),
+        steps_to_target=_median([_value(r, "steps_to_target") for r in final]),
+        seconds_to_target=_median([_value(r, "seconds_to_target") for r in final]),
         runs=len(final),
         failures=dict(failures),
         tuning_runs=len(tuning),
@@ -213,11 +240,14 @@ def _row(label: str, records: list[Record]) -> Row:
 
 def _sorted(rows: list[Row], higher_is_better: bool) -> tuple[Row, ...]:
     sign = -1 if higher_is_better else 1
-    return tuple(sorted(rows, key=lambda r: (r.test is None, sign * r.test.mean if r.test else 0.0, r.label)))
+    return tuple(
+        sorted(rows, key=lambda r: (r.test is None, r.broken > 0, sign * r.test.mean if r.test else 0.0, r.label))
+    )
 
 
-def _number(value: float | None) -> float:
-    """A failure counts as infinite."""
+def _value(record: Record, key: str) -> float:
+    """A number of a run's summary; infinite where the run did not train to its end, or never got there."""
+    value = record.summary.get(key) if record.status in ENDED else None
     return math.inf if value is None else float(value)
 
 
@@ -238,6 +268,7 @@ def _cost_row(record: Record, records: list[Record], factors: list[str]) -> Cost
     return CostRow(
         label=spec.label,
         setting=_title(record, factors, scale=False),
+        fields=spec.fields,
         step=summary["step_seconds"]["method"],
         control=summary["step_seconds"]["control"],
         ratio=summary["step_ratio"],
@@ -254,7 +285,10 @@ def _peak(records: list[Record]) -> float | None:
 def _notes(records: Sequence[Record], kept: Sequence[Record], settings: Sequence[Setting]) -> tuple[str, ...]:
     notes = []
     if len(kept) < len(records):
-        notes.append(f"{len(records) - len(kept)} records of another problem or device are left out of this report")
+        notes.append(
+            f"{len(records) - len(kept)} records are left out: of another problem, of an earlier source of this "
+            "one, or of another device"
+        )
     code = sorted({str(r.environment.get("commit") or r.environment.get("stiefel")) for r in kept if r.environment})
     if len(code) > 1:
         notes.append(f"these records come from {len(code)} versions of the code: {', '.join(code)}")
@@ -263,11 +297,10 @@ def _notes(records: Sequence[Record], kept: Sequence[Record], settings: Sequence
         notes.append(
             f"these records come from different machines, so their times do not compare: {', '.join(machines)}"
         )
-    edges = [f"{row.label} ({s.title})" for s in settings for row in s.rows if row.edge]
-    if edges:
-        notes.append(
-            f"the best learning rate is on the edge of the grid, a better one may lie outside: {'; '.join(edges)}"
-        )
+    edges = {s.title: [row.label for row in s.rows if row.edge] for s in settings}
+    where = "; ".join(f"{title}: {', '.join(labels)}" for title, labels in edges.items() if labels)
+    if where:
+        notes.append(f"* the best learning rate is on the edge of the grid, a better one may lie outside ({where})")
     return tuple(notes)
 
 

@@ -1,4 +1,4 @@
-"""The polar factor with a gradient that is finite and exact where singular values repeat. Imports only torch."""
+"""The polar factor with a gradient that is finite and exact where singular values repeat. Imports ``linalg``."""
 
 from __future__ import annotations
 

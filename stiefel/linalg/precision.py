@@ -1,26 +1,39 @@
-"""The context in which a constraint computes: no autocast, no TF32. Imports only torch."""
+"""The context in which a constraint computes: no autocast, no reduced-precision products. Imports only torch."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
 
 @contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
-    """Turn autocast and TF32 off on ``device``, and restore both.
+    """Turn autocast and reduced-precision float32 products off on ``device``, and restore what was.
 
     Autocast and TF32 leave an "orthonormal" matrix with a residual of 0.01 to 0.07 (bfloat16) or 3e-4 (TF32), and a
     dtype check cannot see it: a product under autocast can come back as float32 with bfloat16 accuracy.
     """
-    tf32 = device.type == "cuda" and torch.backends.cuda.matmul.allow_tf32
-    if tf32:
-        torch.backends.cuda.matmul.allow_tf32 = False
+    owner, attribute, exact = _switch(device)
+    before = getattr(owner, attribute)
+    if before != exact:
+        setattr(owner, attribute, exact)
     try:
         with torch.autocast(device.type, enabled=False):
             yield
     finally:
-        if tf32:
-            torch.backends.cuda.matmul.allow_tf32 = True
+        if before != exact:
+            setattr(owner, attribute, before)
+
+
+def _switch(device: torch.device) -> tuple[Any, str, Any]:
+    """Where the precision of float32 products on ``device`` is set, and the value for full precision.
+
+    ``fp32_precision`` where torch has it: reading the older ``allow_tf32`` is an error once the newer one was written.
+    """
+    products = torch.backends.cuda.matmul if device.type == "cuda" else getattr(torch.backends.mkldnn, "matmul", None)
+    if products is not None and hasattr(products, "fp32_precision"):
+        return products, "fp32_precision", "ieee"
+    return torch.backends.cuda.matmul, "allow_tf32", False

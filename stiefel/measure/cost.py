@@ -105,6 +105,11 @@ def peak_resident_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+def peak_allocated_bytes(device: torch.device) -> int | None:
+    """Peak memory allocated on a GPU by this process; None for other devices."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+
+
 def gpu_cost(device: torch.device, step: Callable[[], object], *, seconds: float = 3.0) -> dict[str, Any]:
     """Peak memory and energy per step on a GPU; nulls with the reason where there is none.
 
@@ -181,10 +186,12 @@ def _version(package: str) -> str | None:
 
 def _commit() -> str | None:
     """The commit of the code that runs, with ``+`` where the tree has changes; None outside a checkout."""
-    here = Path(__file__).parent
+    git = ["git", "-C", str(Path(__file__).parent)]
+    how: dict[str, Any] = {"capture_output": True, "text": True, "check": True, "timeout": 5}
     try:
-        ask = ["git", "-C", str(here), "describe", "--always", "--abbrev=12", "--dirty=+", "--exclude=*"]
-        return subprocess.run(ask, capture_output=True, text=True, check=True, timeout=5).stdout.strip() or None
+        subprocess.run([*git, "ls-files", "--error-unmatch", Path(__file__).name], **how)  # not the user's own checkout
+        describe = [*git, "describe", "--always", "--abbrev=12", "--dirty=+", "--exclude=*"]
+        return subprocess.run(describe, **how).stdout.strip() or None
     except (OSError, subprocess.SubprocessError):
         return None
 

@@ -39,6 +39,8 @@ def _refuse_plain_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any)
     riemannian = geoopt is not None and isinstance(optimizer, geoopt.optim.mixin.OptimMixin)
     for group in optimizer.param_groups:
         for p in group["params"]:
+            if p.grad is None:
+                continue  # it will not be stepped
             on_manifold = geoopt is not None and isinstance(p, geoopt.ManifoldTensor) and hasattr(p.manifold, "label")
             if (isinstance(p, SteppedParameter) and not lifted) or (on_manifold and not riemannian):
                 label = p.ownership.label if isinstance(p, SteppedParameter) else p.manifold.label

@@ -1,6 +1,6 @@
 """Lifting: any dense first-order optimizer, with a step method applied to its displacement.
 
-Imports ``constraint``, ``layout`` and the errors.
+Imports ``constraint``, ``layout``, ``linalg``, ``buckets`` and the errors.
 """
 
 from __future__ import annotations

@@ -65,7 +65,7 @@ class _Batched:
             group["step"] = group.get("step", 0) + 1
             for members in self._buckets(group):
                 self._move(group, members)
-            if group["stabilize"] is not None and group["step"] % group["stabilize"] == 0:
+            if group.get("stabilize") is not None and group["step"] % group["stabilize"] == 0:
                 self.stabilize_group(group)  # type: ignore[attr-defined]
         return loss
 

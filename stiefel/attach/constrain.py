@@ -1,4 +1,4 @@
-"""``constrain`` and ``release``: put a method on a module's weights and take it off. Imports ``methods``, ``optim`` and below."""
+"""``constrain`` and ``release``: put a method on a module's weights, take it off. Imports ``methods`` and ``optim``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which tensors of a module a call to ``constrain`` means, and how each is read. Imports ``attach.binding``, ``layout``, errors."""
+"""Which tensors of a module ``constrain`` means, and how each is read. Imports ``binding``, ``layout``, errors."""
 
 from __future__ import annotations
 

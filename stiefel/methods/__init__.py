@@ -1,6 +1,6 @@
 """The catalogue. Every file in this folder is one method; dropping a file here registers it.
 
-Imports ``constraint`` and the errors; a method's file imports ``linalg``, ``geometry``, ``constraint``, ``layout``, errors.
+Imports ``constraint`` and the errors. A method's file may import ``linalg``, ``geometry``, ``constraint``, ``layout``.
 """
 
 from __future__ import annotations

@@ -45,7 +45,10 @@ def _dispatch(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="stiefel", description="Compare orthogonality constraints on a network.")
     commands = parser.add_subparsers(dest="command", required=True)
     compare = commands.add_parser(
-        "compare", help="run a comparison and report it", description="Run a comparison; what has run is not run again."
+        "compare",
+        help="run a comparison and report it",
+        description="Run a comparison; what has run is not run again.",
+        epilog="stiefel compare FILE --help lists the options, and the factors of that file's problem.",
     )
     compare.add_argument("file", help="a Python file that defines a problem")
     report = commands.add_parser("report", help="report records", description="Report the records in folders.")

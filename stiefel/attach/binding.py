@@ -35,6 +35,11 @@ class Binding:
     position: int = 0
     steps: int = 0
 
+    @torch.no_grad()
+    def nearest(self, weight: Tensor) -> Tensor:
+        """The weight of the method's set nearest to a given one."""
+        return self.layout.weight(self.constraint.nearest(self.layout.points(weight), self.layout))
+
 
 class Reparametrized(nn.Module):
     """torch's parametrization of a weight by a method: ``weight = gain · s · method(proxy / s)``.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from stiefel.attach.binding import ConstrainedWeight, constrained_weights
-from stiefel.attach.constrain import take_over
+from stiefel.attach.hooks import take_over
 from stiefel.constraint import ManifoldMethod, Penalty, StepMethod
 from stiefel.errors import OptimizerError
 from stiefel.linalg import full_precision

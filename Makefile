@@ -5,12 +5,13 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
+METHODS ?= own riemannian soft unconstrained
 ARGS ?=
 
 .PHONY: compare test lint docs clean
 
 compare: .venv/.installed
-	$(BIN)/stiefel compare benchmarks/omdsm.py $(ARGS)
+	$(BIN)/stiefel compare benchmarks/omdsm.py --methods $(METHODS) $(ARGS)
 
 test: .venv/.installed
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 $(ARGS)

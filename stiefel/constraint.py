@@ -101,10 +101,6 @@ class Constraint(ABC):
         """The point of this method's set nearest to ``points``, where training starts: the polar factor."""
         return nearest_orthonormal(points)
 
-    def options(self) -> dict[str, Any]:
-        """All options with their values."""
-        return {f.name: getattr(self, f.name) for f in fields(self)}
-
     def __str__(self) -> str:
         changed = [f"{f.name}={getattr(self, f.name)!r}" for f in fields(self) if getattr(self, f.name) != f.default]
         return f"{self.name}({', '.join(changed)})" if changed else self.name

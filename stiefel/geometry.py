@@ -5,7 +5,6 @@ Pure functions of ``(*batch, p, n)`` tensors with orthonormal rows; imports only
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,8 +14,6 @@ from stiefel.linalg import cayley_step, nearest_orthonormal, polar, qf, skew, sy
 
 if TYPE_CHECKING:
     from jaxtyping import Float
-
-Retraction = Callable[[Tensor, Tensor], Tensor]
 
 
 def project_tangent(x: Float[Tensor, "*batch p n"], u: Float[Tensor, "*batch p n"]) -> Float[Tensor, "*batch p n"]:

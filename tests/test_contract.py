@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from common import Projection, registered
 from torch import Tensor, nn
 
 import stiefel
@@ -1033,19 +1034,6 @@ def test_a_schedule_may_be_any_callable_object() -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Projection(stiefel.StepMethod):
-    """X ← polar(X + U)."""
-
-    name = "test_projection"
-    summary = "project after the step"
-    reference = "none"
-    feasible = True
-
-    def step(self, x: Tensor, displacement: Tensor, lr: float) -> Tensor:
-        return self.nearest(x + displacement, None)
-
-
-@dataclass(frozen=True, kw_only=True)
 class Proxy(stiefel.Reparameterization):
     """Rows divided by their norms: starts on the set, and leaves it."""
 
@@ -1067,14 +1055,6 @@ class Trace(stiefel.Penalty):
 
     def penalty(self, x: Tensor) -> Tensor:
         return (x.square().sum(dim=(-2, -1)) - x.shape[-2]).square()
-
-
-def registered(cls: type[stiefel.Constraint]) -> Iterator[str]:
-    stiefel.register(cls)
-    try:
-        yield cls.name
-    finally:
-        del stiefel.methods._CATALOGUE[cls.name]
 
 
 @pytest.fixture

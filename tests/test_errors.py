@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from common import Projection, registered
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -349,26 +350,9 @@ def test_a_fault_in_the_last_weight_leaves_the_first_alone() -> None:
 # --- optimizers ---
 
 
-@dataclass(frozen=True, kw_only=True)
-class Projection(stiefel.StepMethod):
-    """X ← polar(X + U)."""
-
-    name = "test_projection"
-    summary = "project after the step"
-    reference = "none"
-    feasible = True
-
-    def step(self, x: Tensor, displacement: Tensor, lr: float) -> Tensor:
-        return self.nearest(x + displacement, None)
-
-
 @pytest.fixture
 def projection() -> Iterator[str]:
-    stiefel.register(Projection)
-    try:
-        yield Projection.name
-    finally:
-        del stiefel.methods._CATALOGUE[Projection.name]
+    yield from registered(Projection)
 
 
 STEPPED = ["riemannian", Projection.name]

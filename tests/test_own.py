@@ -5,19 +5,11 @@ import math
 import pytest
 import scipy.linalg
 import torch
+from common import LAYERS
 from torch import nn
 
 import stiefel
-from stiefel.layout import Layout
 
-LAYERS = {
-    "wide": (lambda: nn.Linear(9, 4), Layout((4, 9))),
-    "tall": (lambda: nn.Linear(4, 9), Layout((9, 4))),
-    "square": (lambda: nn.Linear(5, 5), Layout((5, 5))),
-    "conv": (lambda: nn.Conv2d(3, 6, 3), Layout((6, 3, 3, 3))),
-    "grouped": (lambda: nn.Conv2d(4, 6, 3, groups=2), Layout((6, 2, 3, 3), blocks=2)),
-    "transposed": (lambda: nn.ConvTranspose2d(4, 6, 2, groups=2), Layout((4, 3, 2, 2), blocks=2, transposed=True)),
-}
 SCALES = [0.5, 1.0, math.sqrt(2), 3.0]
 
 

@@ -65,47 +65,36 @@ def test_first_snippet_runs_word_for_word(method):
     assert "worst" in done.stdout
 
 
-def test_problem_snippet_runs_word_for_word(tmp_path):
-    (tmp_path / "my_problem.py").write_text(snippets()[1])
+def compare(folder, source, *arguments):
+    """Compare on a problem file with this source, in a folder, quickly."""
+    (folder / "my_problem.py").write_text(source)
     command = [
         sys.executable,
         "-m",
         "stiefel",
         "compare",
         "my_problem.py",
-        "--epochs",
-        "4",
         "--lr",
         "0.1",
         "--seeds",
         "1",
+        "--scale",
+        "1",
     ]
-    command += ["--scale", "1", "--methods", "own", "soft", "--no-cost", "--jobs", "1"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    command += ["--no-cost", "--jobs", "1", *arguments]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_problem_snippet_runs_word_for_word(tmp_path):
+    compare(tmp_path, snippets()[1], "--epochs", "4", "--methods", "own", "soft")
     assert (tmp_path / "runs" / "report.html").is_file()
 
 
 def test_the_template_of_a_method_works_from_a_file_of_ones_own(tmp_path):
     # Registered in the problem's file, a method is known to the driver and to every run's own process.
     (template,) = re.findall(r"```python\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), flags=re.S)
-    (tmp_path / "my_problem.py").write_text(template + "\n\n" + snippets()[1])
-    command = [
-        sys.executable,
-        "-m",
-        "stiefel",
-        "compare",
-        "my_problem.py",
-        "--epochs",
-        "2",
-        "--lr",
-        "0.1",
-        "--seeds",
-        "1",
-    ]
-    command += ["--scale", "1", "--methods", "projection", "--jobs", "1", "--no-cost"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+    compare(tmp_path, template + "\n\n" + snippets()[1], "--epochs", "2", "--methods", "projection")
     assert "projection" in (tmp_path / "runs" / "summary.csv").read_text()
 
 

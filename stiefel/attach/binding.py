@@ -12,6 +12,7 @@ from torch.nn.utils import parametrize
 from stiefel.constraint import Constraint, Reparameterization
 from stiefel.errors import WeightError
 from stiefel.layout import Layout
+from stiefel.linalg import EXACT_DTYPES
 
 _ATTRIBUTE = "_stiefel"
 
@@ -64,7 +65,7 @@ class Reparametrized(nn.Module):
         """
         method, layout = self.binding.constraint, self.binding.layout
         assert isinstance(method, Reparameterization)
-        if proxy.dtype not in (torch.float32, torch.float64):
+        if proxy.dtype not in EXACT_DTYPES:
             raise WeightError(
                 f"weight '{self.binding.label}' is {proxy.dtype}, in which it cannot be orthogonal; keep the "
                 "model in float32 and use torch.autocast, or stiefel.release(model) before converting it"

@@ -1,4 +1,4 @@
-"""Which tensors of a module ``constrain`` means, and how each is read. Imports ``binding``, ``layout``, errors."""
+"""Which tensors of a module ``constrain`` means, and how each is read. Imports ``binding`` and below."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from torch.nn.utils import parametrize
 from stiefel.attach.binding import bindings_of
 from stiefel.errors import LayoutError, SelectionError, WeightError, nearest_names
 from stiefel.layout import Layout
+from stiefel.linalg import EXACT_DTYPES
 
 Layers = str | Iterable[str] | Callable[[str, nn.Module], bool] | None
 
@@ -237,7 +238,7 @@ def _check_weight(name: str, parameter: torch.Tensor) -> None:
         )
     if parameter.numel() == 0:
         raise WeightError(f"weight '{name}' has shape {tuple(parameter.shape)} and no entries; exclude it")
-    if parameter.dtype not in (torch.float32, torch.float64):
+    if parameter.dtype not in EXACT_DTYPES:
         raise WeightError(
             f"weight '{name}' is {parameter.dtype}; constraints hold in torch.float32 or torch.float64 only. Keep the "
             "weights in float32, as in model.float(), and use torch.autocast for speed"

@@ -157,8 +157,8 @@ def _compare(args: argparse.Namespace, problem: Any) -> int:
     )
     workers = args.jobs or (runner.available_cores() if args.device == "cpu" else 1)
     threads = max(1, runner.available_cores() // workers)
-    finals = len(plan.settings) * len(plan.scales) * len(plan.variants) * plan.seeds
-    costs = 0 if args.no_cost else len(plan.settings) * len(plan.variants)
+    finals = len(list(plan.cells())) * plan.seeds
+    costs = 0 if args.no_cost else len(plan.timed())
     print(
         f"{plan.problem}: methods {len(plan.variants)} × settings {len(plan.settings)} × scales {len(plan.scales)} × "
         f"learning rates {len(plan.rates)}\n{len(plan.tuning())} tuning runs, then {finals} with fresh seeds, "
@@ -166,7 +166,7 @@ def _compare(args: argparse.Namespace, problem: Any) -> int:
     )
     if args.dry_run:
         return 0
-    _check(settings, plan)
+    _check(settings)
     args.out.mkdir(parents=True, exist_ok=True)
 
     def jobs(specs: list[Any], threads: int) -> list[runner.Job]:
@@ -200,7 +200,7 @@ def _compare(args: argparse.Namespace, problem: Any) -> int:
     return _report([args.out], None, {record.spec.hash for record in records})
 
 
-def _check(settings: list[Any], plan: Any) -> None:
+def _check(settings: list[Any]) -> None:
     """Fail before the first run where every run would: data that cannot be loaded, a model that cannot be built."""
     from stiefel.attach import constrain
     from stiefel.compare.run import load_data

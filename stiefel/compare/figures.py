@@ -11,7 +11,8 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
 
-from stiefel.compare.summary import ENDED, TOLERANCES, Setting, Summary
+from stiefel.compare.records import ENDED
+from stiefel.compare.summary import TOLERANCES, Setting, Summary
 
 # Okabe and Ito's palette, distinguishable in all common forms of colour blindness; line styles tell the rest.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C8C00", "#7F7F7F")

@@ -88,8 +88,8 @@ class Plan:
     def tuning(self) -> list[RunSpec]:
         """Every setting × scale × method × learning rate × tuning seed."""
         return [
-            replace(cell, lr=lr, seed=seed, phase="tuning", kind="quality")
-            for cell in self._cells()
+            replace(cell, lr=lr, seed=seed)
+            for cell in self.cells()
             for lr in self.rates
             for seed in range(self.tuning_seeds)
         ]
@@ -98,8 +98,8 @@ class Plan:
         """The winner of each cell again, with fresh seeds; a cell whose every tuning run failed has none."""
         best = winners(tuned, higher_is_better)
         return [
-            replace(cell, lr=best[cell_key(cell)], seed=FRESH + seed, phase="final", kind="quality")
-            for cell in self._cells()
+            replace(cell, lr=best[cell_key(cell)], seed=FRESH + seed, phase="final")
+            for cell in self.cells()
             if cell_key(cell) in best
             for seed in range(self.seeds)
         ]
@@ -107,13 +107,17 @@ class Plan:
     def cost(self, tuned: Iterable[Record], higher_is_better: bool) -> list[RunSpec]:
         """One cost run for each setting and method, at the last scale's winning rate (a scale costs nothing)."""
         best = winners(tuned, higher_is_better)
-        cells = {(repr(cell.fields), cell.label): cell for cell in self._cells()}.values()
         return [
             replace(cell, lr=best.get(cell_key(cell), min(self.rates)), seed=FRESH, phase="final", kind="cost")
-            for cell in cells
+            for cell in self.timed()
         ]
 
-    def _cells(self) -> Iterator[RunSpec]:
+    def timed(self) -> list[RunSpec]:
+        """The cells whose cost is measured: the last scale of each setting and method."""
+        return list({(repr(cell.fields), cell.label): cell for cell in self.cells()}.values())
+
+    def cells(self) -> Iterator[RunSpec]:
+        """Every setting × method × scale, as a tuning run without its rate and seed."""
         for setting, variant in itertools.product(self.settings, self.variants):
             own = dict(variant.options)
             for scale in (own["scale"],) if "scale" in own else self.scales:

@@ -48,10 +48,7 @@ class Training:
         seed_everything(spec.seed)
         model = problem.make_model().to(device, getattr(torch, spec.dtype))
         where = {"layers": problem.layers, "exclude": problem.exclude}
-        start = {key: value for key, value in spec.options.items() if key in ("scale", "group_size")}
-        if start.get("scale") == "learnable":
-            start["scale"] = 1.0
-        release(constrain(model, control(), **where, **start))
+        release(constrain(model, control(), **where, **control_options(spec.options)))
         self.model = constrain(model, get(spec.method, **spec.options), **where)
         self.optimizer = optimizer(self.model, problem.optimizer, lr=spec.lr, **problem.hyper)
 
@@ -75,6 +72,12 @@ class Training:
     def finite(self) -> bool:
         """Whether every parameter still is."""
         return all(bool(torch.isfinite(p).all()) for p in self.model.parameters())
+
+
+def control_options(options: dict[str, Any]) -> dict[str, Any]:
+    """The control's options beside a method's: the same set, at the scale where a learnable one starts."""
+    shared = {key: value for key, value in options.items() if key in ("scale", "group_size")}
+    return {**shared, "scale": 1.0} if shared.get("scale") == "learnable" else shared
 
 
 def seed_everything(seed: int) -> None:
@@ -216,7 +219,7 @@ def run_cost(problem: Problem, spec: RunSpec, folder: RunFolder) -> dict[str, An
     device = torch.device(spec.device)
     data = to_device(load_data(problem), spec, device)
     batch = next(iter(batches(data.train, problem.batch_size, torch.Generator().manual_seed(spec.seed))))
-    control_spec = RunSpec.from_dict({**spec.to_dict(), "method": control(), "options": _common(spec.options)})
+    control_spec = RunSpec.from_dict({**spec.to_dict(), "method": control(), "options": control_options(spec.options)})
     try:
         trainings = {"control": Training(problem, control_spec, device), "method": Training(problem, spec, device)}
     except UNSUPPORTED as error:
@@ -234,11 +237,6 @@ def run_cost(problem: Problem, spec: RunSpec, folder: RunFolder) -> dict[str, An
         **gpu_cost(device, steps["method"]),
     }
     return {"status": "done", "reason": None, "summary": summary}
-
-
-def _common(options: dict[str, Any]) -> dict[str, Any]:
-    """The options that every method has, for the control."""
-    return {key: value for key, value in options.items() if key == "scale" and value != "learnable"}
 
 
 KINDS = {"quality": run_quality, "cost": run_cost}

@@ -22,7 +22,6 @@ from typing import Any
 from stiefel.compare.records import Record, RunFolder, read
 from stiefel.compare.spec import RunSpec
 
-_PRELOAD = ["stiefel.compare.preload"]
 _GRACE = 5.0  # seconds between asking a process to end and killing it
 
 
@@ -47,10 +46,8 @@ def execute(job: Job, stopping: threading.Event | None = None) -> Record | None:
     if stopping is not None and stopping.is_set():
         return None
     fresh = job.spec.device != "cpu" or job.spec.kind == "cost"
-    context = mp.get_context("spawn" if fresh else "forkserver")
-    if not fresh:
-        context.set_forkserver_preload(_PRELOAD)
-    process = context.Process(target=_child, args=(job,), name=job.spec.hash, daemon=True)  # type: ignore[attr-defined]
+    context: Any = mp.get_context("spawn") if fresh else _server()
+    process = context.Process(target=_child, args=(job,), name=job.spec.hash, daemon=True)
     folder = RunFolder(job.root, job.spec)
     folder.start()
     process.start()
@@ -150,9 +147,14 @@ def start_server() -> None:
     """Start the server that CPU runs are forked from, so that its imports overlap with the driver's own."""
     from multiprocessing import forkserver
 
-    context = mp.get_context("forkserver")
-    context.set_forkserver_preload(_PRELOAD)
+    _server()
     forkserver.ensure_running()
+
+
+def _server() -> Any:
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(["stiefel.compare.preload"])
+    return context
 
 
 def elapsed(start: float) -> str:

@@ -9,6 +9,7 @@ import math
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -137,9 +138,9 @@ class Summary:
     failures: tuple[Record, ...]
     records: tuple[Record, ...] = field(repr=False)
 
-    @property
+    @cached_property
     def labels(self) -> list[str]:
-        """All methods, in the catalogue's order: the order of colours."""
+        """All methods by name: the order of colours."""
         return sorted({record.spec.label for record in self.records})
 
     @property

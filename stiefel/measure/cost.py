@@ -125,7 +125,7 @@ def gpu_cost(device: torch.device, step: Callable[[], object], *, seconds: float
     torch.cuda.reset_peak_memory_stats(device)
     step()
     torch.cuda.synchronize(device)
-    fields["gpu_peak_bytes"] = torch.cuda.max_memory_allocated(device)
+    fields["gpu_peak_bytes"] = peak_allocated_bytes(device)
     fields["gpu_reserved_bytes"] = torch.cuda.max_memory_reserved(device)
     try:
         import pynvml

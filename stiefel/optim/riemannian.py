@@ -17,7 +17,7 @@ from torch import Tensor
 from stiefel._geoopt import geoopt
 from stiefel.errors import OptimizerError
 from stiefel.geometry import project_tangent
-from stiefel.linalg import full_precision
+from stiefel.linalg import EXACT_DTYPES, full_precision
 from stiefel.manifold import StiefelWeight
 from stiefel.optim.buckets import bucket, stack, unstack
 
@@ -32,15 +32,13 @@ class _Batched:
     _stabilize = None  # geoopt keeps it on the instance only, where a copy or a pickle loses it
 
     def __init__(self, params: Any, lr: float = 1e-3, **hyper: Any) -> None:
-        foreach = {"foreach": hyper.pop("foreach")} if "foreach" in hyper else {}  # harmless: the batches are our own
-        unsupported = {option: hyper.pop(option) for option in _UNSUPPORTED if option in hyper}
-        self._refuse(unsupported)
+        self._refuse(hyper)
+        # What is left of these is off; foreach asks for batches, which these optimizers always use.
+        hyper = {option: value for option, value in hyper.items() if option not in (*_UNSUPPORTED, "foreach")}
         try:
             super().__init__(params, lr=lr, **hyper)  # type: ignore[call-arg]
         except TypeError as error:
-            raise OptimizerError(
-                f"{type(self).__name__} refuses its options {sorted(foreach | hyper)}: {error}"
-            ) from error
+            raise OptimizerError(f"{type(self).__name__} refuses its options {sorted(hyper)}: {error}") from error
 
     def _refuse(self, options: dict[str, Any]) -> None:
         for option in _UNSUPPORTED:
@@ -82,7 +80,7 @@ class _Batched:
             if p.grad.is_sparse:
                 raise OptimizerError(f"{type(self).__name__} does not support sparse gradients")
             manifold = _manifold(p)
-            if manifold is not None and p.dtype not in (torch.float32, torch.float64):
+            if manifold is not None and p.dtype not in EXACT_DTYPES:
                 raise OptimizerError(
                     f"weight '{manifold.label}' is {p.dtype}: no retraction holds in that precision; keep the model in "
                     "float32 and train under torch.autocast"

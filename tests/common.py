@@ -1,0 +1,40 @@
+"""What several test files share: layers with the layouts they have, and a step method of a user's own."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+import stiefel
+from stiefel.layout import Layout
+
+LAYERS = {
+    "wide": (lambda: nn.Linear(9, 4), Layout((4, 9))),
+    "tall": (lambda: nn.Linear(4, 9), Layout((9, 4))),
+    "square": (lambda: nn.Linear(5, 5), Layout((5, 5))),
+    "conv": (lambda: nn.Conv2d(3, 6, 3), Layout((6, 3, 3, 3))),
+    "grouped": (lambda: nn.Conv2d(4, 6, 3, groups=2), Layout((6, 2, 3, 3), blocks=2)),
+    "transposed": (lambda: nn.ConvTranspose2d(4, 6, 2, groups=2), Layout((4, 3, 2, 2), blocks=2, transposed=True)),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Projection(stiefel.StepMethod):
+    """X ← polar(X + U)."""
+
+    name = "test_projection"
+    summary = "project after the step"
+    reference = "none"
+    feasible = True
+
+    def step(self, x: Tensor, displacement: Tensor, lr: float) -> Tensor:
+        return self.nearest(x + displacement, None)
+
+
+def registered(cls: type[stiefel.Constraint]) -> Iterator[str]:
+    """Register a method while a fixture is in use; yields its name."""
+    stiefel.register(cls)
+    try:
+        yield cls.name
+    finally:
+        del stiefel.methods._CATALOGUE[cls.name]

@@ -6,10 +6,12 @@ loss = F.cross_entropy(model(x), y) + stiefel.penalty(model)
 print(stiefel.report(model))
 """
 
-from stiefel.attach import constrain, optimizer, penalty, release
-from stiefel.constraint import Constraint, ManifoldMethod, Penalty, Reparameterization, StepMethod
+from stiefel import nn
+from stiefel.attach import constrain, optimizer, penalty, project, release
+from stiefel.constraint import Claim, Constraint, ManifoldMethod, Penalty, Reparameterization, StepMethod
 from stiefel.errors import (
     DataError,
+    DivergenceError,
     LayoutError,
     OptimizerError,
     OptionError,
@@ -25,8 +27,10 @@ from stiefel.methods import available, get, register
 __version__ = "0.1.0"
 
 __all__ = [
+    "Claim",
     "Constraint",
     "DataError",
+    "DivergenceError",
     "LayoutError",
     "ManifoldMethod",
     "OptimizerError",
@@ -43,8 +47,10 @@ __all__ = [
     "available",
     "constrain",
     "get",
+    "nn",
     "optimizer",
     "penalty",
+    "project",
     "register",
     "release",
     "report",

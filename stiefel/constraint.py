@@ -12,24 +12,55 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from numbers import Real
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import torch
 from torch import Tensor
 
 from stiefel.errors import LayoutError, OptionError
 from stiefel.layout import Layout
-from stiefel.linalg import nearest_orthonormal
+from stiefel.linalg import EXACT_DTYPES, nearest_orthonormal
 
 if TYPE_CHECKING:
     import geoopt
-    from jaxtyping import Float
+    from jaxtyping import Bool, Float
 
 Schedule = float | Callable[[int], float]
 
 RELU_SCALE = math.sqrt(2.0)
+ROUNDING = 64
+"""What counts as rounding in ‖XXᵀ − I‖_F/√p, in units of the dtype's epsilon: 8e-6 in float32, 1e-14 in float64."""
+
+
+def is_count(value: object) -> bool:
+    """Whether an option's value is a whole number of at least 1 (and not True)."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+@dataclass(frozen=True)
+class Claim:
+    """How orthogonal a method keeps a weight, and under which training: what the conformance tests hold it to.
+
+    Args:
+        bound: largest ‖XXᵀ − I‖_F of any matrix, beyond rounding; 0 where the weight is on the set.
+        rates: smallest and largest learning rate, at gradients of unit norm, for which it holds.
+        optimizers: names of the base optimizers for which it holds; empty for all that the method can have.
+    """
+
+    bound: float = 0.0
+    rates: tuple[float, float] = (0.0, math.inf)
+    optimizers: tuple[str, ...] = ()
+
+    def allows(self, residual: float, dtype: torch.dtype, p: int = 1) -> bool:
+        """Whether a residual ‖XXᵀ − I‖_F/√p of p rows is within the claim."""
+        return residual <= self.bound / p**0.5 + ROUNDING * torch.finfo(dtype).eps
+
+    def __str__(self) -> str:
+        bound = "to rounding" if self.bound == 0 else f"≤ {self.bound:g}"
+        return bound if self.rates[1] == math.inf else f"{bound}, rates ≤ {self.rates[1]:g}"
 
 
 def is_number(value: object) -> bool:
@@ -56,9 +87,19 @@ class Constraint(ABC):
     summary: ClassVar[str]
     reference: ClassVar[str]
     place: ClassVar[str]
-    feasible: ClassVar[bool] = False
-    """Whether the weight is on the set, to rounding, after every step."""
+    claim: ClassVar[Claim | None] = None
+    """How orthogonal the weight stays; None where the method promises nothing."""
+    real_only: ClassVar[bool] = False
+    """Whether complex weights (unitary constraints) are beyond the method."""
     can_learn_scale: ClassVar[bool] = False
+    step_length: ClassVar[bool] = False
+    """Whether a step is lr long whatever the gradient's size, so that it converges only as lr goes to zero."""
+    caveat: ClassVar[str] = ""
+    """Why training may stop short of an optimum that the method's set contains; empty where nothing is known."""
+    thin: ClassVar[bool] = True
+    """Whether nothing n×n is built for a p×n matrix with p far below n."""
+    tuning: ClassVar[Mapping[str, Sequence[Any]]] = {}
+    """Values of the method's own options that a comparison may try, beside learning rates."""
     comparison: ClassVar[Mapping[str, Any]] = {}
     """Options that a comparison sets unless told otherwise, so that all methods optimize over the same set."""
 
@@ -74,7 +115,7 @@ class Constraint(ABC):
         elif not (is_number(self.scale) and self.scale > 0):
             raise OptionError(f"scale={self.scale!r}: expected a positive number, 'relu' or 'learnable'")
         size = self.group_size
-        if size is not None and (isinstance(size, bool) or not isinstance(size, int) or size < 1):
+        if size is not None and not is_count(size):
             raise OptionError(f"group_size={size!r}: expected a positive whole number or None")
 
     @property
@@ -88,6 +129,21 @@ class Constraint(ABC):
     def coefficients(self) -> tuple[float, float] | None:
         """(a, b) of one small SGD step, ``ΔW = −lr [a skew(GXᵀ)X + b G(I − XᵀX)]``; None where it is not tangent."""
         return None
+
+    @property
+    def feasible(self) -> bool:
+        """Whether the weight is on the set, to rounding, after every step."""
+        return self.claim is not None and self.claim.bound == 0
+
+    @property
+    def lifts(self) -> bool:
+        """Whether the optimizer hands its displacement to the method, which then moves the weight itself."""
+        return False
+
+    @property
+    def dtypes(self) -> tuple[torch.dtype, ...]:
+        """The precisions and fields of weights that the method can hold."""
+        return tuple(d for d in EXACT_DTYPES if not (self.real_only and d.is_complex))
 
     def check(self, layout: Layout) -> None:
         """Raise :class:`LayoutError` where this method cannot hold a weight of that layout."""
@@ -113,14 +169,29 @@ class Control(Constraint):
 
 
 class Reparameterization(Constraint):
-    """Acts in the forward pass: the weight is a function of a proxy parameter."""
+    """Acts in the forward pass: the weight is a function of a proxy parameter.
+
+    Where the function has more to it than the proxy (the point from which a trivialization starts, a row's gain),
+    :meth:`start` names those tensors, and :meth:`forward` gets them back by name.
+    """
 
     place = "forward"
     can_learn_scale = True
 
     @abstractmethod
-    def forward(self, proxy: Float[Tensor, "b p n"], layout: Layout) -> Float[Tensor, "b p n"]:
+    def forward(
+        self, proxy: Float[Tensor, "b p n"], layout: Layout, *args: Any, **parts: Any
+    ) -> Float[Tensor, "b p n"]:
         """The constrained matrix of a proxy."""
+
+    def start(self, x: Float[Tensor, "b p n"], layout: Layout) -> tuple[Float[Tensor, "b p n"], dict[str, Tensor]]:
+        """The proxy whose weight is X, and what :meth:`forward` needs beside it.
+
+        Returns:
+            The proxy, by default X itself, and tensors by name: an ``nn.Parameter`` is trained, any other is kept as a
+            buffer. Each becomes a keyword argument of :meth:`forward`.
+        """
+        return x, {}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,9 +200,12 @@ class Penalty(Constraint):
 
     Args:
         strength: λ ≥ 0, or a callable of the number of optimizer steps taken so far.
+        decoupled: act in the step instead, ``X ← X + U − lr · strength · ∇Φ(X)``, out of reach of the base optimizer's
+            momentum and second moments, as decoupled weight decay is. Under plain SGD it is the same.
     """
 
     strength: Schedule = 0.1
+    decoupled: bool = False
 
     place = "loss"
 
@@ -139,6 +213,13 @@ class Penalty(Constraint):
         super().__post_init__()
         if not callable(self.strength) and not (is_number(self.strength) and self.strength >= 0):
             raise OptionError(f"strength={self.strength!r}: expected a number ≥ 0 or a callable of the step")
+        if not isinstance(self.decoupled, bool):
+            raise OptionError(f"decoupled={self.decoupled!r}: expected True or False")
+
+    @property
+    def lifts(self) -> bool:
+        """Where the penalty is decoupled."""
+        return self.decoupled
 
     def strength_at(self, step: int) -> float:
         """λ after ``step`` optimizer steps.
@@ -154,8 +235,17 @@ class Penalty(Constraint):
         return value
 
     @abstractmethod
-    def penalty(self, x: Float[Tensor, "b p n"]) -> Float[Tensor, " b"]:
-        """Φ of each matrix, before strength and scale."""
+    def penalty(self, x: Float[Tensor, "b p n"], layout: Layout) -> Float[Tensor, " b"]:
+        """Φ of each matrix, before strength and scale; several weights of one layout may come as one batch."""
+
+    def step(
+        self, x: Float[Tensor, "b p n"], displacement: Float[Tensor, "b p n"], rate: float, layout: Layout
+    ) -> Float[Tensor, "b p n"]:
+        """The decoupled form: the base optimizer's step, and one of length ``rate = lr · strength`` down Φ at X."""
+        with torch.enable_grad():
+            leaf = x.detach().requires_grad_()
+            (gradient,) = torch.autograd.grad(self.penalty(leaf, layout).sum(), leaf)
+        return x + displacement - rate * gradient
 
 
 class StepMethod(Constraint):
@@ -163,18 +253,26 @@ class StepMethod(Constraint):
 
     place = "step"
 
+    @property
+    def lifts(self) -> bool:
+        """Always."""
+        return True
+
     @abstractmethod
     def step(
         self, x: Float[Tensor, "b p n"], displacement: Float[Tensor, "b p n"], lr: float
-    ) -> Float[Tensor, "b p n"]:
-        """The next point, given where the base optimizer would have moved: X + displacement."""
+    ) -> Float[Tensor, "b p n"] | tuple[Float[Tensor, "b p n"], Bool[Tensor, " b"]]:
+        """The next point, given where the base optimizer would have moved: X + displacement.
+
+        A method that shortens steps returns also which matrices it did that for; the report counts them.
+        """
 
 
 class ManifoldMethod(Constraint):
     """Acts on the step through geoopt: the weight becomes a ``geoopt.ManifoldParameter``."""
 
     place = "step"
-    feasible = True
+    claim = Claim()
 
     @abstractmethod
     def manifold(self, layout: Layout) -> geoopt.Manifold:

@@ -34,6 +34,10 @@ class OptimizerError(StiefelError, TypeError):
     """An optimizer class cannot serve the constraint, or an optimizer would step a weight off its set."""
 
 
+class DivergenceError(StiefelError, ArithmeticError):
+    """The gradient of a constrained weight is NaN or infinite: the loss has diverged."""
+
+
 class DataError(StiefelError, RuntimeError):
     """A data set is missing, corrupt, or out of reach."""
 

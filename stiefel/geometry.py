@@ -10,7 +10,18 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from stiefel.linalg import cayley_step, nearest_orthonormal, polar, qf, skew, sym
+from stiefel.linalg import (
+    balance,
+    cayley_step,
+    exponential_step,
+    in_double,
+    nearest_orthonormal,
+    newton_schulz,
+    polar,
+    qf,
+    skew,
+    sym,
+)
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -23,6 +34,16 @@ def project_tangent(x: Float[Tensor, "*batch p n"], u: Float[Tensor, "*batch p n
     symmetric, and both metrics hold them orthogonal to every tangent vector. (Edelman, Arias and Smith 1998, eq. 2.4)
     """
     return u - sym(u @ x.mH) @ x
+
+
+def tangent_direction(x: Float[Tensor, "*batch p n"], u: Float[Tensor, "*batch p n"]) -> Float[Tensor, "*batch p n"]:
+    """:func:`project_tangent`, and 0 where that is no more than the rounding of U.
+
+    For methods that normalize it: a U that only scales X, as weight decay alone makes, has no direction.
+    """
+    tangent = project_tangent(x, u)
+    rounding = 4 * x.shape[-1] * torch.finfo(x.dtype).eps * torch.linalg.matrix_norm(u, keepdim=True)
+    return torch.where(torch.linalg.matrix_norm(tangent, keepdim=True) > rounding, tangent, 0)
 
 
 def euclidean_gradient(x: Float[Tensor, "*batch p n"], g: Float[Tensor, "*batch p n"]) -> Float[Tensor, "*batch p n"]:
@@ -39,8 +60,8 @@ def canonical_gradient(x: Float[Tensor, "*batch p n"], g: Float[Tensor, "*batch 
 
 
 def euclidean_inner(u: Float[Tensor, "*batch p n"], v: Float[Tensor, "*batch p n"]) -> Float[Tensor, "*batch"]:
-    """Inner product ``tr(U Vᵀ)``."""
-    return (u * v).sum(dim=(-2, -1))
+    """Inner product ``Re tr(U Vᴴ)``."""
+    return (u * v.conj()).sum(dim=(-2, -1)).real
 
 
 def canonical_inner(
@@ -56,16 +77,20 @@ def retract_qr(x: Float[Tensor, "*batch p n"], u: Float[Tensor, "*batch p n"]) -
 
 
 def retract_polar(x: Float[Tensor, "*batch p n"], u: Float[Tensor, "*batch p n"]) -> Float[Tensor, "*batch p n"]:
-    """Polar retraction: ``polar(X + U)``, the nearest point to X + U (ibid., Example 4.1.3)."""
-    return polar(x + u)
+    """Polar retraction: ``polar(X + U)``, the nearest point to X + U (ibid., Example 4.1.3).
+
+    One Newton-Schulz step keeps it on the manifold where U is so long that X + U is ill-conditioned.
+    """
+    return newton_schulz(polar(x + u))
 
 
 def retract_cayley(x: Float[Tensor, "*batch p n"], u: Float[Tensor, "*batch p n"]) -> Float[Tensor, "*batch p n"]:
     """Cayley retraction of a tangent U: the transform of ``A = XᵀB − BᵀX``, ``B = U(I − ½XᵀX)``, for which X A = U.
 
-    For U = −η(G − XGᵀX) it is the update of Wen and Yin (2013), ``A = η(GᵀX − XᵀG)``.
+    For U = −η(G − XGᵀX) it is the update of Wen and Yin (2013), ``A = η(GᵀX − XᵀG)``. A product of many rotations would
+    add up their rounding: one Newton-Schulz step takes it away.
     """
-    return cayley_step(x, u - 0.5 * (u @ x.mH) @ x)
+    return newton_schulz(cayley_step(x, u - 0.5 * (u @ x.mH) @ x))
 
 
 def exp_euclidean(x: Float[Tensor, "*batch p n"], u: Float[Tensor, "*batch p n"]) -> Float[Tensor, "*batch p n"]:
@@ -80,9 +105,7 @@ def exp_euclidean(x: Float[Tensor, "*batch p n"], u: Float[Tensor, "*batch p n"]
 
     Source: Edelman, Arias and Smith (1998), eq. 2.14 (2p×2p exponentials, nothing of size n×n).
     """
-    p = x.shape[-2]
-    c = torch.linalg.matrix_norm(u, keepdim=True) / p**0.5
-    c = torch.where(c > 0, c, 1.0)
+    p, c = x.shape[-2], balance(u)
     a, s = skew(u @ x.mH), u @ (u / c).mH
     eye = torch.eye(p, dtype=x.dtype, device=x.device)
     block = torch.cat([torch.cat([a, c * eye], -1), torch.cat([-s, a], -1)], -2)
@@ -93,18 +116,28 @@ def exp_euclidean(x: Float[Tensor, "*batch p n"], u: Float[Tensor, "*batch p n"]
 def exp_canonical(x: Float[Tensor, "*batch p n"], u: Float[Tensor, "*batch p n"]) -> Float[Tensor, "*batch p n"]:
     """Exact geodesic from X along the tangent U in the canonical metric, at time 1.
 
-    ``X⁺ = X expm(XᵀB − BᵀX)`` with B = U(I − ½XᵀX). The n×n generator has its range in the rows of X and U, so it is
-    exponentiated on an orthonormal basis of those (at most 2p rows).
+    ``X⁺ = X expm(XᵀB − BᵀX)`` with B = U(I − ½XᵀX), for which X A = U.
 
     Source: Edelman, Arias and Smith (1998), section 2.4.2 and eq. 2.42.
     """
-    p, n = x.shape[-2:]
-    b = u - 0.5 * (u @ x.mH) @ x
-    if 2 * p >= n:
-        return x @ torch.linalg.matrix_exp(2 * skew(x.mT @ b))
-    basis = torch.linalg.qr(torch.cat([x, b], -2).mT)[0].mT  # 2p×n, spans the rows of X and B, also rank-deficient
-    xs, bs = x @ basis.mT, b @ basis.mT
-    return (xs @ torch.linalg.matrix_exp(2 * skew(xs.mT @ bs))) @ basis
+    return exponential_step(x, u - 0.5 * (u @ x.mH) @ x)
+
+
+def retract_exp_euclidean(
+    x: Float[Tensor, "*batch p n"], u: Float[Tensor, "*batch p n"]
+) -> Float[Tensor, "*batch p n"]:
+    """:func:`exp_euclidean` as a retraction for any number of steps of any length.
+
+    Exponentials lose digits in proportion to the length of the step: it is taken in double, and ends on the set.
+    """
+    return polar(exp_euclidean(in_double(x), in_double(u))).to(x.dtype)
+
+
+def retract_exp_canonical(
+    x: Float[Tensor, "*batch p n"], u: Float[Tensor, "*batch p n"]
+) -> Float[Tensor, "*batch p n"]:
+    """:func:`exp_canonical` as a retraction, as :func:`retract_exp_euclidean`."""
+    return polar(exp_canonical(in_double(x), in_double(u))).to(x.dtype)
 
 
 def random_stiefel(
@@ -116,5 +149,6 @@ def random_stiefel(
         shape: ``*batch, p, n`` with p ≤ n.
         generator: the source of randomness, on ``device``.
     """
-    gaussian = torch.randn(*shape, generator=generator, dtype=torch.float64, device=device)
+    wide = torch.promote_types(dtype, torch.float64)
+    gaussian = torch.randn(*shape, generator=generator, dtype=wide, device=device)
     return nearest_orthonormal(gaussian).to(dtype)

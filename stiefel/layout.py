@@ -33,6 +33,7 @@ class Layout:
         batched: the leading dimensions are a batch, the last two a matrix.
         group_size: outputs per group; must divide the outputs of a block and not exceed the fan-in.
         scale: fixed scale s of the set ``{W : W Wᵀ = s² I}``.
+        stride, dilation: of the convolution, empty where all are 1: what its kernel does, not how it is read.
 
     Raises:
         LayoutError: ``blocks`` or ``group_size`` does not fit the shape.
@@ -44,6 +45,8 @@ class Layout:
     batched: bool = False
     group_size: int | None = None
     scale: float = 1.0
+    stride: tuple[int, ...] = ()
+    dilation: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if self.blocks < 1 or (not self.batched and self.shape[0] % self.blocks):
@@ -105,7 +108,7 @@ class Layout:
 
     def tensor(self, matrices: Float[Tensor, "b p n"]) -> Tensor:
         """Inverse of :meth:`matrices`; contiguous, so that the weight is an ordinary one to kernels and exporters."""
-        rows = matrices.mT.contiguous() if self.columns else matrices
+        rows = (matrices.mT if self.columns else matrices).contiguous()
         if self.transposed:
             k = prod(self.shape[2:])
             split = rows.reshape(self.blocks, self.out, self.shape[0] // self.blocks, k)
@@ -119,6 +122,12 @@ class Layout:
     def weight(self, points: Float[Tensor, "b p n"]) -> Tensor:
         """Inverse of :meth:`points`: multiplied by the scale, in the weight's own shape."""
         return self.tensor(points * self.scale if self.scale != 1 else points)
+
+    def kernels(self, matrices: Float[Tensor, "m p n"]) -> Float[Tensor, "m out fan k"]:
+        """Read matrices of this layout as convolution kernels ``(m, out, in, *k)``; of a plain matrix, k = 1."""
+        rows = matrices.mT if self.columns else matrices
+        size = self.shape[2:] if len(self.shape) > 2 and not self.batched else (1,)
+        return rows.reshape(len(rows), self.out, -1, *size)
 
     def __str__(self) -> str:
         b, p, n = self.matrix_shape

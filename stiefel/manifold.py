@@ -7,6 +7,7 @@ and every solve is n×n.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,11 +16,10 @@ from torch import Tensor
 from stiefel import geometry
 from stiefel._geoopt import geoopt
 from stiefel.layout import Layout
-from stiefel.linalg import full_precision, gram_residual, nearest_orthonormal, newton_schulz, polar
+from stiefel.linalg import full_precision, gram_residual, nearest_orthonormal
 
 _EXP = {"euclidean": geometry.exp_euclidean, "canonical": geometry.exp_canonical}
 _GRADIENT = {"euclidean": geometry.euclidean_gradient, "canonical": geometry.canonical_gradient}
-_RETRACTION = {"qr": geometry.retract_qr, "polar": geometry.retract_polar, "cayley": geometry.retract_cayley}
 
 
 class StiefelWeight(geoopt.Stiefel):
@@ -32,7 +32,7 @@ class StiefelWeight(geoopt.Stiefel):
     Args:
         layout: how the weight is read.
         metric: ``"euclidean"`` or ``"canonical"``.
-        retraction: ``"qr"``, ``"polar"``, ``"cayley"`` or ``"exp"``.
+        retraction: a function of the point and a tangent, on ``(b, p, n)``, such as :func:`geometry.retract_qr`.
     """
 
     name = "StiefelWeight"
@@ -41,7 +41,12 @@ class StiefelWeight(geoopt.Stiefel):
     def __new__(cls, *args: Any, **kwargs: Any) -> StiefelWeight:
         return geoopt.Manifold.__new__(cls)  # geoopt's own __new__ takes `canonical` and nothing else
 
-    def __init__(self, layout: Layout, metric: str = "euclidean", retraction: str = "qr") -> None:
+    def __init__(
+        self,
+        layout: Layout,
+        metric: str = "euclidean",
+        retraction: Callable[[Tensor, Tensor], Tensor] = geometry.retract_qr,
+    ) -> None:
         super().__init__()
         self.layout, self.metric, self.retraction = layout, metric, retraction
         self.ndim = len(layout.shape)
@@ -54,14 +59,8 @@ class StiefelWeight(geoopt.Stiefel):
         return _GRADIENT[self.metric](x, g)
 
     def retract(self, x: Tensor, u: Tensor) -> Tensor:
-        """Move from X along the tangent U and stay on the manifold, for any number of steps."""
-        if self.retraction == "exp":
-            # Exponentials lose digits in proportion to the length of the step: take them in double, and end on the set.
-            return polar(_EXP[self.metric](x.double(), u.double())).to(x.dtype)
-        if self.retraction == "cayley":
-            # A product of many rotations: without this step float32 rounding adds up.
-            return newton_schulz(geometry.retract_cayley(x, u))
-        return _RETRACTION[self.retraction](x, u)
+        """Move from X along the tangent U and stay on the manifold."""
+        return self.retraction(x, u)
 
     def inner_points(self, x: Tensor, u: Tensor, v: Tensor) -> Tensor:
         """Inner product of the metric, one number per matrix."""
@@ -142,4 +141,4 @@ class StiefelWeight(geoopt.Stiefel):
         return (True, None) if normal <= atol + rtol else (False, f"`sym(U Wᵀ)` has an entry of size {normal:.2e}")
 
     def extra_repr(self) -> str:
-        return f"{self.layout}, scale={self.layout.scale:g}, metric={self.metric}, retraction={self.retraction}"
+        return f"{self.layout}, scale={self.layout.scale:g}, metric={self.metric}, {self.retraction.__name__}"

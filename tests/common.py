@@ -25,7 +25,7 @@ class Projection(stiefel.StepMethod):
     name = "test_projection"
     summary = "project after the step"
     reference = "none"
-    feasible = True
+    claim = stiefel.Claim()
 
     def step(self, x: Tensor, displacement: Tensor, lr: float) -> Tensor:
         return self.nearest(x + displacement, None)

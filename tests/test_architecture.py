@@ -28,7 +28,9 @@ MAY_IMPORT: dict[str, list[str]] = {
     "layout": ["errors"],
     "manifold": ["geometry", "layout", "linalg", "errors", "_geoopt"],
     "constraint": ["geometry", "layout", "linalg", "errors"],
-    "methods": ["linalg", "geometry", "constraint", "layout", "errors", "methods"],
+    "centring": ["constraint", "layout", "linalg", "errors"],
+    "nn": ["attach", "constraint"],
+    "methods": ["centring", "linalg", "geometry", "constraint", "layout", "errors", "methods"],
     "optim": ["optim", "manifold", "constraint", "layout", "geometry", "linalg", "errors", "_geoopt"],
     "attach": [
         "attach", "optim", "methods", "manifold", "constraint", "layout", "geometry", "linalg", "errors", "_geoopt",
@@ -253,3 +255,13 @@ def test_a_method_says_what_it_is(method: str) -> None:
     options = set(cls.__dataclass_fields__) - set(stiefel.Constraint.__dataclass_fields__)
     inherited = inspect.getdoc(cls.__mro__[1]) or ""
     assert all(f"{option}:" in text + inherited for option in options)
+
+
+@pytest.mark.parametrize("method", stiefel.available())
+def test_a_tuning_space_has_options_of_the_method_and_values_that_it_takes(method: str) -> None:
+    cls = type(stiefel.get(method))
+    common = set(stiefel.Constraint.__dataclass_fields__)
+    for option, values in cls.tuning.items():
+        assert option in set(cls.__dataclass_fields__) - common
+        assert len(set(values)) == len(values) > 1
+        assert all(getattr(stiefel.get(method, **{option: value}), option) == value for value in values)

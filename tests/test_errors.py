@@ -243,6 +243,8 @@ def test_weights_under_an_old_hook(method: str) -> None:
     "dtype", [torch.float16, torch.bfloat16, torch.complex64, torch.complex128, torch.int64], ids=str
 )
 def test_dtypes(method: str, dtype: torch.dtype) -> None:
+    if dtype in stiefel.get(method).dtypes:
+        return  # a unitary weight
     model = mlp()
     model[2].weight = nn.Parameter(torch.ones(4, 8, dtype=dtype), requires_grad=False)
     words = ["'2.weight'", str(dtype), "float32"]

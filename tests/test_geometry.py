@@ -15,13 +15,23 @@ from stiefel.geometry import (
     project_tangent,
     random_stiefel,
     retract_cayley,
+    retract_exp_canonical,
+    retract_exp_euclidean,
     retract_polar,
     retract_qr,
 )
 from stiefel.linalg import gram_residual, skew, sym
 
 SHAPES = [(3, 8), (3, 6), (4, 5), (4, 4), (1, 6), (1, 1), (2, 3, 7)]
-RETRACTIONS = [retract_qr, retract_polar, retract_cayley, exp_euclidean, exp_canonical]
+RETRACTIONS = [
+    retract_qr,
+    retract_polar,
+    retract_cayley,
+    exp_euclidean,
+    exp_canonical,
+    retract_exp_euclidean,
+    retract_exp_canonical,
+]
 EXPONENTIALS = {"euclidean": exp_euclidean, "canonical": exp_canonical}
 
 every_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)

@@ -54,7 +54,7 @@ def test_generated_parts_are_current():
     assert README.read_text() == current(README.read_text()), "run `make docs`"
 
 
-@pytest.mark.parametrize("method", ["own", "riemannian", "soft"])
+@pytest.mark.parametrize("method", ["own", "riemannian", "pogo", "soft"])
 def test_first_snippet_runs_word_for_word(method):
     code = snippets()[0]
     assert code.count('"own"') == 1
@@ -94,8 +94,8 @@ def test_problem_snippet_runs_word_for_word(tmp_path):
 def test_the_template_of_a_method_works_from_a_file_of_ones_own(tmp_path):
     # Registered in the problem's file, a method is known to the driver and to every run's own process.
     (template,) = re.findall(r"```python\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), flags=re.S)
-    compare(tmp_path, template + "\n\n" + snippets()[1], "--epochs", "2", "--methods", "projection")
-    assert "projection" in (tmp_path / "runs" / "summary.csv").read_text()
+    compare(tmp_path, template + "\n\n" + snippets()[1], "--epochs", "2", "--methods", "nearest_point")
+    assert "nearest_point" in (tmp_path / "runs" / "summary.csv").read_text()
 
 
 def test_documented_make_targets_exist():

@@ -1,10 +1,19 @@
-"""Binding methods to modules: ``constrain``, ``optimizer``, ``penalty``, ``release``.
+"""Binding methods to modules: ``constrain``, ``optimizer``, ``penalty``, ``project``, ``release``.
 
 The only package that knows the insides of torch.nn. Imports ``methods``, ``optim``, ``layout`` and below.
 """
 
 from stiefel.attach.binding import Binding, ConstrainedWeight, constrained_weights
-from stiefel.attach.constrain import constrain, release
+from stiefel.attach.constrain import constrain, project, release
 from stiefel.attach.train import optimizer, penalty
 
-__all__ = ["Binding", "ConstrainedWeight", "constrain", "constrained_weights", "optimizer", "penalty", "release"]
+__all__ = [
+    "Binding",
+    "ConstrainedWeight",
+    "constrain",
+    "constrained_weights",
+    "optimizer",
+    "penalty",
+    "project",
+    "release",
+]

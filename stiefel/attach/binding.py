@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,8 @@ from torch.nn.utils import parametrize
 from stiefel.constraint import Constraint, Reparameterization
 from stiefel.errors import WeightError
 from stiefel.layout import Layout
-from stiefel.linalg import EXACT_DTYPES
+from stiefel.linalg import EXACT_DTYPES, full_precision, gram_residual, in_double
+from stiefel.optim import Tally
 
 _ATTRIBUTE = "_stiefel"
 
@@ -27,14 +28,14 @@ class Binding:
         label: the tensor's name when it was constrained, for messages.
         position: the tensor's place among its module's parameters, which a reparameterization gives up and release
             restores, so that the order of ``parameters()`` is the plain module's again.
-        steps: optimizer steps taken, where a schedule depends on them.
+        tally: optimizer steps taken, and how many of them were shortened.
     """
 
     constraint: Constraint
     layout: Layout
     label: str
     position: int = 0
-    steps: int = 0
+    tally: Tally = field(default_factory=Tally)
 
     @torch.no_grad()
     def nearest(self, weight: Tensor) -> Tensor:
@@ -45,17 +46,25 @@ class Binding:
 class Reparametrized(nn.Module):
     """torch's parametrization of a weight by a method: ``weight = gain · s · method(proxy / s)``.
 
-    The proxy starts at s X₀, so that one small step moves the weight as far at every scale.
+    The proxy starts at s times the method's own start, so that one small step moves the weight as far at every scale.
+    What else the method needs beside the proxy is in ``parts``.
     """
 
-    def __init__(self, binding: Binding, proxy: Tensor) -> None:
+    def __init__(self, binding: Binding, weight: Tensor) -> None:
         super().__init__()
         self.binding = binding
-        self.start: Tensor | None = proxy  # what right_inverse returns while torch registers the parametrization
+        self.parts = nn.Module()
         self.gain: nn.Parameter | None = None
         if binding.constraint.scale == "learnable":
             b, p, _ = binding.layout.matrix_shape
-            self.gain = nn.Parameter(torch.ones(b * p, dtype=proxy.dtype, device=proxy.device))
+            self.gain = nn.Parameter(torch.ones(b * p, dtype=weight.dtype.to_real(), device=weight.device))
+        proxy, parts = self._start(weight)
+        for name, part in parts.items():
+            if isinstance(part, nn.Parameter):
+                self.parts.register_parameter(name, part)
+            else:
+                self.parts.register_buffer(name, part)
+        self.first: Tensor | None = proxy  # what right_inverse returns while torch registers the parametrization
 
     def forward(self, proxy: Tensor) -> Tensor:
         """The constrained weight of a proxy.
@@ -70,14 +79,25 @@ class Reparametrized(nn.Module):
                 f"weight '{self.binding.label}' is {proxy.dtype}, in which it cannot be orthogonal; keep the "
                 "model in float32 and use torch.autocast, or stiefel.release(model) before converting it"
             )
-        return layout.weight(self.gains(method.forward(layout.points(proxy), layout)))
+        parts = {**self.parts._parameters, **self.parts._buffers}
+        with full_precision(proxy.device):
+            return layout.weight(self.gains(method.forward(layout.points(proxy), layout, **parts)))
 
+    @torch.no_grad()
     def right_inverse(self, weight: Tensor) -> Tensor:
-        """The proxy that an assigned weight starts from: the nearest point of the set."""
-        if self.start is not None:
-            return self.start
+        """The proxy that an assigned weight starts from: that of the nearest point of the set."""
+        if self.first is not None:
+            return self.first
+        proxy, parts = self._start(weight)
+        for name, part in parts.items():
+            getattr(self.parts, name).copy_(part)
+        return proxy
+
+    def _start(self, weight: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         method, layout = self.binding.constraint, self.binding.layout
-        return layout.weight(method.nearest(self.without_gains(layout.points(weight)), layout))
+        assert isinstance(method, Reparameterization)
+        proxy, parts = method.start(method.nearest(self.without_gains(layout.points(weight)), layout), layout)
+        return layout.weight(proxy), parts
 
     def gains(self, points: Tensor) -> Tensor:
         """Multiply each output by its learnable factor, where there is one."""
@@ -108,6 +128,33 @@ class ConstrainedWeight:
         if parametrize.is_parametrized(self.owner, self.tensor):
             return self.owner.parametrizations[self.tensor].original  # type: ignore[index, union-attr]
         return self.owner._parameters[self.tensor]  # type: ignore[return-value]
+
+    @property
+    def can_leave(self) -> bool:
+        """Whether values written from outside can put the weight off its set: a proxy alone cannot."""
+        if isinstance(self.binding.constraint, Reparameterization):
+            return any(True for _ in self.owner.parametrizations[self.tensor].buffers())  # type: ignore[index, union-attr]
+        return True
+
+    @torch.no_grad()
+    def residual(self) -> float:
+        """``‖XXᵀ − I‖_F/√p``, the largest of the weight's matrices, in double precision."""
+        x = in_double(self.points())
+        return torch.linalg.matrix_norm(gram_residual(x)).max().item() / x.shape[-2] ** 0.5
+
+    def keeps_claim(self) -> bool:
+        """Whether the weight is where its method promises; true where it promises nothing."""
+        claim, p = self.binding.constraint.claim, self.binding.layout.matrix_shape[1]
+        return claim is None or claim.allows(self.residual(), self.parameter.dtype, p)
+
+    @torch.no_grad()
+    def move_to_nearest(self) -> None:
+        """Put the weight at the nearest point of its method's set."""
+        nearest = self.binding.nearest(self.value)
+        if isinstance(self.binding.constraint, Reparameterization):
+            setattr(self.owner, self.tensor, nearest)
+        else:
+            self.parameter.copy_(nearest)
 
     def points(self) -> Tensor:
         """The weight as ``(b, p, n)`` in units in which the constraint is X Xᵀ = I."""

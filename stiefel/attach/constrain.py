@@ -21,11 +21,10 @@ from stiefel.attach.binding import (
 )
 from stiefel.attach.hooks import add_hooks, remove_hooks, take_over
 from stiefel.attach.select import Target, layout_of, select
-from stiefel.constraint import Constraint, ManifoldMethod, Reparameterization
+from stiefel.constraint import ROUNDING, Constraint, ManifoldMethod, Reparameterization
 from stiefel.errors import LayoutError, OptionError
 from stiefel.methods import get
-from stiefel.optim import SteppedParameter
-from stiefel.optim.lift import disown
+from stiefel.optim import SteppedParameter, take_back, unwatch
 
 
 def constrain(
@@ -59,7 +58,8 @@ def constrain(
     Raises:
         UnknownMethodError, OptionError: no such method or option, a value out of range, or options beside an object.
         SelectionError: nothing selected, an unknown name, or a weight that is constrained already.
-        WeightError: a weight is not a finite float32 or float64 tensor of at least two dimensions.
+        WeightError: a weight is not a finite tensor of at least two dimensions, in float32 or float64, or in complex64
+            or complex128 where the method holds unitary weights.
         LayoutError: the set is empty at a weight's shape, for instance a group size that does not divide.
     """
     if isinstance(constraint, str):
@@ -70,15 +70,21 @@ def constrain(
         raise OptionError(f"options {sorted(options)} belong inside the {type(constraint).__name__} object given")
     plan = []
     for target in select(module, layers, exclude):
-        layout = layout_of(target, constraint.group_size, constraint.fixed_scale)
+        layout = layout_of(target, constraint)
         try:
             constraint.check(layout)
         except LayoutError as error:
             raise LayoutError(f"weight '{target.name}': {error}") from None
         binding = Binding(constraint, layout, target.name)
-        plan.append((target, binding, binding.nearest(target.parameter)))
-    for target, binding, start in plan:
-        _attach(target, binding, start)
+        start = binding.nearest(target.parameter)
+        parametrization = None
+        if isinstance(constraint, Reparameterization):
+            parametrization = Reparametrized(binding, start)
+            with torch.no_grad():
+                parametrization(parametrization.first)  # a method that fails does so before anything is changed
+        plan.append((target, binding, start, parametrization))
+    for target, binding, start, parametrization in plan:
+        _attach(target, binding, start, parametrization)
     return module
 
 
@@ -100,7 +106,8 @@ def release(module: nn.Module) -> nn.Module:
             del found.parameter.manifold
             found.parameter.__class__ = nn.Parameter
         elif isinstance(found.parameter, SteppedParameter):
-            disown(found.parameter)
+            take_back(found.parameter)
+        unwatch(found.parameter)
         unbind(owner, tensor)
         if not bindings_of(owner):
             remove_hooks(owner)
@@ -110,18 +117,40 @@ def release(module: nn.Module) -> nn.Module:
 
 
 @torch.no_grad()
-def _attach(target: Target, binding: Binding, start: torch.Tensor) -> None:
+def project(module: nn.Module) -> nn.Module:
+    """Move each constrained weight to the nearest point of its method's set, in place.
+
+    For what leaves the set behind the library's back: averages of weights (SWA, EMA: call it on the averaged model), a
+    conversion to bfloat16 and back, an assignment to ``weight.data``. Weights that are on it to rounding are left as
+    they are, and so are functions of a proxy alone, which are where their method puts them. No optimizer needs this.
+
+    Args:
+        module: a model with constraints, or a copy of one, as ``AveragedModel(model).module`` is.
+
+    Returns:
+        ``module``.
+    """
+    for found in constrained_weights(module):
+        if found.can_leave and found.residual() > ROUNDING * torch.finfo(found.parameter.dtype).eps:
+            found.move_to_nearest()
+    return module
+
+
+@torch.no_grad()
+def _attach(target: Target, binding: Binding, start: torch.Tensor, parametrization: Reparametrized | None) -> None:
     owners = (target, *target.ties)
-    if isinstance(binding.constraint, Reparameterization):
+    if parametrization is not None:
         parameter, trained = target.parameter, target.parameter.requires_grad
-        parametrization = Reparametrized(binding, start)
         for each in owners:  # tied layers share the parametrization, and with it a learnable scale
             position = list(each.owner._parameters).index(each.tensor)
             parametrize.register_parametrization(each.owner, each.tensor, parametrization)
             bind(each.owner, each.tensor, replace(binding, label=each.name, position=position))
             add_hooks(each.owner, binding.constraint)
-        parametrization.start = None
+        parametrization.first = None
         parameter.requires_grad_(trained)  # torch keeps the Parameter object as the proxy
+        parametrization.requires_grad_(trained)
+        for each in owners:
+            take_over(ConstrainedWeight(each.name, each.owner, each.tensor, bindings_of(each.owner)[each.tensor]))
         return
     target.parameter.copy_(start)
     for each in owners:

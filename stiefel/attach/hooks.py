@@ -16,9 +16,7 @@ from torch.nn.utils import parametrize
 from stiefel.attach.binding import ConstrainedWeight, bindings_of
 from stiefel.constraint import Constraint, ManifoldMethod, Penalty, Reparameterization, StepMethod
 from stiefel.errors import WeightError
-from stiefel.linalg import gram_residual
-from stiefel.optim import SteppedParameter, install_guard, watch_steps
-from stiefel.optim.lift import Ownership, own
+from stiefel.optim import Ownership, hand_over, is_watched, watch
 
 
 def take_over(found: ConstrainedWeight) -> None:
@@ -32,22 +30,28 @@ def take_over(found: ConstrainedWeight) -> None:
         manifold.label = label
         parameter.__class__ = geoopt.ManifoldParameter
         parameter.manifold = manifold  # type: ignore[attr-defined]
-        install_guard()
-    elif isinstance(method, StepMethod) and not isinstance(parameter, SteppedParameter):
-        own(parameter, Ownership(method, layout, label))
-        install_guard()
-    elif _is_scheduled(method):
-        watch_steps(parameter, found.binding)
+    elif method.lifts:
+        assert isinstance(method, (StepMethod, Penalty))
+        hand_over(parameter, Ownership(method, layout, label, found.binding.tally))
+    watch(parameter, label, found.binding.tally, moved=_moves(method))
+    if isinstance(method, Reparameterization):  # gains and other trained parts: they diverge too, and count no steps
+        for part in found.owner.parametrizations[found.tensor].parameters():  # type: ignore[index, union-attr]
+            if part is not parameter:
+                watch(part, label, None, moved=False)
+
+
+def _moves(method: Constraint) -> bool:
+    return method.lifts or isinstance(method, ManifoldMethod)
 
 
 def add_hooks(owner: nn.Module, method: Constraint) -> None:
     """Give a module the hooks that a method on one of its tensors needs, each once."""
-    stepped = isinstance(method, (ManifoldMethod, StepMethod))
-    if stepped and _after_load not in owner._load_state_dict_post_hooks.values():
+    if _save_tally not in owner._state_dict_hooks.values():
         owner.register_load_state_dict_post_hook(_after_load)
-    if _is_scheduled(method) and _save_steps not in owner._state_dict_hooks.values():
-        owner.register_state_dict_post_hook(_save_steps)
-        owner.register_load_state_dict_pre_hook(_load_steps)
+        owner.register_state_dict_post_hook(_save_tally)
+        owner.register_load_state_dict_pre_hook(_load_tally)
+    if _take_over_again not in owner._forward_pre_hooks.values():
+        owner.register_forward_pre_hook(_take_over_again)
     recomputed = isinstance(owner, nn.RNNBase) and isinstance(method, Reparameterization)
     if recomputed and _drop_flat_weights not in owner._forward_hooks.values():
         owner.register_forward_hook(_drop_flat_weights, always_call=True)
@@ -55,11 +59,12 @@ def add_hooks(owner: nn.Module, method: Constraint) -> None:
 
 def remove_hooks(owner: nn.Module) -> None:
     """Take all of them off a module that has no binding left."""
-    ours = (_after_load, _save_steps, _load_steps, _drop_flat_weights)
+    ours = (_after_load, _save_tally, _load_tally, _take_over_again, _drop_flat_weights)
     for hooks in (
         owner._load_state_dict_post_hooks,
         owner._state_dict_hooks,
         owner._load_state_dict_pre_hooks,
+        owner._forward_pre_hooks,
         owner._forward_hooks,
     ):
         for key, hook in list(hooks.items()):
@@ -70,28 +75,32 @@ def remove_hooks(owner: nn.Module) -> None:
         owner._init_flat_weights()
 
 
-def _is_scheduled(method: Constraint) -> bool:
-    return isinstance(method, Penalty) and callable(method.strength)
+def _take_over_again(owner: nn.Module, args: Any) -> None:
+    """Notice parameters that are new, by a copy or a conversion (``torch.__future__``'s flags), before they train."""
+    for tensor, binding in bindings_of(owner).items():
+        found = ConstrainedWeight(binding.label, owner, tensor, binding)
+        if not is_watched(found.parameter):
+            take_over(found)
 
 
 @torch.no_grad()
 def _after_load(owner: nn.Module, incompatible_keys: Any) -> None:
-    """Take loaded weights over, and project those that the method needs on its set and are off it."""
+    """Take loaded weights over, and move those that are not where the method promises to the nearest point of its set.
+
+    A proxy gives a weight of the set whatever was loaded; the point that a trivialization starts from does not.
+    """
     for tensor, binding in bindings_of(owner).items():
         found = ConstrainedWeight(binding.label, owner, tensor, binding)
-        if not isinstance(binding.constraint, (ManifoldMethod, StepMethod)):
-            continue
         take_over(found)
-        if not binding.constraint.feasible:
+        if binding.constraint.claim is None or not found.can_leave:
             continue
-        residual = gram_residual(found.points()).abs().max().item()
-        tolerance = 1e3 * torch.finfo(found.parameter.dtype).eps * binding.layout.matrix_shape[1]
+        residual = found.residual()
         if residual != residual:
             raise WeightError(f"weight '{binding.label}' was loaded with entries that are NaN or infinite")
-        if residual > tolerance:
-            found.parameter.copy_(binding.nearest(found.parameter))
+        if not found.keeps_claim():
+            found.move_to_nearest()
             warnings.warn(
-                f"weight '{binding.label}' was loaded off its constraint's set (an entry of W Wᵀ/s² − I is "
+                f"weight '{binding.label}' was loaded off its constraint's set (‖W Wᵀ/s² − I‖_F/√p is "
                 f"{residual:.1e}) and has been moved to the nearest point of it",
                 stacklevel=2,
             )
@@ -106,14 +115,16 @@ def _drop_flat_weights(owner: nn.Module, *args: Any) -> None:
         owner._flat_weights = []  # type: ignore[assignment]
 
 
-def _save_steps(owner: nn.Module, state: dict[str, Any], prefix: str, metadata: dict[str, Any]) -> None:
-    """Keep step counts in the state dict's metadata, so that its keys stay those of a plain module."""
-    metadata["penalty_steps"] = {
-        tensor: binding.steps for tensor, binding in bindings_of(owner).items() if _is_scheduled(binding.constraint)
+def _save_tally(owner: nn.Module, state: dict[str, Any], prefix: str, metadata: dict[str, Any]) -> None:
+    """Keep tallies in the state dict's metadata, so that its keys stay those of a plain module."""
+    metadata["stiefel"] = {
+        tensor: (b.tally.steps, None if b.tally.shortened is None else int(b.tally.shortened))
+        for tensor, b in bindings_of(owner).items()
     }
 
 
-def _load_steps(owner: nn.Module, state: dict[str, Any], prefix: str, metadata: dict[str, Any], *args: Any) -> None:
-    for tensor, steps in metadata.get("penalty_steps", {}).items():  # none in a plain checkpoint
+def _load_tally(owner: nn.Module, state: dict[str, Any], prefix: str, metadata: dict[str, Any], *args: Any) -> None:
+    for tensor, tally in metadata.get("stiefel", {}).items():  # none in a plain checkpoint
         if tensor in bindings_of(owner):
-            bindings_of(owner)[tensor].steps = steps
+            mine = bindings_of(owner)[tensor].tally
+            mine.steps, mine.shortened = tally

@@ -11,9 +11,11 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from stiefel.attach.binding import bindings_of
+from stiefel.constraint import Constraint
 from stiefel.errors import LayoutError, SelectionError, WeightError, nearest_names
 from stiefel.layout import Layout
 from stiefel.linalg import EXACT_DTYPES
+from stiefel.methods import available, method_class
 
 Layers = str | Iterable[str] | Callable[[str, nn.Module], bool] | None
 
@@ -76,14 +78,14 @@ def select(module: nn.Module, layers: Layers, exclude: str | Iterable[str]) -> l
     return _merge_ties(modules, targets, left_out)
 
 
-def layout_of(target: Target, group_size: int | None, scale: float) -> Layout:
+def layout_of(target: Target, constraint: Constraint) -> Layout:
     """How a tensor is read, from the kind of module that owns it.
 
     Raises:
-        WeightError: not a real float32 or float64 tensor of at least two dimensions with finite entries.
+        WeightError: not a tensor of at least two dimensions with finite entries, in a precision that the method holds.
         LayoutError: ``group_size`` does not fit.
     """
-    _check_weight(target.name, target.parameter)
+    _check_weight(target.name, target.parameter, constraint)
     layouts = [_read(t) for t in (target, *target.ties)]
     for tie, layout in zip(target.ties, layouts[1:], strict=True):
         if layout != layouts[0]:
@@ -92,7 +94,7 @@ def layout_of(target: Target, group_size: int | None, scale: float) -> Layout:
                 f"{layout}; exclude both"
             )
     try:
-        return replace(layouts[0], group_size=group_size, scale=scale)
+        return replace(layouts[0], group_size=constraint.group_size, scale=constraint.fixed_scale)
     except LayoutError as error:
         raise LayoutError(f"weight '{target.name}': {error}") from None
 
@@ -101,7 +103,8 @@ def _read(target: Target) -> Layout:
     owner, parameter = target.owner, target.parameter
     layout = Layout(tuple(parameter.shape))
     if isinstance(owner, CONVOLUTIONS) and target.tensor == "weight":
-        return replace(layout, blocks=owner.groups, transposed=owner.transposed)
+        stride, dilation = (() if set(v) == {1} else tuple(v) for v in (owner.stride, owner.dilation))
+        return replace(layout, blocks=owner.groups, transposed=owner.transposed, stride=stride, dilation=dilation)
     if isinstance(owner, (nn.RNNBase, nn.RNNCellBase)) and target.tensor.startswith(("weight_hh", "weight_ih")):
         gates = next((count for kind, count in GATES.items() if isinstance(owner, kind)), 1)
         return replace(layout, blocks=gates)
@@ -220,7 +223,7 @@ def _merge_ties(modules: dict[str, nn.Module], targets: list[Target], left_out: 
     return list(merged.values())
 
 
-def _check_weight(name: str, parameter: torch.Tensor) -> None:
+def _check_weight(name: str, parameter: torch.Tensor, constraint: Constraint) -> None:
     if is_lazy(parameter):
         raise WeightError(
             f"weight '{name}' has no shape yet (a lazy layer); run one forward pass before constraining it"
@@ -238,10 +241,17 @@ def _check_weight(name: str, parameter: torch.Tensor) -> None:
         )
     if parameter.numel() == 0:
         raise WeightError(f"weight '{name}' has shape {tuple(parameter.shape)} and no entries; exclude it")
+    if parameter.dtype in EXACT_DTYPES and parameter.dtype not in constraint.dtypes:
+        unitary = [m for m in available() if not method_class(m).real_only]
+        raise WeightError(
+            f"weight '{name}' is {parameter.dtype}, and {constraint.name!r} holds real weights (float32, float64) "
+            f"only; exclude it, or use one of {', '.join(unitary)}"
+        )
     if parameter.dtype not in EXACT_DTYPES:
         raise WeightError(
-            f"weight '{name}' is {parameter.dtype}; constraints hold in torch.float32 or torch.float64 only. Keep the "
-            "weights in float32, as in model.float(), and use torch.autocast for speed"
+            f"weight '{name}' is {parameter.dtype}; constraints hold in torch.float32 or torch.float64 (complex64 or "
+            "complex128 for unitary weights) only. Keep the weights in float32, as in model.float(), and use "
+            "torch.autocast for speed"
         )
     if not torch.isfinite(parameter).all():
         bad = int((~torch.isfinite(parameter)).sum())

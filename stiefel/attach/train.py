@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from stiefel.attach.binding import ConstrainedWeight, constrained_weights
 from stiefel.attach.hooks import take_over
-from stiefel.constraint import ManifoldMethod, Penalty, StepMethod
+from stiefel.constraint import ManifoldMethod, Penalty
 from stiefel.errors import OptimizerError
 from stiefel.linalg import full_precision
 from stiefel.optim.buckets import bucket, stack
@@ -47,7 +47,7 @@ def optimizer(
         from stiefel.optim.riemannian import riemannian  # imports geoopt, which other models need not pay
 
         cls = riemannian(cls)
-    if any(isinstance(m, StepMethod) for m in methods):
+    if any(m.lifts for m in methods):
         cls = lift(cls)
     try:
         return cls(module.parameters() if params is None else params, **hyper)
@@ -66,7 +66,11 @@ def penalty(module: nn.Module) -> Tensor:
     Returns:
         A scalar tensor; exactly 0, without a graph, where no weight has a penalty.
     """
-    found = [w for w in constrained_weights(module) if isinstance(w.binding.constraint, Penalty)]
+    found = [
+        w
+        for w in constrained_weights(module)
+        if isinstance(w.binding.constraint, Penalty) and not w.binding.constraint.lifts
+    ]
     if not found:
         like = next((p for p in module.parameters() if p.is_floating_point()), torch.zeros(()))
         return torch.zeros((), dtype=like.dtype, device=like.device)
@@ -77,12 +81,13 @@ def penalty(module: nn.Module) -> Tensor:
         assert isinstance(method, Penalty)
         with full_precision(members[0].parameter.device):
             x = stack([w.binding.layout for w in members], [w.parameter for w in members], scaled=True)
-            terms.append(method.strength_at(binding.steps) * scale**2 * method.penalty(x).sum())
+            strength = method.strength_at(binding.tally.steps)
+            terms.append(strength * scale**2 * method.penalty(x, binding.layout).sum())
         for w in members:
             take_over(w)  # a copy of a model counts its own steps
     return torch.stack([t.to(terms[0]) for t in terms]).sum()
 
 
 def _measured_together(w: ConstrainedWeight) -> Hashable:
-    shape, steps = w.binding.layout.matrix_shape[1:], w.binding.steps
-    return id(w.binding.constraint), shape, w.parameter.dtype, w.parameter.device, steps
+    binding = w.binding
+    return id(binding.constraint), binding.layout, binding.tally.steps, w.parameter.dtype, w.parameter.device

@@ -194,7 +194,7 @@ def _compare(args: argparse.Namespace, problem: Any) -> int:
         tuned = stage("tuning", plan.tuning(), workers, threads)
         records = tuned + stage("final", plan.final(tuned, problem.higher_is_better), workers, threads)
         if not args.no_cost:
-            cost = plan.cost(tuned, problem.higher_is_better)
+            cost = plan.cost()
             records += stage("cost", cost, 1, runner.available_cores())
     print(f"finished in {runner.elapsed(start)}")
     return _report([args.out], None, {record.spec.hash for record in records})

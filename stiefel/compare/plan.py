@@ -104,13 +104,12 @@ class Plan:
             for seed in range(self.seeds)
         ]
 
-    def cost(self, tuned: Iterable[Record], higher_is_better: bool) -> list[RunSpec]:
-        """One cost run for each setting and method, at the last scale's winning rate (a scale costs nothing)."""
-        best = winners(tuned, higher_is_better)
-        return [
-            replace(cell, lr=best.get(cell_key(cell), min(self.rates)), seed=FRESH, phase="final", kind="cost")
-            for cell in self.timed()
-        ]
+    def cost(self) -> list[RunSpec]:
+        """One cost run for each setting and method: at the last scale, which costs nothing, and at the smallest rate.
+
+        A step costs the same at any rate; at a large one the timed steps, which go on beyond the training, may diverge.
+        """
+        return [replace(cell, lr=min(self.rates), seed=FRESH, phase="final", kind="cost") for cell in self.timed()]
 
     def timed(self) -> list[RunSpec]:
         """The cells whose cost is measured: the last scale of each setting and method."""

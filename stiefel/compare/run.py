@@ -19,7 +19,7 @@ from stiefel.attach import constrain, constrained_weights, optimizer, penalty, r
 from stiefel.compare.problem import Batch, Data, Problem, batches
 from stiefel.compare.records import RunFolder
 from stiefel.compare.spec import RunSpec
-from stiefel.errors import LayoutError, OptimizerError, OptionError
+from stiefel.errors import DivergenceError, LayoutError, OptimizerError, OptionError, WeightError
 from stiefel.measure.cost import (
     StepClock,
     as_dict,
@@ -32,7 +32,7 @@ from stiefel.measure.orthogonality import errors
 from stiefel.methods import control, get
 
 WARMUP, REPEATS = 20, 60
-UNSUPPORTED = (LayoutError, OptimizerError, OptionError)
+UNSUPPORTED = (LayoutError, OptimizerError, OptionError, WeightError)
 """A method that cannot hold a layer, or be served by the optimizer, is skipped with the reason: nothing has failed."""
 
 
@@ -129,10 +129,10 @@ def run_quality(problem: Problem, spec: RunSpec, folder: RunFolder) -> dict[str,
                 with clock:
                     losses.append(training.step(batch))
                 steps += 1
-        except (RuntimeError, ArithmeticError):
-            if training.finite():
+        except (RuntimeError, ArithmeticError) as error:
+            if training.finite() and not isinstance(error, DivergenceError):
                 raise
-            diverged = f"weights became non-finite after step {steps}"
+            diverged = f"gradients or weights became non-finite after step {steps}"
             break
         if not losses:
             raise ValueError(f"batch_size={problem.batch_size} exceeds the {len(data.train[0])} training examples")

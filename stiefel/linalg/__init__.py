@@ -1,23 +1,36 @@
 """Batched matrix functions and their gradients. Every function takes ``(*batch, p, n)`` and imports only torch."""
 
 from stiefel.linalg.cayley import cayley_step
+from stiefel.linalg.exponential import exponential_step
+from stiefel.linalg.householder import householder_rows, householder_vectors
 from stiefel.linalg.lyapunov import lyapunov
+from stiefel.linalg.msign import msign
+from stiefel.linalg.norm import spectral_radius
 from stiefel.linalg.polar import polar
-from stiefel.linalg.precision import EXACT_DTYPES, full_precision
-from stiefel.linalg.products import gram_residual, newton_schulz, skew, sym
+from stiefel.linalg.precision import EXACT_DTYPES, full_precision, in_double
+from stiefel.linalg.products import balance, gram_residual, newton_schulz, skew, sym
 from stiefel.linalg.qr import qf
 from stiefel.linalg.svd import nearest_orthonormal
+from stiefel.linalg.whitening import whitened
 
 __all__ = [
     "EXACT_DTYPES",
+    "balance",
     "cayley_step",
+    "exponential_step",
     "full_precision",
     "gram_residual",
+    "householder_rows",
+    "householder_vectors",
+    "in_double",
     "lyapunov",
+    "msign",
     "nearest_orthonormal",
     "newton_schulz",
     "polar",
     "qf",
     "skew",
+    "spectral_radius",
     "sym",
+    "whitened",
 ]

@@ -7,21 +7,22 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from stiefel.linalg.products import skew
+from stiefel.linalg.products import balance, skew
 
 if TYPE_CHECKING:
     from jaxtyping import Float
 
 
 def cayley_step(x: Float[Tensor, "*batch p n"], b: Float[Tensor, "*batch p n"]) -> Float[Tensor, "*batch p n"]:
-    """Rotate the rows of X by a Cayley transform: ``X (I + ½A)(I − ½A)⁻¹`` with ``A = XᵀB − BᵀX``.
+    """Rotate the rows of X by a Cayley transform: ``X (I + ½A)(I − ½A)⁻¹`` with ``A = XᴴB − BᴴX``.
 
-    A has rank 2p, so wherever 2p < n the Sherman-Morrison-Woodbury form is used: with ``U = [Xᵀ, B̂ᵀ]`` (n×2p),
+    A has rank 2p, so wherever 2p < n the Sherman-Morrison-Woodbury form is used: with ``U = [Xᴴ, B̂ᴴ]`` (n×2p),
     ``Z = [B̂; −X]`` (2p×n), ``B = c B̂``, c = ‖B‖_F/√p:
 
         X⁺ = X + c · XU (I₂ₚ − (c/2) ZU)⁻¹ Z
 
-    Without the balancing by c the 2p×2p system mixes entries of very different size, and float32 loses four digits.
+    Without the balancing by c the 2p×2p system mixes entries of very different size, and float32 loses four digits. Any
+    c gives the same point, so the derivative takes it as a constant, and is right at B = 0 too.
 
     Args:
         x: the point, p ≤ n; orthonormal rows are kept orthonormal.
@@ -35,15 +36,13 @@ def cayley_step(x: Float[Tensor, "*batch p n"], b: Float[Tensor, "*batch p n"]) 
     """
     p, n = x.shape[-2:]
     if 2 * p >= n:
-        a = 2 * skew(x.mT @ b)
+        a = 2 * skew(x.mH @ b)
         eye = torch.eye(n, dtype=x.dtype, device=x.device)
         # X + XA (I − ½A)⁻¹; the right-hand solve is a solve with the transpose.
         return x + torch.linalg.solve(eye - 0.5 * a, x @ a, left=False)
-    largest = b.abs().amax(dim=(-2, -1), keepdim=True)  # first, since squares of large entries overflow
-    largest = torch.where(largest > 0, largest, 1.0)
-    c = largest * torch.linalg.matrix_norm(b / largest, keepdim=True) / p**0.5
-    b = b / torch.where(c > 0, c, 1.0)
-    u = torch.cat([x.mT, b.mT], dim=-1)
+    c = balance(b)
+    b = b / c
+    u = torch.cat([x.mH, b.mH], dim=-1)
     z = torch.cat([b, -x], dim=-2)
     eye = torch.eye(2 * p, dtype=x.dtype, device=x.device)
     return x + c * ((x @ u) @ torch.linalg.solve(eye - (0.5 * c) * (z @ u), z))

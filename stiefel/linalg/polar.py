@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from stiefel.linalg.lyapunov import lyapunov
-from stiefel.linalg.precision import full_precision
+from stiefel.linalg.precision import full_precision, in_double
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -50,7 +50,7 @@ def _decompose(v: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
         d, s, wh = torch.linalg.svd(v, full_matrices=False)
         floored = _floor(s, eps)
         return d @ ((s / floored).unsqueeze(-1) * wh), d, floored
-    wide = v.to(torch.promote_types(v.dtype, torch.float64))
+    wide = in_double(v)
     values, d = torch.linalg.eigh(wide @ wide.mH)
     s = _floor(values.clamp_min(0).sqrt(), eps)
     return ((d / s.unsqueeze(-2)) @ d.mH) @ wide, d, s

@@ -7,9 +7,15 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor
 
-EXACT_DTYPES = (torch.float32, torch.float64)
+EXACT_DTYPES = (torch.float32, torch.float64, torch.complex64, torch.complex128)
 """The precisions in which a weight can be held on its set; bfloat16 leaves a residual of about 0.02."""
+
+
+def in_double(x: Tensor) -> Tensor:
+    """``x`` in float64, or complex128 where it is complex."""
+    return x.to(torch.promote_types(x.dtype, torch.float64))
 
 
 @contextmanager

@@ -33,3 +33,12 @@ def newton_schulz(x: Float[Tensor, "*batch p n"]) -> Float[Tensor, "*batch p n"]
     at the price of two matrix products (Björck and Bowie, 1971).
     """
     return x - 0.5 * (gram_residual(x) @ x)
+
+
+def balance(b: Float[Tensor, "*batch p n"]) -> Float[Tensor, "*batch 1 1"]:
+    """The constant ``‖B‖_F/√p`` that makes B's rows as long as those of an orthonormal matrix; 1 where B = 0."""
+    b = b.detach()
+    largest = b.abs().amax(dim=(-2, -1), keepdim=True)  # first, since squares of large entries overflow
+    largest = torch.where(largest > 0, largest, 1.0)
+    c = largest * torch.linalg.matrix_norm(b / largest, keepdim=True) / b.shape[-2] ** 0.5
+    return torch.where(c > 0, c, 1.0)

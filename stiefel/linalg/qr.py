@@ -17,14 +17,14 @@ def qf(a: Float[Tensor, "*batch p n"]) -> Float[Tensor, "*batch p n"]:
     The sign makes the factor unique and continuous, so that qf(X) = X for orthonormal X; LAPACK's own sign does not.
 
     Args:
-        a: matrix of full row rank, p ≤ n, float32 or float64.
+        a: matrix of full row rank, p ≤ n, real or complex (L's diagonal is positive, Q is unitary).
 
     Returns:
-        Q with Q Qᵀ = I, the dtype of ``a``.
+        Q with Q Qᴴ = I, the dtype of ``a``.
 
     Source: Absil, Mahony and Sepulchre (2008), Example 4.1.3, transposed.
     """
-    q, r = torch.linalg.qr(a.mT, mode="reduced")
-    diagonal = r.diagonal(dim1=-2, dim2=-1)
-    signs = torch.where(diagonal < 0, -1.0, 1.0).to(a.dtype)  # zero counts as positive: the factor must not vanish
-    return (q * signs.unsqueeze(-2)).mT
+    q, r = torch.linalg.qr(a.mH, mode="reduced")
+    phase = torch.sgn(r.diagonal(dim1=-2, dim2=-1))
+    phase = torch.where(phase == 0, 1.0, phase)  # zero counts as positive: the factor must not vanish
+    return (q * phase.unsqueeze(-2)).mH

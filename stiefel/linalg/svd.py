@@ -1,4 +1,4 @@
-"""The nearest orthonormal matrix by singular value decomposition: exact, without a gradient. Imports only torch."""
+"""The nearest orthonormal matrix by singular value decomposition: exact, without a gradient. Imports ``linalg``."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+from stiefel.linalg.precision import in_double
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -24,6 +26,5 @@ def nearest_orthonormal(v: Float[Tensor, "*batch p n"]) -> Float[Tensor, "*batch
 
     Source: Fan and Hoffman (1955); Higham, Functions of Matrices (2008), Theorem 8.4.
     """
-    wide = torch.promote_types(v.dtype, torch.float64)
-    u, _, vh = torch.linalg.svd(v.to(wide), full_matrices=False)
+    u, _, vh = torch.linalg.svd(in_double(v), full_matrices=False)
     return (u @ vh).to(v.dtype)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from stiefel.attach import constrained_weights
 from stiefel.errors import SelectionError
-from stiefel.linalg import gram_residual
+from stiefel.linalg import in_double
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,9 @@ class WeightRow:
     """One constrained weight, measured as X = W/scale; over several matrices (groups, gates) the worst of them.
 
     ``error`` is ‖XXᵀ − I‖_F, ``relative`` the same divided by √p, ``sigma_max`` and ``sigma_min`` the extreme singular
-    values of X, ``condition`` their ratio.
+    values of X, ``condition`` their ratio. ``steps`` are the optimizer steps taken, ``shortened`` how many of them the
+    method shortened to keep its promise (None for methods that shorten none). ``determinant`` is the sign of a square
+    weight's determinant, which continuous methods cannot change: 1, −1, 0 where its matrices differ, None where p < n.
     """
 
     name: str
@@ -30,6 +32,9 @@ class WeightRow:
     sigma_max: float
     sigma_min: float
     condition: float
+    steps: int
+    shortened: int | None
+    determinant: int | None
 
 
 @dataclass(frozen=True)
@@ -49,20 +54,21 @@ class OrthogonalityReport:
         return {"worst": self.worst, "weights": [asdict(row) for row in self.rows]}
 
     def __str__(self) -> str:
-        head = ("weight", "method", "layout", "scale", "‖XXᵀ−I‖_F", "σ max", "σ min", "condition")
-        lines = [
-            (
-                r.name,
-                r.method,
-                r.layout,
-                r.scale if isinstance(r.scale, str) else f"{r.scale:.4g}",
-                f"{r.error:.1e}",
-                f"{r.sigma_max:.6f}",
-                f"{r.sigma_min:.6f}",
-                f"{r.condition:.4g}",
-            )
-            for r in self.rows
-        ]
+        columns = {
+            "weight": [r.name for r in self.rows],
+            "method": [r.method for r in self.rows],
+            "layout": [r.layout for r in self.rows],
+            "scale": [r.scale if isinstance(r.scale, str) else f"{r.scale:.4g}" for r in self.rows],
+            "‖XXᵀ−I‖_F": [f"{r.error:.1e}" for r in self.rows],
+            "σ max": [f"{r.sigma_max:.6f}" for r in self.rows],
+            "σ min": [f"{r.sigma_min:.6f}" for r in self.rows],
+            "condition": [f"{r.condition:.4g}" for r in self.rows],
+        }
+        if any(r.determinant is not None for r in self.rows):
+            columns["det"] = [{None: "—", 0: "±", 1: "+1", -1: "−1"}[r.determinant] for r in self.rows]
+        if any(r.shortened is not None for r in self.rows):
+            columns["shortened"] = ["—" if r.shortened is None else f"{r.shortened} of {r.steps}" for r in self.rows]
+        head, lines = tuple(columns), list(zip(*columns.values(), strict=True))
         widths = [max(len(line[i]) for line in (head, *lines)) for i in range(len(head))]
         text = [
             "  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in (head, *lines)
@@ -77,15 +83,14 @@ def errors(module: nn.Module) -> dict[str, float]:
 
     Cheaper than :func:`report`, which also decomposes.
     """
-    return {
-        w.name: _residual(w.points().double()) / w.binding.layout.matrix_shape[1] ** 0.5
-        for w in constrained_weights(module)
-    }
+    return {w.name: w.residual() for w in constrained_weights(module)}
 
 
-def _residual(x: Tensor) -> float:
-    residuals = torch.linalg.matrix_norm(gram_residual(x))
-    return residuals.max().item() if torch.isfinite(x).all() else float("nan")
+def _determinant(x: Tensor) -> int | None:
+    if x.shape[-2] != x.shape[-1] or x.is_complex():
+        return None
+    signs = torch.linalg.det(x).sign()
+    return int(signs[0]) if (signs == signs[0]).all() else 0
 
 
 @torch.no_grad()
@@ -97,23 +102,25 @@ def report(module: nn.Module) -> OrthogonalityReport:
     """
     rows = []
     for weight in constrained_weights(module):
-        x = weight.points().double()
-        p = x.shape[-2]
-        error = _residual(x)
-        sigma = torch.linalg.svdvals(x) if error == error else torch.full(x.shape[:2], float("nan"))
+        x = in_double(weight.points())
+        relative = weight.residual()
+        sigma = torch.linalg.svdvals(x) if relative == relative else torch.full(x.shape[:2], float("nan"))
         high, low = sigma[:, 0], sigma[:, -1]
-        method = weight.binding.constraint
+        method, tally = weight.binding.constraint, weight.binding.tally
         rows.append(
             WeightRow(
                 name=weight.name,
                 method=method.name,
                 layout=str(weight.binding.layout),
                 scale=method.scale if method.scale == "learnable" else method.fixed_scale,
-                error=error,
-                relative=error / p**0.5,
+                error=relative * x.shape[-2] ** 0.5,
+                relative=relative,
                 sigma_max=high.max().item(),
                 sigma_min=low.min().item(),
                 condition=(high / low).max().item(),
+                steps=tally.steps,
+                shortened=None if tally.shortened is None else int(tally.shortened),
+                determinant=_determinant(x),
             )
         )
     if not rows:

@@ -82,15 +82,17 @@ def control() -> str:
 
 def table() -> str:
     """The catalogue as a Markdown table; the README's is this one."""
-    head = "| method | acts on | what it does | its own options (defaults) | (a, b) | source |\n" + "|---" * 6 + "|\n"
+    head = "| method | acts on | what it does | its own options (defaults) | on the set | (a, b) | source |\n"
+    head += "|---" * 7 + "|\n"
     common = {f.name for f in fields(Constraint)}
     rows = []
     for name in available():
         cls = _CATALOGUE[name]
         own = ", ".join(f"`{f.name}={f.default!r}`" for f in fields(cls) if f.name not in common)
-        ab = cls().coefficients
+        method = cls()
+        ab, claim = method.coefficients, "—" if method.claim is None else str(method.claim)
         step = "—" if ab is None else f"({ab[0]:g}, {ab[1]:g})"
-        rows.append(f"| `{name}` | {cls.place} | {cls.summary} | {own or '—'} | {step} | {cls.reference} |\n")
+        rows.append(f"| `{name}` | {cls.place} | {cls.summary} | {own or '—'} | {claim} | {step} | {cls.reference} |\n")
     return head + "".join(rows)
 
 

@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
-from stiefel.constraint import ManifoldMethod
+from stiefel.constraint import Claim, ManifoldMethod
 from stiefel.errors import OptionError, nearest_names
+from stiefel.geometry import (
+    retract_cayley,
+    retract_exp_canonical,
+    retract_exp_euclidean,
+    retract_polar,
+    retract_qr,
+)
 from stiefel.layout import Layout
 from stiefel.methods import register
 
@@ -14,7 +21,12 @@ if TYPE_CHECKING:
     from stiefel.manifold import StiefelWeight
 
 METRICS = ("euclidean", "canonical")
-RETRACTIONS = ("qr", "polar", "cayley", "exp")
+RETRACTIONS = {
+    "qr": dict.fromkeys(METRICS, retract_qr),
+    "polar": dict.fromkeys(METRICS, retract_polar),
+    "cayley": dict.fromkeys(METRICS, retract_cayley),
+    "exp": {"euclidean": retract_exp_euclidean, "canonical": retract_exp_canonical},
+}
 
 
 @register
@@ -38,6 +50,9 @@ class Riemannian(ManifoldMethod):
     name = "riemannian"
     summary = "geoopt's Riemannian SGD or Adam on a corrected Stiefel manifold"
     reference = "Bécigneul & Ganea, ICLR 2019; geoopt"
+    real_only = True  # geoopt's optimizers are
+    claim = Claim(rates=(0, 1e3))
+    tuning: ClassVar = {"metric": METRICS, "retraction": tuple(RETRACTIONS)}
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -55,4 +70,4 @@ class Riemannian(ManifoldMethod):
         """The corrected Stiefel manifold over weights of this layout."""
         from stiefel.manifold import StiefelWeight  # imports geoopt: 0.5 s that other methods need not pay
 
-        return StiefelWeight(layout, self.metric, self.retraction)
+        return StiefelWeight(layout, self.metric, RETRACTIONS[self.retraction][self.metric])

@@ -1,6 +1,6 @@
 """What a base optimizer becomes for weights that a method moves itself. Imports ``constraint`` and ``manifold``."""
 
-from stiefel.optim.guard import install_guard, watch_steps
-from stiefel.optim.lift import SteppedParameter, lift
+from stiefel.optim.guard import is_watched, unwatch, watch
+from stiefel.optim.lift import Ownership, SteppedParameter, Tally, hand_over, lift, take_back
 
-__all__ = ["SteppedParameter", "install_guard", "lift", "watch_steps"]
+__all__ = ["Ownership", "SteppedParameter", "Tally", "hand_over", "is_watched", "lift", "take_back", "unwatch", "watch"]

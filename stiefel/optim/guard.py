@@ -1,4 +1,4 @@
-"""Global optimizer hooks: refuse a step that would leave a set, and count steps for schedules.
+"""Global optimizer hooks on constrained weights: refuse steps that would ruin them, and count the others.
 
 Imports ``optim.lift``; geoopt only where it was imported already.
 """
@@ -6,70 +6,135 @@ Imports ``optim.lift``; geoopt only where it was imported already.
 from __future__ import annotations
 
 import sys
-from functools import cache
-from typing import Any, Protocol
+from dataclasses import dataclass
+from functools import cache, wraps
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
-from torch.utils.weak import WeakIdKeyDictionary
 
-from stiefel.errors import OptimizerError
-from stiefel.optim.lift import Lift, SteppedParameter
+from stiefel.errors import DivergenceError, OptimizerError
+from stiefel.optim.lift import Lift, SteppedParameter, Tally, skipped
 
 
-class Counter(Protocol):
-    """Anything that counts optimizer steps."""
+@dataclass(frozen=True)
+class Watched:
+    """A constrained parameter's name for messages, its tally, and whether its method moves it."""
 
-    steps: int
+    label: str
+    tally: Tally | None
+    moved: bool
+
+
+_ATTRIBUTE = "_stiefel_watched"  # on the parameter itself: a weak reference to it would forbid torch to swap it
+
+
+def watch(parameter: Tensor, label: str, tally: Tally | None, *, moved: bool) -> None:
+    """From now on, look at every optimizer step that has ``parameter``; ``moved`` where a method moves it in the step.
+
+    A step with a gradient that is NaN or infinite raises before anything is changed. So does one of a plain optimizer
+    on a weight that a method moves; geoopt's own Riemannian optimizers may step a manifold's weights, which stay on it.
+    Every other step advances ``tally.steps``.
+    """
+    _install()
+    setattr(parameter, _ATTRIBUTE, Watched(label, tally, moved))
+
+
+def unwatch(parameter: Tensor) -> None:
+    """Look at it no longer."""
+    if hasattr(parameter, _ATTRIBUTE):
+        delattr(parameter, _ATTRIBUTE)
 
 
 @cache
-def install_guard() -> None:
-    """From now on, raise where a plain optimizer is about to step a weight that a step method owns.
-
-    geoopt's own Riemannian optimizers may step a manifold's weights: they stay on it.
-    """
-    register_optimizer_step_pre_hook(_refuse_plain_step)
+def _install() -> None:
+    register_optimizer_step_pre_hook(_before_step)
+    register_optimizer_step_post_hook(_after_step)
 
 
-def _refuse_plain_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+def is_watched(parameter: Tensor) -> bool:
+    """Whether :func:`watch` knows this very tensor; a deep copy of it is another one."""
+    return hasattr(parameter, _ATTRIBUTE)
+
+
+def _watched(parameter: Tensor) -> Watched | None:
+    if isinstance(parameter, SteppedParameter):  # which keeps this also through copies and pickles
+        return Watched(parameter.ownership.label, parameter.ownership.tally, True)
+    return getattr(parameter, _ATTRIBUTE, None)
+
+
+def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Any:
+    if getattr(optimizer, "stepping", False):
+        return None  # the base step inside a lifted one
+    closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
+    if closure is None:
+        _check(optimizer)
+        return None
+
+    @wraps(closure)
+    def checked() -> Any:
+        """The closure, and then the checks: it is what computes the gradients."""
+        loss = closure()
+        _check(optimizer)
+        return loss
+
+    if len(args) > 1:
+        return (args[0], checked, *args[2:]), kwargs
+    return args, {**kwargs, "closure": checked}
+
+
+def _check(optimizer: torch.optim.Optimizer) -> None:
+    members = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+    _refuse_plain_step(optimizer, members)
+    _refuse_divergence(optimizer, [p for p in members if _watched(p) is not None])
+
+
+def _refuse_plain_step(optimizer: torch.optim.Optimizer, members: list[Tensor]) -> None:
     lifted = isinstance(optimizer, Lift)
     geoopt = sys.modules.get("geoopt")
     riemannian = geoopt is not None and isinstance(optimizer, geoopt.optim.mixin.OptimMixin)
+    for p in members:
+        manifold = getattr(p, "manifold", None)
+        on_manifold = geoopt is not None and isinstance(p, geoopt.ManifoldTensor) and hasattr(manifold, "label")
+        if (isinstance(p, SteppedParameter) and not lifted) or (on_manifold and not riemannian):
+            label = p.ownership.label if isinstance(p, SteppedParameter) else manifold.label  # type: ignore[union-attr]
+            name = type(optimizer).__name__
+            raise OptimizerError(
+                f"{name} is about to step weight '{label}' off its constraint's set; create the optimizer with "
+                f"stiefel.optimizer(model, torch.optim.{name}, ...), or stiefel.release(model) first"
+            )
+        watched = _watched(p)
+        if watched is not None and watched.moved and not isinstance(p, SteppedParameter) and not on_manifold:
+            raise OptimizerError(
+                f"weight '{watched.label}' has lost the class by which its optimizer knows it; call "
+                "stiefel.optimizer(model, ...) again, or stiefel.release(model) first"
+            )
+
+
+def _refuse_divergence(optimizer: torch.optim.Optimizer, members: list[Tensor]) -> None:
+    if not members or getattr(optimizer, "found_inf", None) is not None:
+        return  # torch.amp.GradScaler hands the decision to a fused optimizer
+    if torch.compiler.is_compiling() or (members[0].is_cuda and torch.cuda.is_current_stream_capturing()):
+        return  # nothing may be read back here
+    values = [g.coalesce().values() if g.is_sparse else g for p in members if (g := p.grad) is not None]
+    largest = torch._foreach_norm([v if v.numel() else v.new_zeros(1) for v in values], float("inf"))
+    if torch.stack([v.to(largest[0].device) for v in largest]).isfinite().all():
+        return
+    labels = ", ".join(
+        f"'{w.label}'" for p, v in zip(members, largest, strict=True) if not v.isfinite() and (w := _watched(p))
+    )
+    raise DivergenceError(
+        f"the gradient of weight {labels} is NaN or infinite: the loss has diverged. This step changed no weight; "
+        "lower the learning rate, or look at the loss before it"
+    )
+
+
+def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    if getattr(optimizer, "stepping", False) or skipped(optimizer):
+        return
     for group in optimizer.param_groups:
         for p in group["params"]:
-            if p.grad is None:
-                continue  # it will not be stepped
-            on_manifold = geoopt is not None and isinstance(p, geoopt.ManifoldTensor) and hasattr(p.manifold, "label")
-            if (isinstance(p, SteppedParameter) and not lifted) or (on_manifold and not riemannian):
-                label = p.ownership.label if isinstance(p, SteppedParameter) else p.manifold.label
-                name = type(optimizer).__name__
-                raise OptimizerError(
-                    f"{name} is about to step weight '{label}' off its constraint's set; create the optimizer with "
-                    f"stiefel.optimizer(model, torch.optim.{name}, ...), or stiefel.release(model) first"
-                )
-
-
-_counters = WeakIdKeyDictionary()
-
-
-def watch_steps(parameter: Tensor, counter: Counter) -> None:
-    """Advance ``counter.steps`` after every step of an optimizer that has ``parameter``."""
-    _install_count()
-    _counters[parameter] = counter
-
-
-@cache
-def _install_count() -> None:
-    register_optimizer_step_post_hook(_count_step)
-
-
-def _count_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-    if getattr(optimizer, "stepping", False):
-        return  # the base step inside a lifted one
-    for group in optimizer.param_groups:
-        for p in group["params"]:
-            counter = _counters.get(p)
-            if counter is not None:
-                counter.steps += 1
+            watched = _watched(p)
+            if watched is not None and watched.tally is not None:
+                watched.tally.steps += 1

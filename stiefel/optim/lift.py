@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from stiefel.constraint import StepMethod
-from stiefel.errors import OptimizerError
+from stiefel.constraint import Penalty, StepMethod
+from stiefel.errors import DivergenceError, OptimizerError
 from stiefel.layout import Layout
-from stiefel.linalg import full_precision
+from stiefel.linalg import EXACT_DTYPES, full_precision
 from stiefel.optim.buckets import bucket, stack, unstack
 
 if TYPE_CHECKING:
@@ -32,17 +32,32 @@ REFUSED = {
 }
 
 
+@dataclass
+class Tally:
+    """What training did to a weight.
+
+    Args:
+        steps: optimizer steps taken.
+        shortened: how many of them a method shortened to keep the weight where it promises; None for methods that
+            shorten none. A tensor while it is counted on a device, so that counting does not wait for it.
+    """
+
+    steps: int = 0
+    shortened: Tensor | int | None = None
+
+
 @dataclass(frozen=True)
 class Ownership:
-    """Which step method moves a parameter, how the parameter is read, and its name for messages."""
+    """Which method moves a parameter, how the parameter is read, its name for messages, and its tally."""
 
-    method: StepMethod
+    method: StepMethod | Penalty
     layout: Layout
     label: str
+    tally: Tally
 
 
 class SteppedParameter(nn.Parameter):
-    """A parameter that a step method owns: under its old name, in its old shape, with the method attached.
+    """A parameter that a method moves: under its old name, in its old shape, with the method attached.
 
     Ordinary parameters become one in place (``p.__class__ = SteppedParameter``), so ties and optimizers stay valid.
     """
@@ -52,14 +67,14 @@ class SteppedParameter(nn.Parameter):
     def __deepcopy__(self, memo: dict[int, Any]) -> SteppedParameter:
         if id(self) not in memo:
             data = self.data.clone(memory_format=torch.preserve_format)
-            memo[id(self)] = own(nn.Parameter(data, self.requires_grad), copy.deepcopy(self.ownership, memo))
+            memo[id(self)] = hand_over(nn.Parameter(data, self.requires_grad), copy.deepcopy(self.ownership, memo))
         return memo[id(self)]
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         return _rebuild_parameter, (self.data, self.requires_grad, self.ownership)
 
 
-def own(parameter: nn.Parameter, ownership: Ownership) -> SteppedParameter:
+def hand_over(parameter: nn.Parameter, ownership: Ownership) -> SteppedParameter:
     """Hand a parameter over to a step method, in place."""
     parameter.__class__ = SteppedParameter
     assert isinstance(parameter, SteppedParameter)
@@ -67,14 +82,14 @@ def own(parameter: nn.Parameter, ownership: Ownership) -> SteppedParameter:
     return parameter
 
 
-def disown(parameter: nn.Parameter) -> None:
+def take_back(parameter: nn.Parameter) -> None:
     """Take a parameter back from its step method, in place."""
     del parameter.ownership  # type: ignore[attr-defined]
     parameter.__class__ = nn.Parameter
 
 
 def _rebuild_parameter(data: Tensor, requires_grad: bool, ownership: Ownership) -> Tensor:
-    return own(nn.Parameter(data, requires_grad), ownership)
+    return hand_over(nn.Parameter(data, requires_grad), ownership)
 
 
 class Lift(_Base):
@@ -98,29 +113,74 @@ class Lift(_Base):
             for p in group["params"]
             if isinstance(p, SteppedParameter) and p.grad is not None
         ]
-        self.stepping = True
+        for p, _, _ in owned:
+            if p.dtype not in EXACT_DTYPES:
+                raise OptimizerError(
+                    f"weight '{p.ownership.label}' is {p.dtype}, in which no method holds it; keep the model in "
+                    "float32 and train under torch.autocast"
+                )
         try:
+            self.stepping = True
             super().step()
+            if not skipped(self):
+                for members in bucket(owned, _moves_together):
+                    _move(members)
+        except BaseException:
+            for p, _, before in owned:  # half a step would leave them off their sets
+                p.copy_(before)
+            raise
         finally:
             self.stepping = False
-        for members in bucket(owned, _moves_together):
-            parameters, rates, before = zip(*members, strict=True)
-            layouts = [p.ownership.layout for p in parameters]
-            with full_precision(parameters[0].device):
-                x = stack(layouts, before, scaled=True)
-                moved = stack(layouts, [p - b for p, b in zip(parameters, before, strict=True)], scaled=True)
-                x = parameters[0].ownership.method.step(x, moved, float(rates[0]))
-            for p, w in zip(parameters, unstack(layouts, x, scaled=True), strict=True):
-                p.copy_(w)
         return loss
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         return _rebuild_optimizer, (type(self).__mro__[2],), self.__getstate__()
 
 
+def skipped(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether torch.amp.GradScaler has told a fused optimizer to leave out this step."""
+    found = getattr(optimizer, "found_inf", None)
+    return found is not None and bool(found)
+
+
+def _move(members: list[tuple[SteppedParameter, float, Tensor]]) -> None:
+    """Let the method of a bucket's weights move them, from where they were and by what the base step did."""
+    parameters, rates, before = zip(*members, strict=True)
+    layouts = [p.ownership.layout for p in parameters]
+    with full_precision(parameters[0].device):
+        x = stack(layouts, before, scaled=True)
+        moved = stack(layouts, [p - b for p, b in zip(parameters, before, strict=True)], scaled=True)
+        if not moved.isfinite().all():
+            labels = ", ".join(f"'{p.ownership.label}'" for p in parameters)
+            raise DivergenceError(
+                f"the optimizer's step of weight {labels} is NaN or infinite. It is left where it was; lower the "
+                "learning rate"
+            )
+        x, shortened = _moved(parameters[0].ownership, x, moved, float(rates[0]))
+    for p, w in zip(parameters, unstack(layouts, x, scaled=True), strict=True):
+        p.copy_(w)
+    if shortened is not None:
+        flags = shortened.split([layout.matrix_shape[0] for layout in layouts])
+        for p, flag in zip(parameters, flags, strict=True):
+            tally = p.ownership.tally
+            tally.shortened = flag.any() + (0 if tally.shortened is None else tally.shortened)
+
+
+def _moved(owner: Ownership, x: Tensor, displacement: Tensor, lr: float) -> tuple[Tensor, Tensor | None]:
+    """Where the method goes from X, and which matrices' steps it shortened, if it is one that does."""
+    method = owner.method
+    if isinstance(method, Penalty):
+        return method.step(x, displacement, lr * method.strength_at(owner.tally.steps), owner.layout), None
+    result = method.step(x, displacement, lr)
+    return result if isinstance(result, tuple) else (result, None)
+
+
 def _moves_together(member: tuple[SteppedParameter, float, Tensor]) -> Hashable:
     p, lr, _ = member
-    return p.ownership.method, p.ownership.layout.matrix_shape[1:], p.dtype, p.device, float(lr)
+    owner = p.ownership
+    # A penalty may depend on what the kernel does (its stride) and on the number of steps taken.
+    more = (owner.layout, owner.tally.steps) if isinstance(owner.method, Penalty) else owner.layout.matrix_shape[1:]
+    return id(owner.method), more, p.dtype, p.device, float(lr)
 
 
 def _rebuild_optimizer(base: type[torch.optim.Optimizer]) -> torch.optim.Optimizer:
@@ -133,6 +193,8 @@ def lift(cls: type[torch.optim.Optimizer]) -> type[torch.optim.Optimizer]:
     Raises:
         OptimizerError: the class is one that cannot be lifted.
     """
+    if issubclass(cls, Lift):
+        return cls
     for refused, why in REFUSED.items():
         if issubclass(cls, refused):
             raise OptimizerError(f"{cls.__name__} cannot serve a method that acts on the step: {why}; use SGD or Adam")

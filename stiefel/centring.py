@@ -1,0 +1,59 @@
+"""What reparameterizations that may centre their proxy's rows have in common. Imports ``constraint`` and below."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from torch import Tensor
+
+from stiefel.constraint import Reparameterization
+from stiefel.errors import LayoutError, OptionError
+from stiefel.layout import Layout
+from stiefel.linalg import nearest_orthonormal
+
+
+@dataclass(frozen=True, kw_only=True)
+class Centred(Reparameterization):
+    """``V_c = V − (1/n) V 1 1ᵀ``, then an orthonormalization of V_c.
+
+    Args:
+        center: subtract row means. It shrinks the set to X 1 = 0 and takes a rank away, so it needs p ≤ n − 1 and rows
+            that are filters. ``"auto"`` centres where both hold. Comparisons use False, so that all sets are equal.
+    """
+
+    center: bool | Literal["auto"] = "auto"
+
+    comparison: ClassVar = {"center": False}
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.center not in (True, False, "auto"):
+            raise OptionError(f"center={self.center!r}: expected True, False or 'auto'")
+
+    def check(self, layout: Layout) -> None:
+        """Refuse ``center=True`` where centred rows cannot be orthonormal."""
+        super().check(layout)
+        if self.center is True and not _can_center(layout):
+            _, p, n = layout.matrix_shape
+            if layout.columns:
+                why = "its columns, not its rows, are orthonormal, and a column is not a filter"
+            else:
+                why = f"centring takes one rank away, so at most {n - 1} of its {p} rows can be orthonormal"
+            groups = f", or group_size ≤ {layout.fan_in - 1}" if layout.fan_in > 1 else ""
+            raise LayoutError(f"center=True cannot hold for {layout}: {why}; use center='auto' or center=False{groups}")
+
+    def nearest(self, points: Tensor, layout: Layout) -> Tensor:
+        """The polar factor of the (centred) weight."""
+        return nearest_orthonormal(self.centred(points, layout))
+
+    def centred(self, v: Tensor, layout: Layout) -> Tensor:
+        """V less its row means, where this method centres a weight of that layout."""
+        if self.center is False or not _can_center(layout):
+            return v
+        return v - v.mean(dim=-1, keepdim=True)
+
+
+def _can_center(layout: Layout) -> bool:
+    _, p, n = layout.matrix_shape
+    return not layout.columns and p <= n - 1

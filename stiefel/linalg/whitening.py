@@ -1,0 +1,86 @@
+"""PCA whitening with a gradient that stays finite where eigenvalues meet. Imports ``linalg``."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from stiefel.linalg.precision import full_precision, in_double
+from stiefel.linalg.products import sym
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
+
+def whitened(v: Float[Tensor, "*batch p n"], eps: float = 1e-6) -> Float[Tensor, "*batch p n"]:
+    """PCA-whitened rows ``X = Λ^{-1/2} Dᵀ V`` of ``V Vᵀ = D Λ Dᵀ``, eigenvalues ascending: V's right singular vectors.
+
+    D is unique only where eigenvalues differ, and up to the signs of its columns, which are fixed by a positive largest
+    entry. The derivative of an eigenvector has 1/(λ_i − λ_j); here it is ``δ/(δ² + (eps·λ_max)²)``, which is the same
+    but near a tie, where it is bounded instead of infinite.
+
+    Args:
+        v: p ≤ n, real; X is orthonormal whatever its rank.
+        eps: width of a tie, relative to the largest eigenvalue.
+
+    Returns:
+        X in the dtype of ``v``. Differentiable once; a second derivative is an error.
+
+    Source: Huang et al. (AAAI 2018), section 3.2 (OLM_var); Dang, Yi, Hu, Wang and Fua (2018) for the instability.
+    """
+    return _Whitened.apply(v, eps)
+
+
+class _Whitened(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, v: Tensor, eps: float) -> Tensor:
+        with full_precision(v.device):
+            d, s, x = torch.linalg.svd(in_double(v), full_matrices=False)
+            d, s, x = d.flip(-1), s.flip(-1), x.flip(-2)
+            signs = torch.sgn(torch.take_along_dim(d, d.abs().argmax(dim=-2, keepdim=True), dim=-2))
+            d, x = d * signs, x * signs.mT
+            s = s.clamp_min(eps * s[..., -1:]).clamp_min(torch.finfo(s.dtype).tiny)
+        ctx.save_for_backward(x, d, s, v)
+        ctx.eps = eps
+        return x.to(v.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        x, d, s, v = ctx.saved_tensors
+        return _Once.apply(_gradient(x, d, s, gradients[0].detach(), ctx.eps).to(v.dtype), v, gradients[0]), None
+
+
+class _Once(torch.autograd.Function):
+    """A gradient that cannot be differentiated again, and says so on every path that would.
+
+    torch's own ``once_differentiable`` leaves the graph without an edge to V: a second derivative would lack this term
+    without a word wherever V has another path.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor, v: Tensor, incoming: Tensor) -> Tensor:
+        return gradient.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        raise RuntimeError("PCA whitening is differentiable once: its second derivative is unbounded near ties")
+
+
+@torch.no_grad()
+def _gradient(x: Tensor, d: Tensor, s: Tensor, gradient: Tensor, eps: float) -> Tensor:
+    """∂L/∂V where V = D S X.
+
+    With E = Dᵀ d(VVᵀ) D and K_ij = 1/(λ_j − λ_i): dD = D (K∘E) and d(S²) = diag E, so that
+    dX = −[½ S⁻² diag(E) + S⁻¹ (K∘E) S] X + S⁻¹ Dᵀ dV, and ⟨G, dX⟩ = ⟨H, E⟩ + ⟨D S⁻¹ G, dV⟩.
+    """
+    with full_precision(x.device):
+        g = gradient.to(x.dtype)
+        values = s.square()
+        gaps = values.unsqueeze(-2) - values.unsqueeze(-1)
+        k = gaps / (gaps.square() + (eps * values[..., -1:, None]).square())
+        a = g @ x.mT
+        h = -(a * s.unsqueeze(-2) / s.unsqueeze(-1)) * k
+        h = sym(h - torch.diag_embed(a.diagonal(dim1=-2, dim2=-1) / (2 * values)))  # E is symmetric
+        return d @ (2 * (h * s.unsqueeze(-2)) @ x + g / s.unsqueeze(-1))  # E = Dᵀ dV XᵀS + its transpose

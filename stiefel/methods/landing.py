@@ -1,0 +1,84 @@
+"""The landing algorithm: no retraction, a field that pulls to the set, and a step that cannot leave its tube."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from stiefel.constraint import Claim, StepMethod, is_number
+from stiefel.errors import OptionError
+from stiefel.linalg import balance, gram_residual, nearest_orthonormal, sym
+from stiefel.methods import register
+
+LONGEST = 1e6
+"""Root mean square length of a displacement's rows beyond which it is cut to that."""
+
+
+@register
+@dataclass(frozen=True, kw_only=True)
+class Landing(StepMethod):
+    """``X ← X − t F``, ``F = Ψ + μ Δ X``, ``Ψ = −½(XXᵀU − XUᵀX)``, ``Δ = XXᵀ − I``, ``μ = lr · λ``, t ≤ 1 a safe step.
+
+    With ``d = ‖Δ‖_F``, ``R = XΨᵀ + ΨXᵀ`` and 2tμ ≤ 1 the residual after the step is at most
+    ``d − t (2μ d(1 − d) − ‖R‖_F) + t² ‖F‖_F²``, and t is the largest number up to 1 that keeps it at ε; outside the
+    tube (d > ε), the minimizer of that bound. R is 0 but for the rounding of a long Ψ, which breaks the tube in float32
+    where it is left out. Where d ≥ 1 the weight is projected. Shortened steps are counted in the report.
+
+    Args:
+        attraction: λ > 0, the strength of the pull; not rescaled with the weight's scale.
+        tube: ε, the largest ‖XXᵀ − I‖_F allowed, between 0 and 1.
+
+    Source: Ablin and Peyré, AISTATS 2022; Ablin, Vary, Gao and Absil, JMLR 2024, for the Stiefel form. The bound is
+    derived anew; the released safe step is not defined at a zero gradient or outside the tube.
+    """
+
+    attraction: float = 1.0
+    tube: float = 0.5
+
+    name = "landing"
+    summary = "field towards the set and down the loss, with a safe step"
+    reference = "Ablin & Peyré, AISTATS 2022; Ablin et al., JMLR 2024"
+    tuning: ClassVar = {"attraction": (0.1, 1.0, 10.0)}
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not (is_number(self.attraction) and self.attraction > 0):
+            raise OptionError(f"attraction={self.attraction!r}: expected a positive number")
+        if not (is_number(self.tube) and 0 < self.tube < 1):
+            raise OptionError(f"tube={self.tube!r}: expected a number between 0 and 1")
+
+    @property
+    def claim(self) -> Claim:  # type: ignore[override]
+        """Inside the tube, at any rate."""
+        return Claim(bound=self.tube)
+
+    @property
+    def coefficients(self) -> tuple[float, float]:
+        """(1, ½): the relative gradient ½(G − XGᵀX)."""
+        return (1.0, 0.5)
+
+    def step(self, x: Tensor, displacement: Tensor, lr: float) -> tuple[Tensor, Tensor]:
+        """The landing step, and which matrices' steps were shortened."""
+        # Longer displacements overflow the norms below in float32, and end at the tube's wall all the same.
+        excess = (balance(displacement) / LONGEST).clamp_min(1)
+        displacement = displacement / excess
+        delta = gram_residual(x)
+        d = torch.linalg.matrix_norm(delta)
+        mu = lr * self.attraction
+        # (XXᵀU − XUᵀX) = (I + Δ)U − (XUᵀ)X
+        psi = -0.5 * (displacement + delta @ displacement - (x @ displacement.mH) @ x)
+        field = psi + mu * (delta @ x)
+        g = torch.linalg.matrix_norm(field).clamp_min(torch.finfo(d.dtype).tiny ** 0.5)
+        r = torch.linalg.matrix_norm(2 * sym(x @ psi.mH))
+        b = (mu * d * (1 - d) - r / 2) / g
+        inside = (b + (b.square() + self.tube - d).clamp_min(0).sqrt()) / g
+        t = torch.where(d <= self.tube, inside, b.clamp_min(0) / g)
+        t = t.clamp(max=min(1.0, 0.5 / mu) if mu > 0 else 1.0)
+        moved = x - t[..., None, None] * field
+        lost = d >= 1
+        if lost.any():
+            moved = torch.where(lost[..., None, None], nearest_orthonormal(x), moved)
+        return moved, (t < 1) | lost | (excess.flatten() > 1)

@@ -1,0 +1,73 @@
+"""ONI, orthogonalization by Newton's iteration: OWN without an eigendecomposition, and with a dial."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from stiefel.centring import Centred
+from stiefel.constraint import Claim, is_count
+from stiefel.errors import OptionError, nearest_names
+from stiefel.layout import Layout
+from stiefel.linalg import newton_schulz, spectral_radius
+from stiefel.methods import register
+
+BOUNDS = ("spectral", "frobenius")
+
+
+@register
+@dataclass(frozen=True, kw_only=True)
+class ONI(Centred):
+    """``X₀ = V_c / c``, ``X ← 1.5 X − 0.5 (X Xᵀ) X``, T times.
+
+    Each step moves every singular value of X₀, which lie in (0, 1] (up to 1.1 where c is an estimate), towards 1: T
+    trades orthogonality for capacity. The published form ``B ← 1.5 B − 0.5 B³ S`` is the same in exact arithmetic and
+    diverges in float32 from T = 10 on.
+
+    Args:
+        center: subtract row means, as in OWN.
+        iterations: T. The paper trains with 5 (convolutions) and 4 (linear layers) as its dial; 12 are orthogonal to
+            rounding while the proxy's condition number is below 10 or so.
+        bound: c. ``"frobenius"``, the paper's ``√‖V_c V_cᵀ‖_F``, starts at p^{-1/4} even where V is orthonormal, so
+            that small T do not start at the common point. ``"spectral"``, an estimate of ``‖V_c‖₂``, does.
+
+    Source: Huang et al., Controllable Orthogonalization in Training DNNs, CVPR 2020 (arXiv 2004.00917), Algorithm 1.
+    """
+
+    iterations: int = 12
+    bound: str = "spectral"
+
+    name = "oni"
+    summary = "Newton-Schulz iterations of a proxy; their number is a dial"
+    reference = "Huang et al., CVPR 2020"
+    tuning: ClassVar = {"iterations": (3, 5, 7, 12)}
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not is_count(self.iterations):
+            raise OptionError(f"iterations={self.iterations!r}: expected a positive whole number")
+        if self.bound not in BOUNDS:
+            raise OptionError(f"bound={self.bound!r}: {nearest_names(str(self.bound), BOUNDS)}")
+
+    @property
+    def claim(self) -> Claim | None:  # type: ignore[override]
+        """To rounding from 12 iterations on; fewer are a dial, and promise nothing."""
+        return Claim(rates=(0, 0.1)) if self.iterations >= 12 else None
+
+    @property
+    def coefficients(self) -> tuple[float, float] | None:
+        """(1, 1) where the iteration has converged: with the spectral bound it has at the start, whatever T."""
+        return (1.0, 1.0) if self.bound == "spectral" or self.iterations >= 12 else None
+
+    def forward(self, proxy: Tensor, layout: Layout) -> Tensor:
+        """Bound the (centred) proxy's singular values, then iterate."""
+        v = self.centred(proxy, layout)
+        gram = v @ v.mH
+        square = spectral_radius(gram, 16) if self.bound == "spectral" else torch.linalg.matrix_norm(gram)
+        x = v / square.sqrt()[..., None, None]
+        for _ in range(self.iterations):
+            x = newton_schulz(x)
+        return x

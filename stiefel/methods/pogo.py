@@ -1,0 +1,60 @@
+"""POGO, proximal one-step geometric orthoptimization: a landing direction and one Newton-Schulz step."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from stiefel.constraint import Claim, StepMethod, is_count
+from stiefel.errors import OptionError
+from stiefel.linalg import balance, newton_schulz
+from stiefel.methods import register
+
+LONGEST = 0.5
+"""Largest ‖Ψ‖_F: one Newton-Schulz step then leaves at most 0.05, and diverges from about √3 on."""
+
+
+@register
+@dataclass(frozen=True, kw_only=True)
+class POGO(StepMethod):
+    """``M = X − Ψ``, ``X ← M + ½(M − M Mᵀ M)``, ``Ψ = −½(XXᵀU − XUᵀX)``, U the base optimizer's displacement.
+
+    The step with fixed λ = ½. A tangent Ψ leaves a residual of about ¾‖Ψ‖₂⁴, so steps with ‖Ψ‖_F > ½ are shortened to
+    that, and counted in the report.
+
+    Args:
+        polish: Newton-Schulz steps after each move. One is the published method; a second one takes a residual e to
+            about ¾e².
+
+    Source: Javaloy and Vergari, ICML 2026 (arXiv 2602.14656), Algorithm 1 with λ = ½; the limit on ‖Ψ‖ is added here.
+    """
+
+    polish: int = 1
+
+    name = "pogo"
+    summary = "landing direction, then one Newton-Schulz step; long steps are shortened"
+    reference = "Javaloy & Vergari, ICML 2026"
+    claim = Claim(bound=0.065)
+    tuning: ClassVar = {"polish": (1, 2)}
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not is_count(self.polish):
+            raise OptionError(f"polish={self.polish!r}: expected a positive whole number")
+
+    @property
+    def coefficients(self) -> tuple[float, float]:
+        """(1, ½), as landing."""
+        return (1.0, 0.5)
+
+    def step(self, x: Tensor, displacement: Tensor, lr: float) -> tuple[Tensor, Tensor]:
+        """The POGO step, and which matrices' steps were shortened."""
+        psi = -0.5 * ((x @ x.mH) @ displacement - (x @ displacement.mH) @ x)
+        length = balance(psi)[..., 0, 0] * x.shape[-2] ** 0.5  # ‖Ψ‖_F without overflow; √p where it is 0
+        short = LONGEST / length.clamp_min(LONGEST)
+        moved = x - psi * short[..., None, None]
+        for _ in range(self.polish):
+            moved = newton_schulz(moved)
+        return moved, (length > LONGEST) & (psi != 0).any(-1).any(-1)

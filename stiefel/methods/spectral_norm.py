@@ -1,0 +1,34 @@
+"""Spectral normalization: the largest singular value is 1, the others are free. A control."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from stiefel.constraint import Reparameterization
+from stiefel.layout import Layout
+from stiefel.methods import register
+
+
+@register
+@dataclass(frozen=True, kw_only=True)
+class SpectralNorm(Reparameterization):
+    """``X = V / ‖V‖₂``: a layer that expands nothing, and may shrink anything.
+
+    The norm is exact, by singular values, where the usual implementation lets one power iteration per step follow it.
+    Where several are the largest, as at the orthonormal start, its gradient is the mean of theirs.
+
+    Source: Miyato, Kataoka, Koyama and Yoshida, ICLR 2018, eq. 8.
+    """
+
+    name = "spectral_norm"
+    summary = "largest singular value 1, no orthogonality: a control"
+    reference = "Miyato et al., ICLR 2018"
+
+    def forward(self, proxy: Tensor, layout: Layout) -> Tensor:
+        """Divide by the largest singular value."""
+        sigma = torch.linalg.svd(proxy, full_matrices=False).S
+        leads = sigma >= sigma[..., :1] * (1 - 1e3 * torch.finfo(sigma.dtype).eps)
+        return proxy / ((sigma * leads).sum(-1) / leads.sum(-1))[..., None, None]

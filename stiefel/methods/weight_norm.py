@@ -1,0 +1,42 @@
+"""Weight normalization: rows of a learned length, and any angle between them. A control."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from stiefel.constraint import Reparameterization
+from stiefel.layout import Layout
+from stiefel.methods import register
+
+
+@register
+@dataclass(frozen=True, kw_only=True)
+class WeightNorm(Reparameterization):
+    """``w_i = g_i v_i/‖v_i‖`` for the filter w_i of each output: what orthogonality adds to is what this lacks.
+
+    It starts at the same orthonormal point as every method, and leaves the set from there.
+
+    Source: Salimans and Kingma, NeurIPS 2016, eq. 2.
+    """
+
+    name = "weight_norm"
+    summary = "a learned length per output, no orthogonality: a control"
+    reference = "Salimans & Kingma, NeurIPS 2016"
+    can_learn_scale = False  # it has a gain per output already
+
+    def start(self, x: Tensor, layout: Layout) -> tuple[Tensor, dict[str, Tensor]]:
+        """X, and the lengths of W's filters as trained gains (real, also where the weight is complex)."""
+        return x, {"gain": nn.Parameter(self.fixed_scale * _lengths(x, layout))}
+
+    def forward(self, proxy: Tensor, layout: Layout, gain: Tensor) -> Tensor:
+        """Filters of the proxy, at the lengths of the gains."""
+        lengths = _lengths(proxy, layout)
+        return proxy * (gain / (self.fixed_scale * lengths.clamp_min(torch.finfo(lengths.dtype).tiny)))
+
+
+def _lengths(x: Tensor, layout: Layout) -> Tensor:
+    """Length of each output's filter: of a row, or of a column where the constraint is on columns."""
+    return torch.linalg.vector_norm(x, dim=-2 if layout.columns else -1, keepdim=True)

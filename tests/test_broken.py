@@ -1,0 +1,31 @@
+"""The conformance suite can fail: it rejects every method of ``broken.py``, by the checks that it should."""
+
+import warnings
+
+import broken
+import conformance
+import pytest
+import torch
+from torch.autograd.gradcheck import GradcheckError
+
+CASES = [(cls, check) for cls, checks in broken.BROKEN.items() for check in checks]
+
+
+@pytest.mark.parametrize(("cls", "check"), CASES, ids=lambda v: v if isinstance(v, str) else v.__name__)
+def test_is_rejected(cls: type, check: str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with pytest.raises((AssertionError, GradcheckError)):
+            conformance.run(cls(), check, torch.float64)
+
+
+def test_there_are_many() -> None:
+    assert len(broken.BROKEN) >= 10
+
+
+@pytest.mark.parametrize("base", [broken.Step, broken.Map])
+def test_what_they_are_made_of_is_right(base: type) -> None:
+    """The same classes without a fault pass: it is the fault that is rejected."""
+    sound = type("Sound", (base,), {"name": "sound", "summary": "right", "reference": "none"})()
+    for check in conformance.CHECKS:
+        conformance.run(sound, check, torch.float64)

@@ -1,0 +1,32 @@
+"""The conformance suite over the catalogue: every method, with its options, in every precision, on every device.
+
+Layouts are inside the checks: they train a model with a weight of each (see ``conformance.Zoo``).
+"""
+
+import conformance
+import pytest
+import torch
+
+import stiefel
+
+DEVICES = [
+    torch.device("cpu"),
+    pytest.param(
+        torch.device("cuda"), marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+    ),
+]
+METHODS = [method for name in stiefel.available() for method in conformance.variants(name)]
+IN_FULL = ("start", "claim", "descent")  # what depends on the precision; the rest is checked in double
+
+
+@pytest.mark.parametrize("device", DEVICES, ids=str)
+@pytest.mark.parametrize("method", METHODS, ids=str)
+@pytest.mark.parametrize("check", conformance.CHECKS)
+def test_conforms(check: str, method: stiefel.Constraint, device: torch.device) -> None:
+    dtypes = conformance.dtypes(method)
+    if check not in IN_FULL:
+        dtypes = [d for d in dtypes if d in (torch.float64, torch.complex128)]
+    elif check == "claim":  # 600 steps in each: complex weights in single precision, where it is hardest
+        dtypes = [d for d in dtypes if d != torch.complex128]
+    for dtype in dtypes:
+        conformance.run(method, check, dtype, device)

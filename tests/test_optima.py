@@ -1,0 +1,101 @@
+"""Known optima: every method that stays on the set finds the one that SVD or eigh gives, from ten seeds at once.
+
+Procrustes: max ⟨X, T⟩ is the nuclear norm of T; on a square weight, within one component of O(n), less twice the
+smallest singular value where the determinant of T has the other sign. PCA: max tr(X C Xᵀ) is the sum of the p largest
+eigenvalues. A method with a ``caveat`` may stop short on the way: it must say so, and is tested as such.
+"""
+
+import conformance
+import pytest
+import torch
+from torch import Tensor, nn
+
+import stiefel
+
+SEEDS = 10
+GAP = 1e-6
+METHODS = [m for name in stiefel.available() for m in conformance.variants(name) if m.feasible]
+SHAPES = [(3, 8), (5, 5), (1, 6), (6, 7)]
+CONDITIONS = [2.0, 30.0]
+
+
+def spectrum(p: int, condition: float) -> Tensor:
+    return torch.logspace(0, -torch.log10(torch.tensor(condition)).item(), p, dtype=torch.float64)
+
+
+def gaussian(*shape: int, seed: int) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def shortfalls(method: stiefel.Constraint, start: Tensor, value, best: Tensor, steps: int) -> Tensor:
+    """How far, relatively, plain SGD stays below ``best`` for each of a batch of weights."""
+    model = nn.Module()
+    model.w = nn.Parameter(start.clone())
+    stiefel.constrain(model, conformance.common(method), layers="w")
+    # A rotation of a share of the coordinates moves that much less far on average.
+    lr = 0.5 if method.coefficients is not None or method.step_length else 1.5
+    optimizer = stiefel.optimizer(model, torch.optim.SGD, lr=lr)
+    torch.manual_seed(0)
+    for k in range(steps):
+        if method.step_length:
+            optimizer.param_groups[0]["lr"] = 0.3 * 10 ** (-5 * k / 800)
+        optimizer.zero_grad()
+        (-value(model.w).sum()).backward()
+        optimizer.step()
+        if k % 50 == 49:
+            gaps = (best - value(model.w.detach())) / best
+            if gaps.max() < GAP:
+                break
+    assert stiefel.report(model).worst < 1e-12
+    return gaps
+
+
+@pytest.mark.parametrize("condition", CONDITIONS)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("method", METHODS, ids=str)
+def test_procrustes(method: stiefel.Constraint, shape: tuple[int, int], condition: float) -> None:
+    check(method, procrustes(method, shape, condition, 800 if method.caveat else 3000))
+
+
+def procrustes(method: stiefel.Constraint, shape: tuple[int, int], condition: float, steps: int) -> Tensor:
+    p, n = shape
+    u, _, vh = torch.linalg.svd(gaussian(SEEDS, p, n, seed=1), full_matrices=False)
+    s = spectrum(p, condition)
+    t, start = (u * s) @ vh, gaussian(SEEDS, p, n, seed=2)
+    best = s.sum().expand(SEEDS)
+    if p == n:  # two components; which one a continuous method is in does not change
+        same = torch.linalg.det(start).sign() == torch.linalg.det(t).sign()
+        best = torch.where(same, best, best - 2 * s[-1])
+    return shortfalls(method, start, lambda w: (w * t).sum((-2, -1)), best, steps)
+
+
+@pytest.mark.parametrize("condition", CONDITIONS)
+@pytest.mark.parametrize("shape", [s for s in SHAPES if s[0] < s[1]], ids=str)
+@pytest.mark.parametrize("method", METHODS, ids=str)
+def test_pca(method: stiefel.Constraint, shape: tuple[int, int], condition: float) -> None:
+    p, n = shape
+    q, values = torch.linalg.qr(gaussian(SEEDS, n, n, seed=3))[0], spectrum(n, condition)
+    c, best = (q * values) @ q.mT, values[:p].sum().expand(SEEDS)
+    start = gaussian(SEEDS, p, n, seed=4)
+    check(
+        method, shortfalls(method, start, lambda w: ((w @ c) * w).sum((-2, -1)), best, 800 if method.caveat else 3000)
+    )
+
+
+def check(method: stiefel.Constraint, gaps: Tensor) -> None:
+    if not method.caveat:
+        # Below the optimum by no more than that; above it only by a jump to the square set's other component.
+        assert gaps.max() < GAP, f"stops short by {gaps.max():.1e} in {int((gaps > GAP).sum())} of {SEEDS} runs"
+    else:
+        assert gaps.max() < 1, "did not even come near"
+        assert torch.isfinite(gaps).all()
+
+
+@pytest.mark.parametrize("method", [m for m in METHODS if m.caveat], ids=str)
+def test_a_caveat_is_true(method: stiefel.Constraint) -> None:
+    """A method that excuses itself does stop short somewhere: otherwise the caveat would be a way around the test."""
+    worst = 0.0
+    for shape in ((5, 5), (3, 8)):
+        for condition in CONDITIONS:
+            worst = max(worst, procrustes(method, shape, condition, 800).max().item())
+    assert worst > GAP

@@ -1,0 +1,90 @@
+"""A method in a file of one's own, outside the package: known, tested, compared and listed like any other."""
+
+import importlib.util
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import conformance
+import pytest
+import torch
+from test_readme import snippets
+
+import stiefel
+import stiefel.methods
+
+SOURCE = '''"""Retraction by QR of the tangent step, under another name."""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from stiefel.constraint import Claim, StepMethod
+from stiefel.geometry import project_tangent
+from stiefel.linalg import qf
+from stiefel.methods import register
+
+
+@register
+@dataclass(frozen=True, kw_only=True)
+class Tangent(StepMethod):
+    """``X ← qf(X + shrink · P_X(U))``.
+
+    Args:
+        shrink: factor of the step.
+    """
+
+    shrink: float = 1.0
+
+    name = "my_tangent"
+    summary = "a method from outside"
+    reference = "nobody, 2026"
+    claim = Claim()
+
+    @property
+    def coefficients(self) -> tuple[float, float]:
+        return (self.shrink, self.shrink)
+
+    def step(self, x: Tensor, displacement: Tensor, lr: float) -> Tensor:
+        return qf(x + self.shrink * project_tangent(x, displacement))
+'''
+
+
+@pytest.fixture
+def own_method(tmp_path: Path) -> Iterator[Path]:
+    """Write the file, run it, and forget the method afterwards."""
+    path = tmp_path / "my_method.py"
+    path.write_text(SOURCE)
+    spec = importlib.util.spec_from_file_location("my_method", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["my_method"] = module
+    spec.loader.exec_module(module)
+    yield path
+    del sys.modules["my_method"], stiefel.methods._CATALOGUE["my_tangent"]
+
+
+def test_it_is_in_the_catalogue_and_in_the_table(own_method: Path) -> None:
+    assert "my_tangent" in stiefel.available()
+    assert stiefel.get("my_tangent", shrink=0.5).coefficients == (0.5, 0.5)
+    row = next(line for line in stiefel.methods.table().splitlines() if "`my_tangent`" in line)
+    assert "a method from outside" in row
+    assert "`shrink=1.0`" in row
+    assert "(1, 1)" in row
+
+
+@pytest.mark.parametrize("check", conformance.CHECKS)
+def test_it_goes_through_the_conformance_suite(own_method: Path, check: str) -> None:
+    for method in conformance.variants("my_tangent"):
+        conformance.run(method, check, torch.float64)
+
+
+def test_it_is_compared(own_method: Path) -> None:
+    folder = own_method.parent
+    (folder / "my_problem.py").write_text("import my_method\n" + snippets()[1])
+    command = [sys.executable, "-m", "stiefel", "compare", "my_problem.py", "--methods", "my_tangent", "unconstrained"]
+    command += ["--lr", "0.1", "--seeds", "1", "--scale", "1", "--epochs", "2", "--no-cost", "--jobs", "1"]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "my_tangent" in done.stdout
+    assert "my_tangent" in (folder / "runs" / "summary.csv").read_text()

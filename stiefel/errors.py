@@ -46,6 +46,14 @@ class ProblemError(StiefelError, ValueError):
     """A file given to ``stiefel compare`` does not define a usable problem, or the grid asked for is empty."""
 
 
+class RecordError(StiefelError, ValueError):
+    """A run's record is corrupt, unreadable, or of another schema."""
+
+
+class StorageError(StiefelError, OSError):
+    """The folder of the records cannot be written: no permission, or no space."""
+
+
 def nearest_names(name: str, known: Iterable[str]) -> str:
     """Phrase the names in ``known`` that resemble ``name``, or all of them where none does."""
     known = sorted(known)

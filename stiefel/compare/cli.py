@@ -1,20 +1,20 @@
-"""The command line: ``stiefel compare FILE`` and ``stiefel report DIR``. Imports the rest of ``compare``."""
+"""The command line: ``stiefel compare``, ``report`` and ``new-problem``. Imports the rest of ``compare``."""
 
 from __future__ import annotations
 
 import argparse
 import itertools
 import sys
-import time
 import typing
 from collections.abc import Sequence
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
-from stiefel.errors import DataError, OptionError, ProblemError, StiefelError
+from stiefel.errors import OptionError, ProblemError, StiefelError, StorageError
 
 _NEEDS = "stiefel compare needs the extra 'compare': pip install 'stiefel[compare]'"
+_KEPT = "stopped; the runs that had ended are kept, and the same command goes on with the rest"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -35,9 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"stiefel: {type(error).__name__}: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(
-            "\nstopped; the runs that had ended are kept, and the same command goes on with the rest", file=sys.stderr
-        )
+        print("\n" + _KEPT, file=sys.stderr)
         return 130
 
 
@@ -55,6 +53,12 @@ def _dispatch(arguments: list[str]) -> int:
     report.add_argument("folders", nargs="+", type=Path)
     report.add_argument("--html", type=Path, help="where to write (default: report.html in the first folder)")
     report.add_argument("--figures", type=Path, metavar="DIR", help="write the figures as PNG too, into this folder")
+    new = commands.add_parser(
+        "new-problem",
+        help="write a problem to start from",
+        description="Write a commented problem, which runs as it is; put a network and data of your own in its place.",
+    )
+    new.add_argument("file", type=Path, help="where to write it, e.g. my_problem.py")
     if arguments[:1] == ["compare"] and len(arguments) > 1 and not arguments[1].startswith("-"):
         from stiefel.compare.problem import load_problem
 
@@ -64,26 +68,45 @@ def _dispatch(arguments: list[str]) -> int:
     parsed = parser.parse_args(arguments)
     if parsed.command == "compare":
         compare.error("the problem file comes first: stiefel compare FILE [options]")
+    if parsed.command == "new-problem":
+        return _new_problem(parsed.file)
     return _report(parsed.folders, parsed.html, figures=parsed.figures)
 
 
 def _add_options(parser: argparse.ArgumentParser, problem: Any) -> None:
     """The comparison's own options, and one for each of the problem's factors."""
+    from stiefel.compare.executors import EXECUTORS
     from stiefel.compare.plan import literal
 
-    parser.add_argument("--methods", nargs="+", default=["all"], help="names, or name:option=value,...; default: all")
-    parser.add_argument("--scale", nargs="+", type=literal, default=list(problem.scales), help="scales of the weights")
-    parser.add_argument("--lr", nargs="+", type=_positive, default=list(problem.learning_rates), help="learning rates")
-    parser.add_argument("--seeds", type=_count, default=3, help="fresh seeds for each method's best rate (default 3)")
-    parser.add_argument("--tuning-seeds", type=_count, default=1, help="seeds for each rate of the grid (default 1)")
-    parser.add_argument("--budget", choices=sorted(problem.budgets), help="a named set of factors")
-    parser.add_argument("--out", type=Path, default=Path("runs"), help="folder of the records (default runs/)")
-    parser.add_argument("--jobs", type=_count, default=None, help="runs at a time (default: one per core)")
-    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--timeout", type=_positive, default=3600.0, help="seconds per run (default 3600)")
-    parser.add_argument("--no-cost", action="store_true", help="leave the cost pass out")
-    parser.add_argument("--retry-failed", action="store_true", help="run again what ended in an error or a timeout")
-    parser.add_argument("--dry-run", action="store_true", help="print the plan only")
+    plan = parser.add_argument_group("what is compared")
+    plan.add_argument("--methods", nargs="+", default=["all"], help="names, or name:option=value,...; default: all")
+    plan.add_argument("--scale", nargs="+", type=literal, default=list(problem.scales), help="scales of the weights")
+    plan.add_argument("--lr", nargs="+", type=_positive, help="learning rates (default: the problem's grid)")
+    plan.add_argument("--budget", choices=sorted(problem.budgets), help="a named set of factors")
+    tuning = parser.add_argument_group("protocol")
+    tuning.add_argument("--seeds", type=_count, default=5, help="fresh seeds for each method's winner (default 5)")
+    tuning.add_argument("--tuning-seeds", type=_count, default=1, help="seeds of each trial (default 1)")
+    tuning.add_argument(
+        "--trials",
+        type=_count,
+        help="tuning budget of every method in every setting: the learning rates, then its own knobs and rates in "
+        "between (default: the problem's grid and 3 more; with --lr, the rates alone)",
+    )
+    tuning.add_argument("--extend", action="store_true", help="continue a grid on whose edge the best rate lies")
+    tuning.add_argument("--no-cost", action="store_true", help="leave the cost pass out")
+    where = parser.add_argument_group("where and how it runs")
+    where.add_argument("--out", type=Path, default=Path("runs"), help="folder of the records (default runs/)")
+    where.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    where.add_argument("--jobs", type=_count, help="runs at a time (default: one per core, or per GPU)")
+    where.add_argument("--processes", type=_count, default=1, help="of each run, under torchrun (default 1: without)")
+    where.add_argument("--timeout", type=_positive, default=3600.0, help="seconds per run (default 3600)")
+    where.add_argument("--memory", type=_positive, metavar="GB", help="what a run may allocate (default: all there is)")
+    where.add_argument("--executor", choices=list(EXECUTORS), default="local", help="what runs them (default local)")
+    where.add_argument(
+        "--executor-options", nargs="+", default=[], metavar="NAME=VALUE", help="e.g. address=tcp://host:8786"
+    )
+    where.add_argument("--retry-failed", action="store_true", help="run errors, crashes and timeouts again")
+    where.add_argument("--dry-run", action="store_true", help="print the plan and how long it may take, and stop")
     taken = {action.dest for action in parser._actions}
     group = parser.add_argument_group("factors of this problem (several values span the grid)")
     hints = typing.get_type_hints(problem)
@@ -133,101 +156,86 @@ def _settings(args: argparse.Namespace, problem: Any) -> list[Any]:
         raise ProblemError(f"{problem.__name__} refuses these factors: {type(error).__name__}: {error}") from error
 
 
+def _executor_options(texts: Sequence[str]) -> dict[str, Any]:
+    from stiefel.compare.plan import literal
+
+    options = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise OptionError(f"--executor-options {text}: expected NAME=VALUE")
+        options[name] = literal(value)
+    return options
+
+
 def _compare(args: argparse.Namespace, problem: Any) -> int:
     import torch
 
-    from stiefel.compare import runner
+    from stiefel.compare.comparison import Comparison, Means
     from stiefel.compare.plan import Plan, parse_variants
-    from stiefel.compare.progress import Progress
+    from stiefel.compare.runner import available_cores, writable
 
-    if args.device == "cuda" and not torch.cuda.is_available():
+    if args.device == "cuda" and not torch.cuda.is_available() and args.executor == "local":
         raise OptionError("--device cuda: there is no CUDA device on this machine; use --device cpu")
-    settings = _settings(args, problem)
-    by_identity = {repr(sorted(s.identity().items())): s for s in settings}
+    settings = {repr(sorted(s.identity().items())): s for s in _settings(args, problem)}
+    rates = tuple(sorted(set(args.lr or problem.learning_rates)))
     plan = Plan(
-        problem=settings[0].name,
+        problem=next(iter(settings.values())).name,
         digest=problem.digest(),
-        settings=tuple(s.identity() for s in by_identity.values()),
+        settings=tuple(s.identity() for s in settings.values()),
         variants=parse_variants(args.methods),
         scales=tuple(args.scale),
-        rates=tuple(sorted(set(args.lr))),
+        rates=rates,
         seeds=args.seeds,
         tuning_seeds=args.tuning_seeds,
+        trials=args.trials or (None if args.lr else len(rates) + 3),
         device=args.device,
     )
-    workers = args.jobs or (runner.available_cores() if args.device == "cpu" else 1)
-    threads = max(1, runner.available_cores() // workers)
-    finals = len(list(plan.cells())) * plan.seeds
-    costs = 0 if args.no_cost else len(plan.timed())
-    print(
-        f"{plan.problem}: methods {len(plan.variants)} × settings {len(plan.settings)} × scales {len(plan.scales)} × "
-        f"learning rates {len(plan.rates)}\n{len(plan.tuning())} tuning runs, then {finals} with fresh seeds, "
-        f"{costs} for cost; {workers} at a time\nrecords in {args.out}/"
+    cores = available_cores()
+    jobs = args.jobs or (max(1, torch.cuda.device_count()) if args.device == "cuda" else cores)
+    means = Means(
+        file=str(Path(args.file).resolve()),
+        root=args.out.resolve(),
+        jobs=jobs,
+        threads=max(1, cores // (jobs * args.processes)),
+        cores=max(1, cores // args.processes),
+        timeout=args.timeout,
+        memory=None if args.memory is None else int(args.memory * 1e9),
+        processes=args.processes,
+        executor=args.executor,
+        executor_options=_executor_options(args.executor_options),
+        retry_failed=args.retry_failed,
     )
+    comparison = Comparison(plan, settings, means, cost=not args.no_cost, extend=args.extend)
+    print(comparison.describe(args.out))
     if args.dry_run:
         return 0
-    _check(settings)
-    args.out.mkdir(parents=True, exist_ok=True)
-
-    def jobs(specs: list[Any], threads: int) -> list[runner.Job]:
-        return [
-            runner.Job(
-                spec,
-                str(Path(args.file).resolve()),
-                by_identity[repr(sorted(spec.fields.items()))].settings(),
-                args.out,
-                threads,
-                args.timeout,
-            )
-            for spec in specs
-        ]
-
-    if args.device == "cpu":
-        runner.start_server()
-    start = time.monotonic()
-    with Progress() as progress:
-
-        def stage(name: str, specs: list[Any], workers: int, threads: int) -> list[Any]:
-            advance = progress.stage(name, len(specs))
-            return runner.run_all(jobs(specs, threads), workers, advance, retry_failed=args.retry_failed)
-
-        tuned = stage("tuning", plan.tuning(), workers, threads)
-        records = tuned + stage("final", plan.final(tuned, problem.higher_is_better), workers, threads)
-        if not args.no_cost:
-            cost = plan.cost()
-            records += stage("cost", cost, 1, runner.available_cores())
-    print(f"finished in {runner.elapsed(start)}")
+    comparison.check()
+    writable(args.out)
+    records = comparison.run()
     return _report([args.out], None, {record.spec.hash for record in records})
 
 
-def _check(settings: list[Any]) -> None:
-    """Fail before the first run where every run would: data that cannot be loaded, a model that cannot be built."""
-    from stiefel.attach import constrain
-    from stiefel.compare.run import load_data
-    from stiefel.methods import control
-
-    for problem in settings:
-        name, step = type(problem).__name__, "make_model()"
-        try:
-            model = problem.make_model()
-            step = "layers, exclude"
-            constrain(model, control(), layers=problem.layers, exclude=problem.exclude)
-            step = "make_data()"
-            x, y = load_data(problem).validation
-            step = "evaluate()"
-            measures = problem.evaluate(model.eval(), (x[: problem.batch_size], y[: problem.batch_size]))
-        except DataError:
-            raise
-        except Exception as error:
-            raise ProblemError(f"{name}: {step} fails: {type(error).__name__}: {error}") from error
-        if problem.metric not in measures:
-            raise ProblemError(f"{name}.evaluate() returns {sorted(measures)}, without the metric {problem.metric!r}")
+def _new_problem(path: Path) -> int:
+    """Write the template."""
+    source = (Path(__file__).parent / "template.py").read_text(encoding="utf-8")
+    if path.suffix != ".py":
+        raise ProblemError(f"{path} must end in .py: a problem is a Python file")
+    try:
+        with path.open("x", encoding="utf-8") as stream:  # never over a file that is there
+            stream.write(source.replace("FILE", path.name).replace("  # noqa: RUF012", ""))
+    except FileExistsError as error:
+        raise ProblemError(f"{path} exists already; give another name, or delete it first") from error
+    except OSError as error:
+        raise StorageError(f"{path} cannot be written: {error.strerror}; give another folder") from error
+    print(f"wrote {path}: it runs as it is, with stiefel compare {path}")
+    return 0
 
 
 def _report(folders: list[Path], html: Path | None, only: set[str] | None = None, figures: Path | None = None) -> int:
     from rich.console import Console
 
-    from stiefel.compare.records import read_all
+    from stiefel.compare.records import BROKEN, read_all
     from stiefel.compare.report import failure_lines, terminal_tables, write_html, write_png
     from stiefel.compare.summary import Summary
 
@@ -236,7 +244,8 @@ def _report(folders: list[Path], html: Path | None, only: set[str] | None = None
             raise ProblemError(
                 f"there is no folder {str(folder)!r}; give a folder of records, as written by stiefel compare"
             )
-    records = [r for r in read_all(folders) if only is None or r.spec.hash in only]
+    found, _faults = read_all(folders)
+    records = [r for r in found if only is None or r.spec.hash in only]
     if not records:
         raise ProblemError(f"no finished run in {', '.join(map(str, folders))}; run stiefel compare first")
     summary = Summary.of(records)
@@ -251,5 +260,4 @@ def _report(folders: list[Path], html: Path | None, only: set[str] | None = None
     if figures is not None:
         for written in write_png(summary, figures):
             print(f"figure: {written.resolve()}")
-    failed = [r for r in records if r.status == "error"]
-    return 1 if failed else 0
+    return 1 if any(record.status in BROKEN for record in records) else 0

@@ -1,4 +1,4 @@
-"""Which runs a comparison consists of: a tuning grid, its winners with fresh seeds, a cost pass.
+"""Which runs a comparison consists of: tuning, its winners with fresh seeds, a cost pass.
 
 Imports ``spec``, ``records`` and ``methods``.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import itertools
+import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
@@ -14,10 +15,13 @@ from typing import Any
 
 from stiefel.compare.records import ENDED, Record
 from stiefel.compare.spec import RunSpec
+from stiefel.constraint import is_number
 from stiefel.errors import OptionError, ProblemError
 from stiefel.methods import available, get, method_class
 
 FRESH = 1000  # first seed of reported runs, far from any tuning seed
+REACH = 1e3  # how far beyond its ends a grid may be continued
+_BETWEEN = (0.5, -0.5, 0.25, -0.25, 0.75, -0.75, 0.125, -0.125)  # steps of the grid away from the best rate
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,26 @@ def literal(text: str) -> Any:
 
 
 @dataclass(frozen=True)
+class Choice:
+    """What tuning decides for one method in one setting: a learning rate, and knobs in place of the defaults."""
+
+    lr: float
+    knobs: tuple[tuple[str, Any], ...] = ()
+
+    @classmethod
+    def of(cls, spec: RunSpec) -> Choice:
+        """The choice that a run is made with."""
+        return cls(spec.lr, tuple(sorted(spec.knobs.items())))
+
+    def apply(self, cell: RunSpec, **changes: Any) -> RunSpec:
+        """A run of a cell with this choice."""
+        return replace(cell, lr=self.lr, knobs=dict(self.knobs), **changes)
+
+    def __str__(self) -> str:
+        return ", ".join([f"lr={self.lr:g}", *(f"{key}={value}" for key, value in self.knobs)])
+
+
+@dataclass(frozen=True)
 class Plan:
     """The axes of a comparison.
 
@@ -65,7 +89,9 @@ class Plan:
         scales: values of the option ``scale``.
         rates: the learning-rate grid, the same for every method.
         seeds: how many fresh seeds each winner is run with.
-        tuning_seeds: how many seeds each learning rate is tried with.
+        tuning_seeds: how many seeds each trial is made with.
+        trials: tuning budget of each method in each setting: the grid, then what is left goes to its own knobs, one at
+            a time at its best rate, and to rates between those of the grid. None is the grid alone.
         device, dtype: of every run.
     """
 
@@ -77,6 +103,7 @@ class Plan:
     rates: tuple[float, ...]
     seeds: int
     tuning_seeds: int = 1
+    trials: int | None = None
     device: str = "cpu"
     dtype: str = "float32"
 
@@ -84,32 +111,96 @@ class Plan:
         for axis in ("settings", "variants", "scales", "rates"):
             if not getattr(self, axis):
                 raise ProblemError(f"the comparison has no {axis}: the grid is empty")
+        if self.trials is not None and self.trials < len(self.rates):
+            raise OptionError(
+                f"--trials {self.trials} is less than the {len(self.rates)} learning rates of the grid, which every "
+                "method is tried at; raise it, or give fewer rates with --lr"
+            )
+
+    @property
+    def step(self) -> float:
+        """The ratio of neighbouring rates of the grid."""
+        span = max(self.rates) / min(self.rates)
+        return span ** (1 / (len(self.rates) - 1)) if span > 1 else 10**0.5
 
     def tuning(self) -> list[RunSpec]:
         """Every setting × scale × method × learning rate × tuning seed."""
+        return [run for cell in self.cells() for lr in self.rates for run in self._seeded(Choice(lr).apply(cell))]
+
+    def extension(self, tuned: Iterable[Record], higher_is_better: bool) -> list[RunSpec]:
+        """One more rate beyond each edge of a setting's grid on which a winner lies; none beyond three decades.
+
+        It is tried with every method of the setting, so that their budgets stay equal.
+        """
+        tuned = list(tuned)
+        best = winners(tuned, higher_is_better)
+        tried: dict[tuple[Any, ...], set[float]] = defaultdict(set)
+        for record in tuned:
+            tried[_setting_key(record.spec)].add(record.spec.lr)
+        beyond: dict[tuple[Any, ...], set[float]] = defaultdict(set)
+        for cell in self.cells():
+            rates, choice = tried[_setting_key(cell)], best.get(cell_key(cell))
+            if choice is None:
+                continue
+            if choice.lr == max(rates) and choice.lr < max(self.rates) * REACH:
+                beyond[_setting_key(cell)].add(_rounded(max(rates) * self.step))
+            if choice.lr == min(rates) and choice.lr > min(self.rates) / REACH:
+                beyond[_setting_key(cell)].add(_rounded(min(rates) / self.step))
         return [
-            replace(cell, lr=lr, seed=seed)
+            run
             for cell in self.cells()
-            for lr in self.rates
-            for seed in range(self.tuning_seeds)
+            for lr in sorted(beyond[_setting_key(cell)])
+            for run in self._seeded(Choice(lr).apply(cell))
         ]
+
+    def refinement(self, tuned: Iterable[Record], higher_is_better: bool) -> list[RunSpec]:
+        """The rest of each method's trials, around its best rate; a method whose every run failed has no such rate."""
+        tuned = list(tuned)
+        best = winners(tuned, higher_is_better)
+        tried = defaultdict(set)
+        for record in tuned:
+            tried[cell_key(record.spec)].add(record.spec.lr)
+        left = (self.trials or len(self.rates)) - len(self.rates)
+        return [
+            run
+            for cell in self.cells()
+            if (key := cell_key(cell)) in best
+            for choice in itertools.islice(self._around(cell, best[key], tried[key]), left)
+            for run in self._seeded(choice.apply(cell))
+        ]
+
+    def _around(self, cell: RunSpec, best: Choice, tried: set[float]) -> Iterator[Choice]:
+        """Trials near a choice: other values of the method's knobs in turn, nearest first, then rates in between."""
+        for knob, value in _other_values(cell):
+            yield Choice(best.lr, ((knob, value),))
+        seen = set(tried)
+        for exponent in _BETWEEN:
+            lr = _rounded(best.lr * self.step**exponent)
+            if lr not in seen:
+                seen.add(lr)
+                yield Choice(lr)
 
     def final(self, tuned: Iterable[Record], higher_is_better: bool) -> list[RunSpec]:
         """The winner of each cell again, with fresh seeds; a cell whose every tuning run failed has none."""
         best = winners(tuned, higher_is_better)
         return [
-            replace(cell, lr=best[cell_key(cell)], seed=FRESH + seed, phase="final")
+            best[cell_key(cell)].apply(cell, seed=FRESH + seed, phase="final")
             for cell in self.cells()
             if cell_key(cell) in best
             for seed in range(self.seeds)
         ]
 
-    def cost(self) -> list[RunSpec]:
+    def cost(self, tuned: Iterable[Record], higher_is_better: bool) -> list[RunSpec]:
         """One cost run for each setting and method: at the last scale, which costs nothing, and at the smallest rate.
 
-        A step costs the same at any rate; at a large one the timed steps, which go on beyond the training, may diverge.
+        It has the winner's knobs, which may cost. A step costs the same at any rate; at a large one the timed steps,
+        which go on beyond the training, may diverge.
         """
-        return [replace(cell, lr=min(self.rates), seed=FRESH, phase="final", kind="cost") for cell in self.timed()]
+        best, lowest = winners(tuned, higher_is_better), min(self.rates)
+        chosen = [(cell, best.get(cell_key(cell), Choice(lowest))) for cell in self.timed()]
+        return [
+            Choice(lowest, choice.knobs).apply(cell, seed=FRESH, phase="final", kind="cost") for cell, choice in chosen
+        ]
 
     def timed(self) -> list[RunSpec]:
         """The cells whose cost is measured: the last scale of each setting and method."""
@@ -134,9 +225,44 @@ class Plan:
                     dtype=self.dtype,
                 )
 
+    def _seeded(self, spec: RunSpec) -> list[RunSpec]:
+        return [replace(spec, seed=seed) for seed in range(self.tuning_seeds)]
+
+
+def _other_values(cell: RunSpec) -> Iterator[tuple[str, Any]]:
+    """Values of a method's knobs other than those it has, each valid alone: round the knobs, numbers nearest first."""
+    method = get(cell.method, **cell.options)
+    columns = []
+    for knob, values in method.tuning.items():
+        now = getattr(method, knob)
+        others = [v for v in values if knob not in cell.options and v != now and _valid(cell, knob, v)]
+        if all(is_number(v) and v > 0 for v in (now, *others)):
+            others = [v for _, v in sorted((abs(math.log(v / now)), v) for v in others)]
+        columns.append([(knob, value) for value in others])
+    for row in itertools.zip_longest(*columns):
+        yield from filter(None, row)
+
+
+def _valid(cell: RunSpec, knob: str, value: Any) -> bool:
+    try:
+        get(cell.method, **{**cell.options, knob: value})
+    except OptionError:
+        return False
+    return True
+
+
+def _rounded(rate: float) -> float:
+    """Two significant digits: rates that people can write, equal on every machine."""
+    return float(f"{rate:.2g}")
+
+
+def _setting_key(spec: RunSpec) -> tuple[Any, ...]:
+    """What the runs of one setting share: a cell's key without the method and its options, but with the scale."""
+    return (tuple(sorted(spec.fields.items())), str(spec.options.get("scale")), spec.device, spec.dtype)
+
 
 def cell_key(spec: RunSpec) -> tuple[Any, ...]:
-    """What the runs of one method in one setting share: all but rate, seed, phase and kind."""
+    """What the runs of one method in one setting share: all but rate, knobs, seed, phase and kind."""
     return (
         spec.problem,
         spec.digest,
@@ -148,26 +274,27 @@ def cell_key(spec: RunSpec) -> tuple[Any, ...]:
     )
 
 
-def winners(tuned: Iterable[Record], higher_is_better: bool) -> dict[tuple[Any, ...], float]:
-    """The learning rate of each cell whose best validation metric, averaged over tuning seeds, is best.
+def winners(tuned: Iterable[Record], higher_is_better: bool) -> dict[tuple[Any, ...], Choice]:
+    """The choice of each cell whose best validation metric, averaged over tuning seeds, is best.
 
-    A rate at which a run failed (diverged, timed out, crashed) wins only where every rate had failures; one at which
-    every run failed never wins.
+    A choice at which a run failed (diverged, timed out, crashed) wins only where every choice had failures; one at
+    which every run failed never wins. Of equals, the defaults and the smallest rate.
     """
-    scores: dict[tuple[Any, ...], dict[float, list[Record]]] = defaultdict(lambda: defaultdict(list))
+    scores: dict[tuple[Any, ...], dict[Choice, list[Record]]] = defaultdict(lambda: defaultdict(list))
     for record in tuned:
         if record.spec.kind == "quality" and record.spec.phase == "tuning":
-            scores[cell_key(record.spec)][record.spec.lr].append(record)
+            scores[cell_key(record.spec)][Choice.of(record.spec)].append(record)
     best = {}
-    for key, rates in scores.items():
+    for key, choices in scores.items():
         ranked = []
-        for lr, records in rates.items():
+        for choice, records in choices.items():
             good = [r for r in records if r.status in ENDED]
             if good:
                 mean = sum(r.summary["best_validation"] for r in good) / len(good)
-                ranked.append((len(good) / len(records), mean if higher_is_better else -mean, -lr))
+                value = mean if higher_is_better else -mean
+                ranked.append((len(good) / len(records), value, not choice.knobs, -choice.lr, choice))
         if ranked:
-            best[key] = -max(ranked)[2]
+            best[key] = max(ranked, key=lambda entry: entry[:-1])[-1]
     return best
 
 

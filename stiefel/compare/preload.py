@@ -6,6 +6,7 @@ It must not start threads, which do not survive a fork, nor touch CUDA.
 import sklearn.datasets  # noqa: F401
 import torch
 
+import stiefel.compare.child
 import stiefel.compare.run
 import stiefel.measure.cost
 import stiefel.optim.riemannian  # noqa: F401

@@ -1,4 +1,4 @@
-"""What a problem is, and how it is loaded from a file. Imports the errors and torch."""
+"""What a problem is, and how it is loaded from a file. Imports ``batches``, the errors and torch."""
 
 from __future__ import annotations
 
@@ -17,18 +17,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from stiefel.compare.batches import Batch, Part, examples
 from stiefel.errors import ProblemError
-
-Batch = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
 class Data:
-    """A data set in three parts, each a pair of tensors (inputs, targets) with equal first dimension."""
+    """A data set in three parts: what trains, what chooses, what is reported.
 
-    train: Batch
-    validation: Batch
-    test: Batch
+    Each is either a tuple of tensors with equal first dimension, usually (inputs, targets), which the comparison
+    shuffles and cuts into batches; or any iterable that gives batches anew each time it is iterated (a list, a
+    ``DataLoader``, an object with ``__iter__``), each whatever the problem's loss takes.
+    """
+
+    train: Part
+    validation: Part
+    test: Part
 
 
 def where(default: Any, help: str = "") -> Any:
@@ -44,8 +48,8 @@ class Problem(ABC):
     each becomes an option of ``stiefel compare FILE``, and an option with several values spans the grid.
 
     Args:
-        epochs: passes over the training data.
-        batch_size: examples per step; a last partial batch is dropped.
+        epochs: passes over the training data; the model is evaluated after each.
+        batch_size: examples per step where the data are tensors; a last partial batch is dropped.
     """
 
     epochs: int = 30
@@ -62,6 +66,12 @@ class Problem(ABC):
     hyper: ClassVar[Mapping[str, Any]] = {}
     learning_rates: ClassVar[tuple[float, ...]] = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
     """The grid of every method: logarithmic, three decades or more."""
+    default_rate: ClassVar[float] = 0.1
+    """The learning rate that one would take untuned: reports show it beside the tuned one."""
+    steps_per_epoch: ClassVar[int | None] = None
+    """Batches per epoch at most; needed where the training data are an iterable that never ends."""
+    evaluation_batch: ClassVar[int] = 4096
+    """Examples evaluated at a time where the data are tensors."""
     scales: ClassVar[tuple[float | str, ...]] = (1.0, "relu")
     grid: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
     """Values of factors that a comparison spans unless told otherwise; other factors keep their default."""
@@ -77,14 +87,29 @@ class Problem(ABC):
         """The data, the same for every run: the generators are seeded with a constant before."""
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
-        """The training loss of a batch, without penalties. Default: cross-entropy."""
+        """The training loss of a batch, a scalar, without penalties. Default: cross-entropy."""
         return F.cross_entropy(model(batch[0]), batch[1])
 
     def evaluate(self, model: nn.Module, batch: Batch) -> dict[str, float]:
-        """``{"loss": ..., metric: ...}`` on a part of the data. Default: cross-entropy and accuracy."""
+        """``{metric: ..., ...}``, means over the examples of a batch. Default: cross-entropy and accuracy."""
         logits = model(batch[0])
         accuracy = (logits.argmax(-1) == batch[1]).float().mean().item()
         return {"loss": F.cross_entropy(logits, batch[1]).item(), "accuracy": accuracy}
+
+    def measure(self, model: nn.Module, batches: Iterable[Batch]) -> dict[str, float]:
+        """The metric and what else is of interest on a part of the data.
+
+        Default: the mean of :meth:`evaluate` over its batches, weighted by their numbers of examples. A metric that is
+        no mean over examples (an F score, a distance of distributions) overrides this one.
+        """
+        sums: dict[str, float] = {}
+        count = 0
+        for batch in batches:
+            size = examples(batch)
+            for name, value in self.evaluate(model, batch).items():
+                sums[name] = sums.get(name, 0.0) + size * value
+            count += size
+        return {name: total / count for name, total in sums.items()}
 
     def schedule(self, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler | None:
         """A learning-rate schedule stepped once per epoch, or None."""
@@ -108,6 +133,23 @@ class Problem(ABC):
     def settings(self) -> dict[str, Any]:
         """All field values."""
         return {f.name: getattr(self, f.name) for f in fields(self)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Regression(Problem):
+    """A problem with real targets: the loss and the metric are the mean squared error, and less is better."""
+
+    metric: ClassVar[str] = "mse"
+    higher_is_better: ClassVar[bool] = False
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """``mean (model(x) − y)²`` over examples and outputs."""
+        return F.mse_loss(model(batch[0]), batch[1])
+
+    def evaluate(self, model: nn.Module, batch: Batch) -> dict[str, float]:
+        """Mean squared and mean absolute error."""
+        outputs = model(batch[0])
+        return {"mse": F.mse_loss(outputs, batch[1]).item(), "mae": F.l1_loss(outputs, batch[1]).item()}
 
 
 _PREFIX = "stiefel_problem_"
@@ -134,7 +176,7 @@ def load_problem(path: str | Path) -> type[Problem]:
         sys.path.insert(0, str(path.parent))  # a problem may import the network that stands beside it
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         del sys.modules[name]
         raise ProblemError(f"{path} fails on import: {type(error).__name__}: {error}") from error
     found = [
@@ -150,13 +192,6 @@ def load_problem(path: str | Path) -> type[Problem]:
         raise ProblemError(f"{path}: {found[0].__name__} is not complete, it does not define {missing}")
     what = f"{len(concrete)} problems ({', '.join(c.__name__ for c in concrete)})" if concrete else "no problem"
     raise ProblemError(
-        f"{path} defines {what}; it must define one subclass of stiefel.compare.Problem (see benchmarks/omdsm.py)"
+        f"{path} defines {what}; it must define one subclass of stiefel.compare.Problem: "
+        "stiefel new-problem FILE writes one to start from"
     )
-
-
-def batches(data: Batch, size: int, generator: torch.Generator) -> Iterable[Batch]:
-    """Shuffled batches of one epoch, the last partial one dropped; the order depends on the generator alone."""
-    order = torch.randperm(len(data[0]), generator=generator)
-    for start in range(0, len(order) - size + 1, size):
-        rows = order[start : start + size].to(data[0].device)
-        yield data[0][rows], data[1][rows]

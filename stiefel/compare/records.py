@@ -1,10 +1,12 @@
 """Records on disk: a folder per run with ``run.json`` and ``metrics.jsonl``, and reading them. Imports ``spec``.
 
-``run.json`` appears by an atomic rename when a run has ended: where it is missing, the run has not ended.
+``run.json`` appears by an atomic rename when a run has ended: where it is missing, the run has not ended. What the
+run's process printed is in ``output.txt``.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -14,16 +16,40 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from stiefel.compare.spec import SCHEMA, RunSpec
+from stiefel.errors import RecordError, StorageError
 
 if TYPE_CHECKING:
     import pandas as pd
 
 ENDED = ("done", "target missed")
-"""The statuses of a run that trained to its end; the others are diverged, timeout, error and skipped."""
+"""The statuses of a run that trained to its end."""
+BROKEN = ("error", "crashed", "out of memory", "timeout")
+"""Those of a run that did not, for reasons that may lie outside the method: what ``--retry-failed`` runs again."""
+NO_STORAGE = 74
+"""What a run's process ends with where its folder cannot be written: EX_IOERR, which no crash of its own gives."""
+STATUSES = (*ENDED, "diverged", *BROKEN, "skipped")
+"""Every status; ``skipped`` is a method that cannot hold a layer or be served by the optimizer, with the reason."""
+
+
+@contextlib.contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """Turn what the file system says while a folder of records is written into an error with its remedy."""
+    try:
+        yield
+    except StorageError:
+        raise
+    except OSError as error:
+        raise StorageError(
+            f"{folder} cannot be written: {error.strerror or error}; what has finished is kept, and the same command "
+            "goes on when there is space and permission, or give another folder with --out"
+        ) from error
 
 
 class RunFolder:
-    """The folder of one run, for the process that writes it."""
+    """The folder of one run, for the processes that write it.
+
+    Its methods raise :class:`StorageError` where that folder cannot be written.
+    """
 
     def __init__(self, root: Path, spec: RunSpec) -> None:
         self.path = root / spec.hash
@@ -31,27 +57,35 @@ class RunFolder:
 
     def start(self) -> None:
         """Create the folder and drop what an earlier or interrupted attempt left in it."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        (self.path / "run.json").unlink(missing_ok=True)
-        (self.path / "metrics.jsonl").write_text("")
+        with writing(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            (self.path / "run.json").unlink(missing_ok=True)
+            for name in ("metrics.jsonl", "output.txt"):
+                (self.path / name).write_text("")
 
     def append(self, row: dict[str, Any]) -> None:
         """Add a row of measurements."""
-        with (self.path / "metrics.jsonl").open("a") as stream:
-            stream.write(json.dumps(_plain(row)) + "\n")
+        line = json.dumps(_plain(row)) + "\n"
+        with writing(self.path), (self.path / "metrics.jsonl").open("a") as stream:
+            stream.write(line)
 
     def finish(self, outcome: dict[str, Any], environment: dict[str, Any]) -> None:
         """Write the record, at once."""
-        self.path.mkdir(parents=True, exist_ok=True)
         record = {"schema": SCHEMA, "hash": self.spec.hash, "spec": self.spec.to_dict(), **outcome}
+        text = json.dumps(_plain({**record, "environment": environment}), indent=1)
         temporary = self.path / f"run.json.{os.getpid()}"
-        temporary.write_text(json.dumps(_plain({**record, "environment": environment}), indent=1))
-        temporary.replace(self.path / "run.json")
+        with writing(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            with temporary.open("w") as stream:
+                stream.write(text)
+                stream.flush()
+                os.fsync(stream.fileno())  # a record that is there is whole, also after a power cut
+            temporary.replace(self.path / "run.json")
 
 
 @dataclass(frozen=True)
 class Record:
-    """One finished run as read from disk."""
+    """One finished run as read from disk; ``wall_seconds`` is how long its process took, evaluation included."""
 
     path: Path
     spec: RunSpec
@@ -60,6 +94,8 @@ class Record:
     summary: dict[str, Any]
     environment: dict[str, Any]
     written: float = 0.0
+    wall_seconds: float | None = None
+    traceback: tuple[str, ...] = ()
 
     def metrics(self) -> list[dict[str, Any]]:
         """Its rows of measurements."""
@@ -68,25 +104,54 @@ class Record:
 
 
 def read(path: Path) -> Record | None:
-    """The record in a run's folder; None where it has not ended, or was written by another schema."""
+    """The record in a run's folder; None where the run has not ended.
+
+    Raises:
+        RecordError: there is a record, but it is corrupt or of another schema.
+    """
+    file = path / "run.json"
     try:
-        raw = json.loads((path / "run.json").read_text())
+        raw = json.loads(file.read_text())
         if raw["schema"] != SCHEMA:
-            return None
-        spec = RunSpec.from_dict(raw["spec"])
-        written = (path / "run.json").stat().st_mtime
-        return Record(path, spec, raw["status"], raw["reason"], raw["summary"], raw["environment"], written)
-    except (OSError, ValueError, KeyError, TypeError):
+            raise RecordError(
+                f"{file} is of schema {raw['schema']}, this version reads schema {SCHEMA}; read it with the version "
+                "that wrote it, or run the comparison again into another folder"
+            )
+        if raw["status"] not in STATUSES:
+            raise ValueError(f"status {raw['status']!r}")
+        return Record(
+            path=path,
+            spec=RunSpec.from_dict(raw["spec"]),
+            status=raw["status"],
+            reason=raw["reason"],
+            summary=raw["summary"],
+            environment=raw["environment"],
+            written=file.stat().st_mtime,
+            wall_seconds=raw.get("wall_seconds"),
+            traceback=tuple(raw.get("traceback", ())),
+        )
+    except FileNotFoundError:
         return None
+    except OSError as error:
+        raise RecordError(f"{file} cannot be read: {error.strerror}; mend its permissions") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise RecordError(
+            f"{file} is corrupt ({type(error).__name__}: {error}); the comparison that wrote it will run it again"
+        ) from error
 
 
-def read_all(roots: Iterable[Path]) -> Iterator[Record]:
-    """All records below some folders, in a fixed order."""
+def read_all(roots: Iterable[Path]) -> tuple[list[Record], list[str]]:
+    """All records below some folders, in a fixed order, and what is wrong with those that cannot be read."""
+    records, faults = [], []
     for root in roots:
         for path in sorted(Path(root).glob("*/run.json")):
-            record = read(path.parent)
-            if record is not None:
-                yield record
+            try:
+                record = read(path.parent)
+            except RecordError as error:
+                faults.append(str(error))
+            else:
+                records += [record] if record is not None else []
+    return records, faults
 
 
 def frame(records: Iterable[Record]) -> pd.DataFrame:
@@ -96,10 +161,18 @@ def frame(records: Iterable[Record]) -> pd.DataFrame:
     rows = []
     for record in records:
         spec = record.spec
-        flat = {k: v for k, v in spec.to_dict().items() if k not in ("fields", "options", "schema")}
+        flat = {k: v for k, v in spec.to_dict().items() if k not in ("fields", "options", "knobs", "schema")}
         scale = spec.options.get("scale", 1.0)
         rows.append(
-            {**flat, **spec.fields, "scale": scale, "label": spec.label, "hash": spec.hash, "status": record.status}
+            {
+                **flat,
+                **spec.fields,
+                **{f"knob_{k}": v for k, v in spec.knobs.items()},
+                "scale": scale,
+                "label": spec.label,
+                "hash": spec.hash,
+                "status": record.status,
+            }
             | {"reason": record.reason, **record.summary}
         )
     return pd.DataFrame(rows)

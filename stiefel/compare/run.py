@@ -1,22 +1,24 @@
 """One run: train a model and measure it, or time its steps beside the control. Runs in a process of its own.
 
-Imports the public face, ``measure`` and ``compare.problem``.
+Under ``torchrun`` the processes of a run train one model on their shares of each batch. Imports the public face,
+``measure``, ``batches`` and ``problem``.
 """
 
 from __future__ import annotations
 
 import math
-import random
+import os
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, distributed, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrize
 
 from stiefel.attach import constrain, constrained_weights, optimizer, penalty, release
-from stiefel.compare.problem import Batch, Data, Problem, batches
+from stiefel.compare.batches import Batch, Batches, mover, seed_everything, share, size_of
+from stiefel.compare.problem import Data, Problem
 from stiefel.compare.records import RunFolder
 from stiefel.compare.spec import RunSpec
 from stiefel.errors import DivergenceError, LayoutError, OptimizerError, OptionError, WeightError
@@ -49,23 +51,24 @@ class Training:
         model = problem.make_model().to(device, getattr(torch, spec.dtype))
         where = {"layers": problem.layers, "exclude": problem.exclude}
         release(constrain(model, control(), **where, **control_options(spec.options)))
-        self.model = constrain(model, get(spec.method, **spec.options), **where)
+        self.model = constrain(model, get(spec.method, **spec.method_options), **where)
         self.optimizer = optimizer(self.model, problem.optimizer, lr=spec.lr, **problem.hyper)
+        self.network: nn.Module = DistributedDataParallel(self.model) if distributed.is_initialized() else self.model
 
     def step(self, batch: Batch) -> Tensor:
         """One training step; returns the loss without penalties, on the device."""
         self.optimizer.zero_grad()
-        loss = self.problem.loss(self.model, batch)
+        loss = self.problem.loss(self.network, batch)
         (loss + penalty(self.model)).backward()
         self.optimizer.step()
         return loss.detach()
 
     @torch.no_grad()
-    def evaluate(self, batch: Batch) -> dict[str, float]:
+    def evaluate(self, part: Batches) -> dict[str, float]:
         """The problem's measures on a part of the data."""
         self.model.eval()
         try:
-            return self.problem.evaluate(self.model, batch)
+            return self.problem.measure(self.model, part.all(self.problem.evaluation_batch))
         finally:
             self.model.train()
 
@@ -80,27 +83,43 @@ def control_options(options: dict[str, Any]) -> dict[str, Any]:
     return {**shared, "scale": 1.0} if shared.get("scale") == "learnable" else shared
 
 
-def seed_everything(seed: int) -> None:
-    """Seed the generators that a model's construction may draw from."""
-    random.seed(seed)
-    np.random.seed(seed)  # noqa: NPY002  a user's model may use the global generator
-    torch.manual_seed(seed)
-
-
 def load_data(problem: Problem) -> Data:
     """The problem's data, the same in every run also where its loading draws from the global generators."""
     seed_everything(0)
     return problem.make_data()
 
 
-def to_device(data: Data, spec: RunSpec, device: torch.device) -> Data:
-    """Move data to the run's device and its floating-point parts to the run's dtype."""
+def parts(problem: Problem, spec: RunSpec, device: torch.device) -> dict[str, Batches]:
+    """The parts of a problem's data by name, on the run's device and in its dtype, in an order of its seed."""
+    data, prepare = load_data(problem), mover(device, getattr(torch, spec.dtype))
+    found = {"train": data.train, "validation": data.validation, "test": data.test}
+    # Tensors move once, here; the batches of an iterable one by one.
+    moved = {name: prepare(part) if isinstance(part, tuple) else part for name, part in found.items()}
+    limit = problem.steps_per_epoch
+    return {
+        name: Batches(part, problem.batch_size, spec.seed, prepare, limit if name == "train" else None)
+        for name, part in moved.items()
+    }
 
-    def move(t: Tensor) -> Tensor:
-        return t.to(device, getattr(torch, spec.dtype)) if t.is_floating_point() else t.to(device)
 
-    parts = ((move(x), move(y)) for x, y in (data.train, data.validation, data.test))
-    return Data(*parts)
+def join(spec: RunSpec) -> torch.device:
+    """Where this process runs; joins the others of its run under ``torchrun``."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return torch.device(spec.device)
+    if not distributed.is_initialized():
+        distributed.init_process_group("nccl" if spec.device == "cuda" else "gloo")
+    if spec.device != "cuda":
+        return torch.device(spec.device)
+    device = torch.device(spec.device, int(os.environ["LOCAL_RANK"]))
+    torch.cuda.set_device(device)
+    return device
+
+
+def own_share(batch: Batch) -> Batch:
+    """This process's share of a batch."""
+    if not distributed.is_initialized():
+        return batch
+    return share(batch, distributed.get_rank(), distributed.get_world_size())
 
 
 def run_quality(problem: Problem, spec: RunSpec, folder: RunFolder) -> dict[str, Any]:
@@ -111,21 +130,20 @@ def run_quality(problem: Problem, spec: RunSpec, folder: RunFolder) -> dict[str,
     Returns:
         The record's ``status``, ``reason`` and ``summary``.
     """
-    device = torch.device(spec.device)
-    data = to_device(load_data(problem), spec, device)
+    device = join(spec)
+    data = parts(problem, spec, device)
     try:
         training = Training(problem, spec, device)
     except UNSUPPORTED as error:
         return {"status": "skipped", "reason": str(error), "summary": {}}
     schedule = problem.schedule(training.optimizer)
-    order = torch.Generator().manual_seed(spec.seed)
     steps, seconds = 0, 0.0
     measured = [_measure(training, data, steps, 0, seconds, None, folder)]
     diverged = None
     for epoch in range(1, problem.epochs + 1):
         clock, losses = StepClock(device), []
         try:
-            for batch in batches(data.train, problem.batch_size, order):
+            for batch in map(own_share, data["train"].epoch()):
                 with clock:
                     losses.append(training.step(batch))
                 steps += 1
@@ -135,7 +153,9 @@ def run_quality(problem: Problem, spec: RunSpec, folder: RunFolder) -> dict[str,
             diverged = f"gradients or weights became non-finite after step {steps}"
             break
         if not losses:
-            raise ValueError(f"batch_size={problem.batch_size} exceeds the {len(data.train[0])} training examples")
+            raise ValueError(
+                f"the training data give no batch: {size_of(data['train'].part)}, batch_size={problem.batch_size}"
+            )
         if schedule is not None:
             schedule.step()
         seconds += clock.total()
@@ -148,7 +168,13 @@ def run_quality(problem: Problem, spec: RunSpec, folder: RunFolder) -> dict[str,
 
 
 def _measure(
-    training: Training, data: Data, steps: int, epoch: int, seconds: float, loss: float | None, folder: RunFolder
+    training: Training,
+    data: dict[str, Batches],
+    steps: int,
+    epoch: int,
+    seconds: float,
+    loss: float | None,
+    folder: RunFolder,
 ) -> dict[str, Any]:
     with parametrize.cached():  # the weights do not change meanwhile: compute them once
         layers = errors(training.model)
@@ -157,11 +183,12 @@ def _measure(
             "epoch": epoch,
             "seconds": seconds,
             "train_loss": loss,
-            "validation": training.evaluate(data.validation),
-            "test": training.evaluate(data.test),
+            "validation": training.evaluate(data["validation"]),
+            "test": training.evaluate(data["test"]),
             "orthogonality": {"worst": max(layers.values()), "layers": layers},
         }
-    folder.append(row)
+    if not distributed.is_initialized() or distributed.get_rank() == 0:
+        folder.append(row)
     return row
 
 
@@ -172,8 +199,7 @@ def _conclude(
     known = [row for row in rows if math.isfinite(row["validation"][problem.metric])]
     if not known:
         why = diverged or f"the validation {problem.metric} is never finite"
-        summary = {"metric": problem.metric, "target": problem.target, "higher_is_better": problem.higher_is_better}
-        return {"status": "diverged", "reason": why, "summary": summary}
+        return {"status": "diverged", "reason": why, "summary": _declared(problem)}
     best = max(known, key=lambda row: sign * row["validation"][problem.metric])
     value = best["validation"][problem.metric]
     reached = [
@@ -190,9 +216,7 @@ def _conclude(
     else:
         status, reason = "done", None
     summary = {
-        "metric": problem.metric,
-        "target": problem.target,
-        "higher_is_better": problem.higher_is_better,
+        **_declared(problem),
         "best_epoch": best["epoch"],
         "best_validation": value,
         "test_at_best": best["test"][problem.metric],
@@ -209,6 +233,16 @@ def _conclude(
     return {"status": status, "reason": reason, "summary": summary}
 
 
+def _declared(problem: Problem) -> dict[str, Any]:
+    """What a report needs to know of a problem, whose file may be gone by then."""
+    return {
+        "metric": problem.metric,
+        "target": problem.target,
+        "higher_is_better": problem.higher_is_better,
+        "default_rate": problem.default_rate,
+    }
+
+
 def run_cost(problem: Problem, spec: RunSpec, folder: RunFolder) -> dict[str, Any]:
     """Time whole training steps of a method and of the unconstrained control, in turn, in one process.
 
@@ -216,10 +250,11 @@ def run_cost(problem: Problem, spec: RunSpec, folder: RunFolder) -> dict[str, An
         The record's ``status``, ``reason`` and ``summary``: seconds per step of both with quartiles, their ratio, the
         share of the step that the constraint takes, and the GPU's fields or the reason why they are null.
     """
-    device = torch.device(spec.device)
-    data = to_device(load_data(problem), spec, device)
-    batch = next(iter(batches(data.train, problem.batch_size, torch.Generator().manual_seed(spec.seed))))
-    control_spec = RunSpec.from_dict({**spec.to_dict(), "method": control(), "options": control_options(spec.options)})
+    device = join(spec)
+    batch = own_share(next(parts(problem, spec, device)["train"].epoch()))
+    control_spec = RunSpec.from_dict(
+        {**spec.to_dict(), "method": control(), "options": control_options(spec.options), "knobs": {}}
+    )
     try:
         trainings = {"control": Training(problem, control_spec, device), "method": Training(problem, spec, device)}
     except UNSUPPORTED as error:

@@ -1,168 +1,247 @@
-"""Runs specs, each in a process of its own, and writes their records. Imports ``run``, ``records`` and below.
+"""Runs specs, each in a process of its own, and sees that each gets a record. Imports ``process``, ``records``.
 
-On the CPU a process is forked from a server that has imported everything and has never run a parallel operation or
-touched CUDA; for CUDA and for cost runs it is started fresh. A crash, a hang or an out-of-memory costs that run alone.
+A crash, a hang or an exhausted memory costs that run alone. Any number of drivers may work on one folder.
 """
 
 from __future__ import annotations
 
-import multiprocessing as mp
 import os
+import queue
+import re
 import signal
 import sys
 import threading
 import time
-import traceback
-from collections.abc import Callable, Iterable
-from concurrent.futures import Executor, ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor, as_completed
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from stiefel.compare.records import Record, RunFolder, read
-from stiefel.compare.spec import RunSpec
+from stiefel.compare.child import TAIL
+from stiefel.compare.claim import Claim
+from stiefel.compare.job import Job
+from stiefel.compare.process import Running, describe_exit, start
+from stiefel.compare.records import BROKEN, NO_STORAGE, Record, RunFolder, read, writing
+from stiefel.errors import RecordError, StorageError
 
-_GRACE = 5.0  # seconds between asking a process to end and killing it
-
-
-@dataclass(frozen=True)
-class Job:
-    """A spec and what a process needs to run it."""
-
-    spec: RunSpec
-    file: str
-    settings: dict[str, Any]
-    root: Path
-    threads: int
-    timeout: float
+_POLL = 0.2  # seconds between looks at a run that another driver has
+_LATE = (
+    60.0  # seconds after which a process that has not ended itself at its timeout, counted from its imports, is ended
+)
 
 
-def execute(job: Job, stopping: threading.Event | None = None) -> Record | None:
+class Stop:
+    """What ends the runs of this process together; cannot leave the process."""
+
+    def __init__(self) -> None:
+        self.event = threading.Event()
+        self._running: set[Running] = set()
+
+    def watch(self, process: Running, seconds: float) -> bool:
+        """Wait for a process, which a stop ends; whether it has ended within the time."""
+        self._running.add(process)
+        try:
+            if self.event.is_set():
+                process.stop()
+            return process.wait(seconds)
+        finally:
+            self._running.discard(process)
+
+    def all(self) -> None:
+        """End every run that is watched, and start no other."""
+        self.event.set()
+        for process in list(self._running):
+            process.stop()
+
+
+def execute(job: Job, again: float | None = None, stop: Stop | None = None) -> Record | None:
     """Run one job in a process of its own and return its record, whatever happens to the process.
 
-    Once ``stopping`` is set nothing is started or recorded any more, and None is returned: what was interrupted has not
-    failed, and a later call runs it again.
+    Args:
+        job: what to run.
+        again: run it although there is a record, if that was written at this time: another driver's newer one counts.
+        stop: once set, nothing is started or recorded: what was interrupted has not failed.
+
+    Returns:
+        The record, also one that another driver has written meanwhile. None where another driver is running the spec
+        now, or where ``stop`` was set.
     """
-    if stopping is not None and stopping.is_set():
+    local = stop is not None
+    stop = stop or Stop()
+    if stop.event.is_set():
         return None
-    fresh = job.spec.device != "cpu" or job.spec.kind == "cost"
-    context: Any = mp.get_context("spawn") if fresh else _server()
-    process = context.Process(target=_child, args=(job,), name=job.spec.hash, daemon=True)
     folder = RunFolder(job.root, job.spec)
-    folder.start()
-    process.start()
-    process.join(job.timeout)
-    late = process.is_alive()
-    if late:
-        _end(process)
-    record = None if late else read(folder.path)
-    if record is None and stopping is not None and stopping.is_set():
+    with writing(folder.path):
+        claim = Claim.take(folder.path)
+    if claim is None:
         return None
-    if record is None:
-        folder.finish(_post_mortem(process.exitcode, late, job.timeout), {})
+    with claim:
+        record = _found(folder)
+        if record is not None and record.written != again:
+            return record
+        folder.start()
+        with writing(folder.path):
+            process = start(job, claim, forked=local)
+        if not stop.watch(process, job.timeout + _LATE):
+            process.stop()
         record = read(folder.path)
-    assert record is not None
-    return record
+        if record is None and process.exitcode == NO_STORAGE:
+            raise StorageError(_said(folder)[-1] or f"{folder.path} cannot be written by the run's process")
+        if record is None and not stop.event.is_set():
+            folder.finish(_post_mortem(process.exitcode, folder, job), {})
+            record = read(folder.path)
+        return record
 
 
-def _end(process: Any) -> None:
-    process.terminate()
-    process.join(_GRACE)
-    if process.is_alive():
-        process.kill()
-        process.join()
-
-
-def _post_mortem(exitcode: int | None, late: bool, timeout: float) -> dict[str, Any]:
-    if late:
-        return {"status": "timeout", "reason": f"not finished after {timeout:g} s", "summary": {}}
-    if exitcode is not None and exitcode < 0:
-        what = f"the process was killed by {signal.Signals(-exitcode).name}"
-        hint = " (out of memory?)" if exitcode == -signal.SIGKILL else ""
-        return {"status": "error", "reason": what + hint, "summary": {}}
-    return {"status": "error", "reason": f"the process ended with code {exitcode} and no record", "summary": {}}
-
-
-def _child(job: Job) -> None:
-    """What the run's process does. Imports here, where a fresh process has to pay for them."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the driver's to handle
-    import torch
-
-    torch.set_num_threads(job.threads)
-    from stiefel.compare.problem import load_problem
-    from stiefel.compare.run import KINDS
-    from stiefel.measure.cost import environment
-
-    folder = RunFolder(job.root, job.spec)
+def _found(folder: RunFolder) -> Record | None:
+    """The record that is there; a corrupt one is put aside, so that nothing of it is lost."""
     try:
-        problem = load_problem(job.file)(**job.settings)
-        outcome = KINDS[job.spec.kind](problem, job.spec, folder)
-    except Exception as error:
-        tail = traceback.format_exc().splitlines()[-12:]
-        outcome = {"status": "error", "reason": f"{type(error).__name__}: {error}", "traceback": tail, "summary": {}}
-    folder.finish(outcome, environment(torch.device(job.spec.device)))
+        return read(folder.path)
+    except RecordError:
+        (folder.path / "run.json").replace(folder.path / "run.json.corrupt")
+        return None
+
+
+def _post_mortem(exitcode: int | None, folder: RunFolder, job: Job) -> dict[str, Any]:
+    lines = _said(folder)
+    outcome: dict[str, Any] = {"traceback": _tail(lines), "summary": {}, "wall_seconds": None}
+    if exitcode is None or any(re.match(r"Timeout \(\d+:\d\d:\d\d", line) for line in lines):
+        return outcome | {"status": "timeout", "reason": f"not finished after {job.timeout:g} s"}
+    if exitcode == -signal.SIGKILL:
+        return outcome | {"status": "out of memory", "reason": f"{describe_exit(exitcode)}, as when memory runs out"}
+    return outcome | {"status": "crashed", "reason": describe_exit(exitcode)}
+
+
+def _tail(lines: list[str]) -> list[str]:
+    """What a process that died said last; of Python's dump of its threads, the stack of the one that crashed."""
+    dumps = [i for i, line in enumerate(lines) if line.startswith(("Current thread", "Thread 0x"))]
+    crashed = [i for i in dumps if lines[i].startswith("Current thread")] or dumps
+    return lines[crashed[-1] :][:TAIL] if crashed else lines[-TAIL:]
+
+
+def _said(folder: RunFolder) -> list[str]:
+    """What the process of a run printed."""
+    return (folder.path / "output.txt").read_text(errors="replace").splitlines() or [""]
 
 
 def run_all(
-    jobs: Iterable[Job], workers: int, on_done: Callable[[Record], None], *, retry_failed: bool = False
+    jobs: Iterable[Job],
+    executor: Executor,
+    on_done: Callable[[Record], None],
+    *,
+    retry_failed: bool = False,
+    devices: Sequence[str | None] = (),
 ) -> list[Record]:
     """Run what has no record yet and return all records, in the order of the jobs.
 
     Args:
         jobs: what to run.
-        workers: how many processes at a time.
+        executor: where; a :class:`concurrent.futures.ThreadPoolExecutor` watches processes on this machine.
         on_done: called with each record, also those found on disk, as it becomes available.
-        retry_failed: run again what ended in an error or a timeout.
+        retry_failed: run again what ended in an error, a crash, a timeout or for want of memory.
+        devices: what the runs of a local executor may use, one run each; as many as it has threads.
+
+    Raises:
+        StorageError: the folder of the records cannot be written.
     """
     jobs = list(jobs)
     records: dict[str, Record] = {}
-    missing = []
+    missing: list[tuple[Job, float | None]] = []
     for job in jobs:
-        record = read(job.root / job.spec.hash)
-        if record is None or (retry_failed and record.status in ("error", "timeout")):
-            missing.append(job)
+        record = _known(job)
+        if record is None or (retry_failed and record.status in BROKEN):
+            missing.append((job, record.written if record else None))
         else:
             records[job.spec.hash] = record
             on_done(record)
-    executor: Executor
-    stopping = threading.Event()
-    with ThreadPoolExecutor(workers) as executor:
-        futures = [executor.submit(execute, job, stopping) for job in missing]
+    stop = Stop()
+    local = isinstance(executor, ThreadPoolExecutor)
+    free: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+    for device in devices:
+        free.put(device)
+
+    def here(job: Job, again: float | None) -> Record | None:
+        if not devices:
+            return execute(job, again, stop)
+        device = free.get()
         try:
+            return execute(replace(job, visible=device), again, stop)
+        finally:
+            free.put(device)
+
+    def submit(task: tuple[Job, float | None]) -> Future[Record | None]:
+        return executor.submit(here if local else execute, *task)
+
+    try:
+        while missing:
+            futures = {submit(task): task for task in missing}
+            missing = []
             for future in as_completed(futures):
                 record = future.result()
-                assert record is not None, "only stopping leaves a run without a record"
-                records[record.spec.hash] = record
-                on_done(record)
-        except BaseException:
-            stopping.set()
-            executor.shutdown(wait=False, cancel_futures=True)
-            for process in mp.active_children():
-                _end(process)
-            raise
+                if record is None:
+                    missing.append(futures[future])  # another driver has it: look again when the rest is done
+                else:
+                    records[record.spec.hash] = record
+                    on_done(record)
+            if missing:
+                time.sleep(_POLL)
+    except BaseException:
+        _give_up(stop, executor)
+        raise
     return [records[job.spec.hash] for job in jobs]
 
 
-def start_server() -> None:
-    """Start the server that CPU runs are forked from, so that its imports overlap with the driver's own."""
-    from multiprocessing import forkserver
-
-    _server()
-    forkserver.ensure_running()
+def _give_up(stop: Stop, executor: Executor) -> None:
+    stop.event.set()
+    executor.shutdown(wait=False, cancel_futures=True)
+    stop.all()
 
 
-def _server() -> Any:
-    context = mp.get_context("forkserver")
-    context.set_forkserver_preload(["stiefel.compare.preload"])
-    return context
+def _known(job: Job) -> Record | None:
+    try:
+        return read(job.root / job.spec.hash)
+    except RecordError as error:
+        print(f"stiefel: {error}", file=sys.stderr)
+        return None
 
 
 def elapsed(start: float) -> str:
     """Time since ``start`` as minutes and seconds."""
-    minutes, seconds = divmod(round(time.monotonic() - start), 60)
-    return f"{minutes} min {seconds:02d} s" if minutes else f"{seconds} s"
+    return duration(time.monotonic() - start)
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people say them."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes:02d} min"
+    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
 
 
 def available_cores() -> int:
     """Cores this process may use."""
     return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+
+
+def gpu_slots(count: int) -> list[str]:
+    """The GPU of each of ``count`` runs at a time: the visible ones in turn, as ``CUDA_VISIBLE_DEVICES`` has them."""
+    import torch
+
+    named = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
+    names = named or [str(i) for i in range(torch.cuda.device_count())]
+    return [names[i % len(names)] for i in range(count)]
+
+
+def writable(folder: Path) -> None:
+    """Raise where a folder of records cannot be made or written.
+
+    Raises:
+        StorageError: with the reason.
+    """
+    probe = folder / f".probe-{os.getpid()}"
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.write_text("probe")
+        probe.unlink()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from stiefel.methods import available, method_class
@@ -26,6 +26,7 @@ class RunSpec:
         options: the scale, and the method's options that differ from its defaults.
         lr: learning rate.
         seed: of the start and the order of batches.
+        knobs: options of the method's tuning space that the comparison chose, in place of its defaults.
         device: ``"cpu"`` or ``"cuda"``.
         dtype: of the weights.
     """
@@ -41,10 +42,12 @@ class RunSpec:
     seed: int
     device: str = "cpu"
     dtype: str = "float32"
+    knobs: dict[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, with the schema's version."""
-        return {"schema": SCHEMA, **asdict(self)}
+        """Plain data, with the schema's version; without knobs where none was turned."""
+        data = {"schema": SCHEMA, **asdict(self)}
+        return data if self.knobs else {key: value for key, value in data.items() if key != "knobs"}
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> RunSpec:
@@ -56,6 +59,11 @@ class RunSpec:
         """16 hexadecimal digits of the SHA-256 of the canonical JSON."""
         canonical = json.dumps(_canonical(self.to_dict()), sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+
+    @property
+    def method_options(self) -> dict[str, Any]:
+        """What the method is made with: its options, and its knobs over them."""
+        return {**self.options, **self.knobs}
 
     @property
     def label(self) -> str:

@@ -1,0 +1,36 @@
+"""What a process needs to run a spec. Imports ``spec``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from stiefel.compare.spec import RunSpec
+
+
+@dataclass(frozen=True)
+class Job:
+    """A spec, and where and how it is run: nothing here changes its result.
+
+    Args:
+        spec: what is run.
+        file: the problem's file.
+        settings: values of all fields of the problem, also of those that say where something is.
+        root: folder of the records.
+        threads: of the process.
+        timeout: in seconds.
+        memory: bytes that it may allocate; None for all there are.
+        processes: how many ``torchrun`` starts, each with its share of every batch; 1 is without.
+        visible: the CUDA device that it sees, as ``CUDA_VISIBLE_DEVICES`` has it; None for all.
+    """
+
+    spec: RunSpec
+    file: str
+    settings: dict[str, Any]
+    root: Path
+    threads: int = 1
+    timeout: float = 3600.0
+    memory: int | None = None
+    processes: int = 1
+    visible: str | None = None

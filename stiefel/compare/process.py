@@ -1,0 +1,139 @@
+"""Starting, watching and ending the process of one run. Imports ``child``.
+
+On the CPU it is forked from a server that has imported everything and has never run a parallel operation or touched
+CUDA; for CUDA, for cost runs, under ``torchrun`` and in remote workers it is started fresh.
+"""
+
+from __future__ import annotations
+
+import multiprocessing as mp
+import pickle
+import signal
+import subprocess
+import sys
+from typing import Any, Protocol
+
+from stiefel.compare import child
+from stiefel.compare.claim import Claim
+from stiefel.compare.job import Job
+
+GRACE = 5.0
+"""Seconds between asking a process to end and killing it."""
+
+
+class Running(Protocol):
+    """The process of a run."""
+
+    def wait(self, seconds: float) -> bool:
+        """Wait until it has ended, at most so long; whether it has."""
+
+    def stop(self) -> None:
+        """End it, by force where it does not listen."""
+
+    @property
+    def exitcode(self) -> int | None:
+        """As :attr:`multiprocessing.Process.exitcode`: negative is the signal that killed it."""
+
+
+def start(job: Job, claim: Claim, *, forked: bool) -> Running:
+    """Start the process of a job, which shares its claim.
+
+    Args:
+        job: what to run.
+        claim: held by this process.
+        forked: whether a server in this process may be forked; cost runs and those on other devices never are.
+    """
+    return Forked(job, claim) if forked and can_fork(job) else Fresh(job, claim)
+
+
+def can_fork(job: Job) -> bool:
+    """Whether a run may start as a copy of a process that has run before."""
+    return job.spec.device == "cpu" and job.spec.kind != "cost" and job.processes == 1
+
+
+class Forked:
+    """A copy of the preloaded server."""
+
+    def __init__(self, job: Job, claim: Claim) -> None:
+        self._process = _context().Process(target=child.main, args=(job, claim), name=job.spec.hash)
+        self._process.start()
+
+    def wait(self, seconds: float) -> bool:
+        """Wait at most so long; whether it has ended."""
+        self._process.join(seconds)
+        return self._process.exitcode is not None
+
+    def stop(self) -> None:
+        """Terminate, then kill."""
+        self._process.terminate()
+        if not self.wait(GRACE):
+            self._process.kill()
+            self._process.join()
+
+    @property
+    def exitcode(self) -> int | None:
+        """None while it runs."""
+        return self._process.exitcode
+
+
+class Fresh:
+    """A new interpreter, or several under ``torchrun``."""
+
+    def __init__(self, job: Job, claim: Claim) -> None:
+        path = job.root / job.spec.hash / "job.pickle"
+        path.write_bytes(pickle.dumps(job))
+        module = ["-m", "stiefel.compare.child", str(path)]
+        if job.processes > 1:
+            module = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={job.processes}", *module]
+        with (path.parent / "output.txt").open("w") as output:
+            self._process = subprocess.Popen(
+                [sys.executable, *module],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                pass_fds=(claim.descriptor,),
+                start_new_session=True,  # out of reach of the terminal's Ctrl-C
+            )
+        self._path = path
+
+    def wait(self, seconds: float) -> bool:
+        """Wait at most so long; whether it has ended."""
+        try:
+            self._process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            return False
+        self._path.unlink(missing_ok=True)
+        return True
+
+    def stop(self) -> None:
+        """Terminate, then kill."""
+        self._process.terminate()
+        if not self.wait(GRACE):
+            self._process.kill()
+            self._process.wait()
+
+    @property
+    def exitcode(self) -> int | None:
+        """None while it runs."""
+        return self._process.returncode
+
+
+def start_server() -> None:
+    """Start the server that CPU runs are forked from, so that its imports overlap with the driver's own."""
+    from multiprocessing import forkserver
+
+    _context()
+    forkserver.ensure_running()
+
+
+def _context() -> Any:
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(["stiefel.compare.preload"])
+    return context
+
+
+def describe_exit(code: int | None) -> str:
+    """How a process ended that left no record."""
+    if code is not None and code < 0:
+        return f"the process was killed by {signal.Signals(-code).name}"
+    return f"the process ended with code {code} and no record"

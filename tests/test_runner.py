@@ -1,0 +1,347 @@
+"""The runner: processes of their own, statuses, claims, resuming, storage, engines of other machines."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from drill import drill
+
+from stiefel.compare import cli, executors, runner
+from stiefel.compare.claim import Claim
+from stiefel.compare.job import Job
+from stiefel.compare.records import RunFolder, read, read_all
+from stiefel.compare.spec import RunSpec
+from stiefel.errors import OptionError, RecordError, StorageError
+
+PROBLEM = """
+import ctypes, faulthandler, os, signal, time
+from dataclasses import dataclass
+import torch
+from torch import nn
+from stiefel.compare import Data, Problem
+
+@dataclass(frozen=True, kw_only=True)
+class Faulty(Problem):
+    fault: str = "none"
+    epochs: int = 2
+    batch_size: int = 16
+
+    def make_model(self):
+        return nn.Sequential(nn.Linear(6, 8, bias=False), nn.ReLU(), nn.Linear(8, 2))
+
+    def make_data(self):
+        x = torch.randn(96, 6, generator=torch.Generator().manual_seed(0))
+        y = (x[:, 0] > 0).long()
+        return Data((x[:64], y[:64]), (x[64:80], y[64:80]), (x[80:], y[80:]))
+
+    def loss(self, model, batch):
+        loss = super().loss(model, batch)
+        if not faulthandler.is_enabled():  # the driver's check of the problem, before any run
+            return loss
+        if self.fault == "raise":
+            raise KeyError("broken on purpose")
+        if self.fault == "segfault":
+            ctypes.string_at(0)
+        if self.fault == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if self.fault == "allocate":
+            hold = [torch.ones(50_000_000) for _ in range(1000)]
+        if self.fault == "hang":
+            time.sleep(600)
+        return loss * float("nan") if self.fault == "nan" else loss
+"""
+
+
+@pytest.fixture
+def problem(tmp_path):
+    path = tmp_path / "faulty.py"
+    path.write_text(PROBLEM)
+    return path
+
+
+def job(problem, fault="none", **changes):
+    fields = {"fault": fault, "epochs": 2, "batch_size": 16}
+    spec = RunSpec(
+        kind=changes.pop("kind", "quality"), phase="tuning", problem="faulty", digest="d", fields=fields, method="own",
+        options={"scale": 1.0}, lr=0.1, seed=changes.pop("seed", 0),
+    )  # fmt: skip
+    settings = {"file": str(problem), "settings": fields, "root": problem.parent / "runs", "timeout": 60.0}
+    return Job(spec=spec, **{**settings, **changes})
+
+
+def command(problem, *arguments):
+    return [sys.executable, "-m", "stiefel", "compare", str(problem), "--methods", "own", "--lr", "0.1", *arguments]
+
+
+def run(problem, *arguments):
+    return subprocess.run(
+        command(problem, *arguments), cwd=problem.parent, capture_output=True, text=True, timeout=300, check=False
+    )
+
+
+# --- statuses ---
+
+
+def test_each_fault_is_a_status_of_its_own_and_costs_its_run_alone(problem):
+    faults = {
+        "none": "done", "raise": "error", "segfault": "crashed", "kill": "out of memory", "allocate": "out of memory",
+        "hang": "timeout", "nan": "diverged",
+    }  # fmt: skip
+    jobs = [job(problem, fault, timeout=3.0 if fault == "hang" else 60.0, memory=4_000_000_000) for fault in faults]
+    told = []
+    with ThreadPoolExecutor(2) as pool:
+        records = runner.run_all(jobs, pool, told.append)
+    found = {r.spec.fields["fault"]: r for r in records}
+    assert {fault: r.status for fault, r in found.items()} == faults
+    assert len(told) == len(jobs)
+    assert "KeyError" in found["raise"].reason
+    assert any("broken on purpose" in line for line in found["raise"].traceback)
+    assert "SIGSEGV" in found["segfault"].reason
+    assert any("loss" in line for line in found["segfault"].traceback), "the stack where it crashed"
+    assert "SIGKILL" in found["kill"].reason
+    assert "allocate" in found["allocate"].reason
+    assert "3 s" in found["hang"].reason
+    assert any("loss" in line for line in found["hang"].traceback), "the stack where it hung"
+    assert found["none"].wall_seconds > 0
+
+
+def test_a_fresh_process_reports_the_same_faults(problem):
+    for fault, status in {"none": "done", "segfault": "crashed", "kill": "out of memory"}.items():
+        record = runner.execute(job(problem, fault))
+        assert record.status == status, (fault, record)
+    assert not list(problem.parent.glob("runs/*/job.pickle"))
+
+
+def test_a_comparison_with_faults_ends_with_a_report_and_says_so(problem):
+    faults = ("none", "raise", "segfault", "nan")
+    done = run(problem, "--fault", *faults, "--scale", "1", "--no-cost", "--seeds", "2")
+    assert done.returncode == 1, "errors are told by the exit status too"
+    statuses = {r.spec.fields["fault"]: r.status for r in read_all([problem.parent / "runs"])[0]}
+    assert statuses == {"none": "done", "raise": "error", "segfault": "crashed", "nan": "diverged"}
+    assert "broken on purpose" in done.stdout
+    assert (problem.parent / "runs" / "report.html").is_file()
+
+
+# --- claims ---
+
+
+def test_a_claim_is_exclusive_and_ends_with_its_last_holder(tmp_path):
+    first = Claim.take(tmp_path / "run")
+    assert Claim.take(tmp_path / "run") is None
+    assert json.loads((tmp_path / "run" / "claim").read_text())["pid"] == os.getpid()
+    sleeper = subprocess.Popen(["sleep", "60"], pass_fds=(first.descriptor,))
+    first.close()
+    assert Claim.take(tmp_path / "run") is None, "the other holder lives"
+    sleeper.kill()
+    sleeper.wait()
+    with Claim.take(tmp_path / "run") as second:
+        assert second is not None
+    assert Claim.take(tmp_path / "run") is not None
+
+
+def test_a_claimed_run_is_left_to_its_owner_and_its_record_used(problem):
+    mine = job(problem)
+    claim = Claim.take(mine.root / mine.spec.hash)
+    assert runner.execute(mine) is None
+    records = []
+
+    def drive():
+        with ThreadPoolExecutor(1) as pool:
+            records.extend(runner.run_all([mine], pool, lambda record: None))
+
+    waiting = threading.Thread(target=drive)
+    waiting.start()
+    time.sleep(0.5)
+    assert not records
+    folder = RunFolder(mine.root, mine.spec)
+    folder.finish({"status": "done", "reason": "by the other driver", "summary": {}}, {})
+    claim.close()
+    waiting.join(20)
+    assert [r.reason for r in records] == ["by the other driver"]
+
+
+def test_two_drivers_share_a_grid_and_run_nothing_twice(problem):
+    source = PROBLEM.replace("    def make_data(self):", WITNESS + "    def make_data(self):")
+    problem.write_text(source)
+    arguments = ("--scale", "1", "relu", "--tuning-seeds", "3", "--seeds", "2", "--no-cost", "--jobs", "2")
+    drivers = [
+        subprocess.Popen(command(problem, *arguments), cwd=problem.parent, stdout=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    assert [d.wait(300) for d in drivers] == [0, 0]
+    for driver in drivers:
+        assert "report:" in driver.stdout.read()
+        driver.stdout.close()
+    starts = (problem.parent / "starts").read_text().split()
+    assert len(starts) == len(set(starts)) == 2 * (3 + 2)
+
+
+WITNESS = """
+    def schedule(self, optimizer):
+        import multiprocessing, pathlib
+        name = multiprocessing.current_process().name
+        if len(name) == 16:
+            with open(pathlib.Path(__file__).with_name("starts"), "a") as stream:
+                stream.write(name + "\\n")
+
+"""
+
+
+def test_killed_drivers_lose_nothing_and_repeat_nothing(tmp_path):
+    """A short form of ``python tests/drill.py``, whose full result is in docs/robustness.md."""
+    outcome = drill(tmp_path, kills=2, seed=5, methods=1, rates=2, seeds=2)
+    assert outcome.passed, outcome
+    assert outcome.runs == 9
+
+
+# --- records and storage ---
+
+
+def test_a_corrupt_record_is_told_put_aside_and_run_again(problem, capsys):
+    mine = job(problem)
+    with ThreadPoolExecutor(1) as pool:
+        runner.run_all([mine], pool, lambda record: None)
+    path = mine.root / mine.spec.hash / "run.json"
+    path.write_text(path.read_text()[:100])
+    with pytest.raises(RecordError, match="corrupt"):
+        read(path.parent)
+    records, faults = read_all([mine.root])
+    assert not records
+    assert len(faults) == 1
+    with ThreadPoolExecutor(1) as pool:
+        (record,) = runner.run_all([mine], pool, lambda record: None)
+    assert record.status == "done"
+    assert "corrupt" in capsys.readouterr().err
+    assert len(path.with_name("run.json.corrupt").read_text()) == 100
+
+
+def test_a_record_of_another_schema_is_told_and_left_alone(problem):
+    mine = job(problem)
+    path = mine.root / mine.spec.hash / "run.json"
+    path.parent.mkdir(parents=True)
+    path.write_text('{"schema": 999}')
+    with pytest.raises(RecordError, match="schema 999, this version reads schema 1"):
+        read(path.parent)
+
+
+def test_a_folder_that_cannot_be_written_is_told_before_the_first_run(problem, capsys):
+    arguments = ["compare", str(problem), "--methods", "own", "--out", "/proc/stiefel-runs"]
+    assert cli.main(arguments) == 2
+    error = capsys.readouterr().err
+    assert "StorageError" in error
+    assert "--out" in error
+
+
+def test_a_full_disk_stops_the_driver_and_blames_no_run(problem, monkeypatch):
+    """/dev/full takes no byte, as a full disk."""
+    jobs = [job(problem, seed=seed) for seed in range(3)]
+    full = jobs[1].root / jobs[1].spec.hash
+    real = RunFolder.start
+
+    def start(self):
+        real(self)
+        if self.path == full:
+            (self.path / "metrics.jsonl").unlink()
+            (self.path / "metrics.jsonl").symlink_to("/dev/full")
+
+    monkeypatch.setattr(RunFolder, "start", start)
+    with pytest.raises(StorageError, match=r"No space left on device.*--out"), ThreadPoolExecutor(1) as pool:
+        runner.run_all(jobs, pool, lambda record: None)
+    assert read(jobs[0].root / jobs[0].spec.hash).status == "done"
+    assert read(full) is None
+    monkeypatch.undo()
+    (full / "metrics.jsonl").unlink()
+    with ThreadPoolExecutor(1) as pool:
+        records = runner.run_all(jobs, pool, lambda record: None)
+    assert [r.status for r in records] == ["done"] * 3
+
+
+# --- devices, memory, processes ---
+
+
+def test_gpus_are_handed_out_in_turn(monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2, 5")
+    assert runner.gpu_slots(3) == ["2", "5", "2"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert runner.gpu_slots(4) == ["0", "1", "0", "1"]
+
+
+def test_each_run_sees_its_own_device_and_gives_it_back(problem, monkeypatch):
+    seen, busy = [], set()
+
+    def execute(job, again, stop):
+        assert job.visible not in busy, "one run a slot"
+        busy.add(job.visible)
+        time.sleep(0.02)
+        busy.discard(job.visible)
+        seen.append(job.visible)
+        RunFolder(job.root, job.spec).finish({"status": "done", "reason": None, "summary": {}}, {})
+        return read(job.root / job.spec.hash)
+
+    monkeypatch.setattr(runner, "execute", execute)
+    with ThreadPoolExecutor(2) as pool:
+        runner.run_all([job(problem, seed=s) for s in range(6)], pool, lambda record: None, devices=["0", "1"])
+    assert sorted(set(seen)) == ["0", "1"]
+    assert len(seen) == 6
+
+
+def test_torchrun_trains_one_model_on_the_shares_of_each_batch(problem):
+    """Two processes, each half of every batch: the run of one process, to rounding."""
+    one, two = (
+        runner.execute(job(problem)),
+        runner.execute(job(problem, seed=0, processes=2, root=problem.parent / "2")),
+    )
+    assert one.status == two.status == "done", two
+    for row, other in zip(one.metrics(), two.metrics(), strict=True):
+        assert row["validation"]["loss"] == pytest.approx(other["validation"]["loss"], abs=2e-6)
+    assert [row["epoch"] for row in two.metrics()] == [0, 1, 2], "one process writes"
+
+
+def test_the_driver_pays_little_for_a_run(problem):
+    """A fork of the preloaded server, its claim, its record: 0.2 s for the start and 0.05 s for the rest are allowed,
+    four times that here, where other tests run beside."""
+    with ThreadPoolExecutor(1) as pool:
+        runner.run_all([job(problem)], pool, lambda record: None)  # the server's imports
+        start = time.monotonic()
+        records = runner.run_all([job(problem, seed=1 + s) for s in range(10)], pool, lambda record: None)
+    overhead = (time.monotonic() - start) / 10 - sum(r.wall_seconds for r in records) / 10
+    print(f"{overhead:.3f} s a run beyond the run itself")
+    assert overhead < 1.0
+
+
+# --- engines ---
+
+
+def test_an_unknown_engine_or_option_is_told(tmp_path):
+    with pytest.raises(OptionError, match="did you mean 'dask'"):
+        executors.make("dusk", 1, 1, tmp_path, {})
+    with pytest.raises(OptionError, match="takes no options"):
+        executors.make("local", 1, 1, tmp_path, {"address": "here"})
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("dask", {}), ("submitit", {"cluster": "local", "timeout_min": 5}), ("ray", {"num_cpus": 2})],
+)
+def test_an_engine_runs_a_grid_in_its_workers(problem, name, options):
+    pytest.importorskip({"dask": "distributed"}.get(name, name))
+    jobs = [job(problem, fault) for fault in ("none", "segfault", "nan")]
+    with executors.make(name, 2, 1, problem.parent, options) as engine:
+        records = runner.run_all(jobs, engine, lambda record: None)
+    assert [r.status for r in records] == ["done", "crashed", "diverged"]
+    holders = {json.loads((r.path / "claim").read_text())["pid"] for r in records}
+    assert os.getpid() not in holders, "the claims were taken elsewhere"
+
+
+def test_a_job_survives_pickling(problem):
+    assert pickle.loads(pickle.dumps(job(problem))) == job(problem)

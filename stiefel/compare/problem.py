@@ -78,6 +78,16 @@ class Problem(ABC):
     budgets: ClassVar[Mapping[str, Mapping[str, tuple[Any, ...]]]] = {}
     """Named sets of values of factors, for ``--budget``."""
 
+    def __post_init__(self) -> None:
+        for f in fields(self):
+            written = getattr(type(self), f.name, f.default)
+            if written is not f.default:  # a dataclass takes annotated values only, and would leave this one out
+                raise ProblemError(
+                    f"{type(self).__name__}: {f.name} = {written!r} has no effect as it is written; write {f.name}: "
+                    f"{getattr(f.type, '__name__', f.type)} = {written!r}, and @dataclass(frozen=True, kw_only=True) "
+                    "above the class"
+                )
+
     @abstractmethod
     def make_model(self) -> nn.Module:
         """A new network; torch's generator is seeded before."""
@@ -144,12 +154,21 @@ class Regression(Problem):
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """``mean (model(x) − y)²`` over examples and outputs."""
-        return F.mse_loss(model(batch[0]), batch[1])
+        return F.mse_loss(*self._aligned(model, batch))
 
     def evaluate(self, model: nn.Module, batch: Batch) -> dict[str, float]:
         """Mean squared and mean absolute error."""
-        outputs = model(batch[0])
-        return {"mse": F.mse_loss(outputs, batch[1]).item(), "mae": F.l1_loss(outputs, batch[1]).item()}
+        outputs, targets = self._aligned(model, batch)
+        return {"mse": F.mse_loss(outputs, targets).item(), "mae": F.l1_loss(outputs, targets).item()}
+
+    def _aligned(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
+        outputs, targets = model(batch[0]), batch[1]
+        if outputs.shape != targets.shape:  # (b, 1) less (b,) would be (b, b)
+            raise ProblemError(
+                f"{type(self).__name__}: the model's outputs of shape {tuple(outputs.shape)} and targets of shape "
+                f"{tuple(targets.shape)} must have one shape"
+            )
+        return outputs, targets
 
 
 _PREFIX = "stiefel_problem_"

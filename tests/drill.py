@@ -78,7 +78,7 @@ class Outcome:
 
 def drill(folder: Path, kills: int, seed: int, methods: int = 2, rates: int = 5, seeds: int = 3) -> Outcome:
     """Run a grid of ``methods · (rates · seeds + 5)`` runs with ``kills`` kills in between."""
-    problem, runs = folder / "slow.py", folder / "runs"
+    problem, runs, witness = folder / "slow.py", folder / "runs", folder / "witness.txt"
     problem.write_text(PROBLEM)
     command = [sys.executable, "-m", "stiefel", "compare", str(problem), "--jobs", "2", "--scale", "1", "--no-cost"]
     command += ["--methods", *["own", "soft"][:methods], "--lr", *[str(0.01 * (k + 1)) for k in range(rates)]]
@@ -86,8 +86,13 @@ def drill(folder: Path, kills: int, seed: int, methods: int = 2, rates: int = 5,
     moments, seen, finished, start = random.Random(seed), {}, [], time.monotonic()
     for _ in range(kills):
         driver = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        # Between before its first import and some runs after: a run takes about a second.
-        time.sleep(moments.uniform(0.5, 9.0))
+        if moments.random() < 0.2:  # while it starts
+            time.sleep(moments.uniform(0.0, 5.0))
+        else:  # while runs start, go on, and end: each takes half a second
+            begun = size(witness)
+            while size(witness) == begun and driver.poll() is None:
+                time.sleep(0.01)
+            time.sleep(moments.uniform(0.0, 2.0))
         driver.send_signal(signal.SIGKILL)
         driver.wait()
         now = snapshot(runs)
@@ -96,7 +101,7 @@ def drill(folder: Path, kills: int, seed: int, methods: int = 2, rates: int = 5,
     done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == 0, done.stderr
     last = snapshot(runs)
-    processes = {tuple(line.split()[1:]) for line in (folder / "witness.txt").read_text().splitlines()}
+    processes = {tuple(line.split()[1:]) for line in witness.read_text().splitlines()}
     begun = Counter(run for run, _ in processes if len(run) == 16)
     expected = methods * (rates * seeds + 5)
     return Outcome(
@@ -108,6 +113,10 @@ def drill(folder: Path, kills: int, seed: int, methods: int = 2, rates: int = 5,
         missing=expected - len(last),
         seconds=time.monotonic() - start,
     )
+
+
+def size(path: Path) -> int:
+    return path.stat().st_size if path.is_file() else 0
 
 
 def snapshot(runs: Path) -> dict[str, tuple[int, str]]:

@@ -1,4 +1,4 @@
-# make compare   set up .venv, compare the methods on digits, print where the report is
+# make compare   set up .venv, compare four methods on digits, print where the report is (a short form: see COMPARE)
 # make test      set up .venv, run the tests
 # make lint      formatting, lint, types
 # make docs      regenerate the README's method table and the notebook's outputs
@@ -6,12 +6,13 @@
 PYTHON ?= python3
 BIN := .venv/bin
 METHODS ?= own riemannian soft unconstrained
+COMPARE ?= --seeds 3 --trials 7
 ARGS ?=
 
 .PHONY: compare test lint docs clean
 
 compare: .venv/.installed
-	$(BIN)/stiefel compare benchmarks/omdsm.py --methods $(METHODS) $(ARGS)
+	$(BIN)/stiefel compare benchmarks/omdsm.py --methods $(METHODS) $(COMPARE) $(ARGS)
 
 test: .venv/.installed
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 $(ARGS)

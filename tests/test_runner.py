@@ -197,7 +197,7 @@ WITNESS = """
 
 
 def test_killed_drivers_lose_nothing_and_repeat_nothing(tmp_path):
-    """A short form of ``python tests/drill.py``, whose full result is in docs/robustness.md."""
+    """A short form of ``python tests/drill.py``, whose full result is in docs/comparison.md."""
     outcome = drill(tmp_path, kills=2, seed=5, methods=1, rates=2, seeds=2)
     assert outcome.passed, outcome
     assert outcome.runs == 9

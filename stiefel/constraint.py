@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from numbers import Real
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from stiefel.errors import LayoutError, OptionError
+from stiefel.errors import LayoutError, OptionError, nearest_names
 from stiefel.layout import Layout
 from stiefel.linalg import EXACT_DTYPES, nearest_orthonormal
 
@@ -114,9 +114,20 @@ class Constraint(ABC):
                 )
         elif not (is_number(self.scale) and self.scale > 0):
             raise OptionError(f"scale={self.scale!r}: expected a positive number, 'relu' or 'learnable'")
-        size = self.group_size
-        if size is not None and not is_count(size):
-            raise OptionError(f"group_size={size!r}: expected a positive whole number or None")
+        if self.group_size is not None and not is_count(self.group_size):
+            raise OptionError(f"group_size={self.group_size!r}: expected a positive whole number or None")
+
+    def require_count(self, option: str) -> None:
+        """Raise :class:`OptionError` where an option's value is not a whole number of at least 1."""
+        value = getattr(self, option)
+        if not is_count(value):
+            raise OptionError(f"{option}={value!r}: expected a positive whole number")
+
+    def require_one_of(self, option: str, known: Iterable[str]) -> None:
+        """Raise :class:`OptionError` where an option's value is not among the names known."""
+        value = getattr(self, option)
+        if value not in known:
+            raise OptionError(f"{option}={value!r}: {nearest_names(str(value), known)}")
 
     @property
     def fixed_scale(self) -> float:

@@ -2,8 +2,11 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import stiefel
 from stiefel.layout import Layout
@@ -16,6 +19,19 @@ LAYERS = {
     "grouped": (lambda: nn.Conv2d(4, 6, 3, groups=2), Layout((6, 2, 3, 3), blocks=2)),
     "transposed": (lambda: nn.ConvTranspose2d(4, 6, 2, groups=2), Layout((4, 3, 2, 2), blocks=2, transposed=True)),
 }
+
+
+class Largest(TorchDispatchMode):
+    """Keeps the number of entries of the largest tensor that any operation returned."""
+
+    entries = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                self.entries = max(self.entries, leaf.numel())
+        return result
 
 
 @dataclass(frozen=True, kw_only=True)

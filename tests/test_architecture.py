@@ -29,8 +29,9 @@ MAY_IMPORT: dict[str, list[str]] = {
     "manifold": ["geometry", "layout", "linalg", "errors", "_geoopt"],
     "constraint": ["geometry", "layout", "linalg", "errors"],
     "centring": ["constraint", "layout", "linalg", "errors"],
+    "trivialization": ["constraint", "geometry", "layout"],
     "nn": ["attach", "constraint"],
-    "methods": ["centring", "linalg", "geometry", "constraint", "layout", "errors", "methods"],
+    "methods": ["centring", "trivialization", "linalg", "geometry", "constraint", "layout", "errors", "methods"],
     "optim": ["optim", "manifold", "constraint", "layout", "geometry", "linalg", "errors", "_geoopt"],
     "attach": [
         "attach", "optim", "methods", "manifold", "constraint", "layout", "geometry", "linalg", "errors", "_geoopt",

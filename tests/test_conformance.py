@@ -23,7 +23,7 @@ IN_FULL = ("start", "claim", "descent")  # what depends on the precision; the re
 @pytest.mark.parametrize("method", METHODS, ids=str)
 @pytest.mark.parametrize("check", conformance.CHECKS)
 def test_conforms(check: str, method: stiefel.Constraint, device: torch.device) -> None:
-    dtypes = conformance.dtypes(method)
+    dtypes = list(method.dtypes)
     if check not in IN_FULL:
         dtypes = [d for d in dtypes if d in (torch.float64, torch.complex128)]
     elif check == "claim":  # 600 steps in each: complex weights in single precision, where it is hardest

@@ -557,8 +557,8 @@ def test_training_lowers_the_loss_and_stays_on_the_set(method: str, choice: str)
     optimizer = stiefel.optimizer(model, cls, **hyper)
     before = (output(model, x) - 0.3).square().mean().item()
     start = [model[i].weight.detach().clone() for i in (0, 2, 4)]
-    train(model, optimizer, x, steps=30)
-    assert (output(model, x) - 0.3).square().mean().item() < 0.75 * before
+    train(model, optimizer, x, steps=150)
+    assert (output(model, x) - 0.3).square().mean().item() < before / 2
     for i, old in zip((0, 2, 4), start, strict=True):
         assert not torch.equal(model[i].weight, old)
     assert_feasible(model, method)

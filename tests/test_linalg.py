@@ -7,7 +7,9 @@ import torch
 from torch.autograd import gradcheck, gradgradcheck
 
 from stiefel.linalg import (
+    balance,
     cayley_step,
+    frobenius,
     full_precision,
     gram_residual,
     lyapunov,
@@ -384,3 +386,20 @@ def test_nearest_orthonormal_of_a_rank_deficient_matrix(singular_values, dtype):
     # The distance of a nearest point is known: Σ (σ_i − 1)².
     expected = sum((s - 1) ** 2 for s in singular_values) ** 0.5
     assert torch.linalg.norm(x - v).item() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "size"),
+    [
+        (torch.float64, 1e-300), (torch.float64, 1.0), (torch.float64, 1e300),
+        (torch.float32, 1e-37), (torch.float32, 1e37), (torch.complex128, 1e300), (torch.complex64, 1e-37),
+    ],
+)  # fmt: skip
+def test_the_frobenius_norm_neither_overflows_nor_vanishes(dtype, size):
+    unit = torch.randn(2, 3, 5, dtype=dtype, generator=generator(0))
+    expected = unit.abs().double().square().sum((-2, -1)).sqrt()
+    found = frobenius(unit * size)
+    assert found.shape == (2, 1, 1)
+    assert torch.allclose(found[:, 0, 0].double() / size, expected, rtol=1e-5)
+    assert torch.equal(frobenius(torch.zeros(1, 2, 3, dtype=dtype)), torch.zeros(1, 1, 1, dtype=dtype.to_real()))
+    assert torch.equal(balance(torch.zeros(1, 2, 3, dtype=dtype)), torch.ones(1, 1, 1, dtype=dtype.to_real()))

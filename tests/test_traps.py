@@ -23,8 +23,6 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.utils.parametrizations import orthogonal
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten
 
 import stiefel
 from stiefel._geoopt import geoopt
@@ -677,19 +675,6 @@ def test_trap_07_peer_torch_and_geotorch_constrain_slices() -> None:
         constrained(layer)
         assert residual(layer.weight) < 1e-12  # each of the last two dimensions
         assert residual(layer.weight.flatten(1)) > 0.5
-
-
-class Largest(TorchDispatchMode):
-    """Keeps the number of entries of the largest tensor that any operation returned."""
-
-    entries = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for leaf in tree_flatten(result)[0]:
-            if isinstance(leaf, Tensor):
-                self.entries = max(self.entries, leaf.numel())
-        return result
 
 
 @over("method", [m for m in VARIANTS if "ocnn" not in str(m)])  # whose Gram matrix is out×out by definition

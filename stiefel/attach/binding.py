@@ -93,6 +93,7 @@ class Reparametrized(nn.Module):
             getattr(self.parts, name).copy_(part)
         return proxy
 
+    @torch.no_grad()
     def _start(self, weight: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         method, layout = self.binding.constraint, self.binding.layout
         assert isinstance(method, Reparameterization)
@@ -142,19 +143,18 @@ class ConstrainedWeight:
         x = in_double(self.points())
         return torch.linalg.matrix_norm(gram_residual(x)).max().item() / x.shape[-2] ** 0.5
 
-    def keeps_claim(self) -> bool:
-        """Whether the weight is where its method promises; true where it promises nothing."""
+    def allows(self, residual: float) -> bool:
+        """Whether such a residual is within what the weight's method promises; true where it promises nothing."""
         claim, p = self.binding.constraint.claim, self.binding.layout.matrix_shape[1]
-        return claim is None or claim.allows(self.residual(), self.parameter.dtype, p)
+        return claim is None or claim.allows(residual, self.parameter.dtype, p)
 
     @torch.no_grad()
     def move_to_nearest(self) -> None:
         """Put the weight at the nearest point of its method's set."""
-        nearest = self.binding.nearest(self.value)
         if isinstance(self.binding.constraint, Reparameterization):
-            setattr(self.owner, self.tensor, nearest)
+            setattr(self.owner, self.tensor, self.value)  # the proxy then starts from the nearest point
         else:
-            self.parameter.copy_(nearest)
+            self.parameter.copy_(self.binding.nearest(self.value))
 
     def points(self) -> Tensor:
         """The weight as ``(b, p, n)`` in units in which the constraint is X Xᵀ = I."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -76,15 +77,15 @@ def constrain(
         except LayoutError as error:
             raise LayoutError(f"weight '{target.name}': {error}") from None
         binding = Binding(constraint, layout, target.name)
-        start = binding.nearest(target.parameter)
-        parametrization = None
         if isinstance(constraint, Reparameterization):
-            parametrization = Reparametrized(binding, start)
+            parametrization = Reparametrized(binding, target.parameter)
             with torch.no_grad():
                 parametrization(parametrization.first)  # a method that fails does so before anything is changed
-        plan.append((target, binding, start, parametrization))
-    for target, binding, start, parametrization in plan:
-        _attach(target, binding, start, parametrization)
+            plan.append(partial(_attach_forward, target, binding, parametrization))
+        else:
+            plan.append(partial(_attach_in_place, target, binding, binding.nearest(target.parameter)))
+    for attach in plan:
+        attach()
     return module
 
 
@@ -137,23 +138,25 @@ def project(module: nn.Module) -> nn.Module:
 
 
 @torch.no_grad()
-def _attach(target: Target, binding: Binding, start: torch.Tensor, parametrization: Reparametrized | None) -> None:
+def _attach_forward(target: Target, binding: Binding, parametrization: Reparametrized) -> None:
     owners = (target, *target.ties)
-    if parametrization is not None:
-        parameter, trained = target.parameter, target.parameter.requires_grad
-        for each in owners:  # tied layers share the parametrization, and with it a learnable scale
-            position = list(each.owner._parameters).index(each.tensor)
-            parametrize.register_parametrization(each.owner, each.tensor, parametrization)
-            bind(each.owner, each.tensor, replace(binding, label=each.name, position=position))
-            add_hooks(each.owner, binding.constraint)
-        parametrization.first = None
-        parameter.requires_grad_(trained)  # torch keeps the Parameter object as the proxy
-        parametrization.requires_grad_(trained)
-        for each in owners:
-            take_over(ConstrainedWeight(each.name, each.owner, each.tensor, bindings_of(each.owner)[each.tensor]))
-        return
-    target.parameter.copy_(start)
+    parameter, trained = target.parameter, target.parameter.requires_grad
+    for each in owners:  # tied layers share the parametrization, and with it a learnable scale
+        position = list(each.owner._parameters).index(each.tensor)
+        parametrize.register_parametrization(each.owner, each.tensor, parametrization)
+        bind(each.owner, each.tensor, replace(binding, label=each.name, position=position))
+        add_hooks(each.owner, binding.constraint)
+    parametrization.first = None
+    parameter.requires_grad_(trained)  # torch keeps the Parameter object as the proxy
+    parametrization.requires_grad_(trained)
     for each in owners:
+        take_over(ConstrainedWeight(each.name, each.owner, each.tensor, bindings_of(each.owner)[each.tensor]))
+
+
+@torch.no_grad()
+def _attach_in_place(target: Target, binding: Binding, start: torch.Tensor) -> None:
+    target.parameter.copy_(start)
+    for each in (target, *target.ties):
         bind(each.owner, each.tensor, binding)
         take_over(ConstrainedWeight(each.name, each.owner, each.tensor, binding))
         add_hooks(each.owner, binding.constraint)

@@ -97,7 +97,7 @@ def _after_load(owner: nn.Module, incompatible_keys: Any) -> None:
         residual = found.residual()
         if residual != residual:
             raise WeightError(f"weight '{binding.label}' was loaded with entries that are NaN or infinite")
-        if not found.keeps_claim():
+        if not found.allows(residual):
             found.move_to_nearest()
             warnings.warn(
                 f"weight '{binding.label}' was loaded off its constraint's set (‖W Wᵀ/s² − I‖_F/√p is "

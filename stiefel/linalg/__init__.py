@@ -8,7 +8,7 @@ from stiefel.linalg.msign import msign
 from stiefel.linalg.norm import spectral_radius
 from stiefel.linalg.polar import polar
 from stiefel.linalg.precision import EXACT_DTYPES, full_precision, in_double
-from stiefel.linalg.products import balance, gram_residual, newton_schulz, skew, sym
+from stiefel.linalg.products import balance, frobenius, gram_residual, newton_schulz, skew, sym
 from stiefel.linalg.qr import qf
 from stiefel.linalg.svd import nearest_orthonormal
 from stiefel.linalg.whitening import whitened
@@ -18,6 +18,7 @@ __all__ = [
     "balance",
     "cayley_step",
     "exponential_step",
+    "frobenius",
     "full_precision",
     "gram_residual",
     "householder_rows",

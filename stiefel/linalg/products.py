@@ -1,4 +1,4 @@
-"""Symmetric and skew parts, the Gram residual, and one Newton-Schulz step. Imports only torch."""
+"""Symmetric and skew parts, the Gram residual, a safe norm, and one Newton-Schulz step. Imports only torch."""
 
 from __future__ import annotations
 
@@ -35,10 +35,13 @@ def newton_schulz(x: Float[Tensor, "*batch p n"]) -> Float[Tensor, "*batch p n"]
     return x - 0.5 * (gram_residual(x) @ x)
 
 
+def frobenius(b: Float[Tensor, "*batch p n"]) -> Float[Tensor, "*batch 1 1"]:
+    """``‖B‖_F``, also where the squares of B's entries overflow or vanish."""
+    largest = b.abs().amax(dim=(-2, -1), keepdim=True)
+    return largest * torch.linalg.matrix_norm(b / torch.where(largest > 0, largest, 1.0), keepdim=True)
+
+
 def balance(b: Float[Tensor, "*batch p n"]) -> Float[Tensor, "*batch 1 1"]:
     """The constant ``‖B‖_F/√p`` that makes B's rows as long as those of an orthonormal matrix; 1 where B = 0."""
-    b = b.detach()
-    largest = b.abs().amax(dim=(-2, -1), keepdim=True)  # first, since squares of large entries overflow
-    largest = torch.where(largest > 0, largest, 1.0)
-    c = largest * torch.linalg.matrix_norm(b / largest, keepdim=True) / b.shape[-2] ** 0.5
+    c = frobenius(b.detach()) / b.shape[-2] ** 0.5
     return torch.where(c > 0, c, 1.0)

@@ -7,7 +7,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from stiefel.constraint import Claim, Reparameterization, is_count
+from stiefel.constraint import Claim, Reparameterization
 from stiefel.errors import OptionError
 from stiefel.layout import Layout
 from stiefel.linalg import gram_residual
@@ -42,8 +42,7 @@ class Bjorck(Reparameterization):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not is_count(self.iterations):
-            raise OptionError(f"iterations={self.iterations!r}: expected a positive whole number")
+        self.require_count("iterations")
         if self.order not in range(1, len(SERIES) + 1) or isinstance(self.order, bool):
             raise OptionError(f"order={self.order!r}: expected a whole number from 1 to {len(SERIES)}")
 

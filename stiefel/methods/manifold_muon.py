@@ -7,8 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from stiefel.constraint import Claim, StepMethod, is_count
-from stiefel.errors import OptionError
+from stiefel.constraint import Claim, StepMethod
 from stiefel.geometry import project_tangent, tangent_direction
 from stiefel.linalg import balance, msign, nearest_orthonormal, sym
 from stiefel.methods import register
@@ -45,8 +44,7 @@ class ManifoldMuon(StepMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not is_count(self.iterations):
-            raise OptionError(f"iterations={self.iterations!r}: expected a positive whole number")
+        self.require_count("iterations")
 
     def step(self, x: Tensor, displacement: Tensor, lr: float) -> Tensor:
         """A step of spectral norm lr (in units of the weight) along the best tangent direction."""

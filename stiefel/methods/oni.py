@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from stiefel.centring import Centred
-from stiefel.constraint import Claim, is_count
-from stiefel.errors import OptionError, nearest_names
+from stiefel.constraint import Claim
 from stiefel.layout import Layout
 from stiefel.linalg import newton_schulz, spectral_radius
 from stiefel.methods import register
@@ -47,10 +46,8 @@ class ONI(Centred):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not is_count(self.iterations):
-            raise OptionError(f"iterations={self.iterations!r}: expected a positive whole number")
-        if self.bound not in BOUNDS:
-            raise OptionError(f"bound={self.bound!r}: {nearest_names(str(self.bound), BOUNDS)}")
+        self.require_count("iterations")
+        self.require_one_of("bound", BOUNDS)
 
     @property
     def claim(self) -> Claim | None:  # type: ignore[override]

@@ -7,9 +7,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from stiefel.constraint import Claim, StepMethod, is_count
-from stiefel.errors import OptionError
-from stiefel.linalg import balance, newton_schulz
+from stiefel.constraint import Claim, StepMethod
+from stiefel.linalg import frobenius, newton_schulz
 from stiefel.methods import register
 
 LONGEST = 0.5
@@ -41,8 +40,7 @@ class POGO(StepMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not is_count(self.polish):
-            raise OptionError(f"polish={self.polish!r}: expected a positive whole number")
+        self.require_count("polish")
 
     @property
     def coefficients(self) -> tuple[float, float]:
@@ -52,9 +50,8 @@ class POGO(StepMethod):
     def step(self, x: Tensor, displacement: Tensor, lr: float) -> tuple[Tensor, Tensor]:
         """The POGO step, and which matrices' steps were shortened."""
         psi = -0.5 * ((x @ x.mH) @ displacement - (x @ displacement.mH) @ x)
-        length = balance(psi)[..., 0, 0] * x.shape[-2] ** 0.5  # ‖Ψ‖_F without overflow; √p where it is 0
-        short = LONGEST / length.clamp_min(LONGEST)
-        moved = x - psi * short[..., None, None]
+        length = frobenius(psi)
+        moved = x - psi * (LONGEST / length.clamp_min(LONGEST))
         for _ in range(self.polish):
             moved = newton_schulz(moved)
-        return moved, (length > LONGEST) & (psi != 0).any(-1).any(-1)
+        return moved, length[..., 0, 0] > LONGEST

@@ -8,7 +8,6 @@ from typing import ClassVar
 from torch import Tensor
 
 from stiefel.constraint import Claim, StepMethod
-from stiefel.errors import OptionError, nearest_names
 from stiefel.linalg import nearest_orthonormal, qf
 from stiefel.methods import register
 
@@ -41,8 +40,7 @@ class Projection(StepMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.map not in MAPS:
-            raise OptionError(f"map={self.map!r}: {nearest_names(str(self.map), MAPS)}")
+        self.require_one_of("map", MAPS)
 
     @property
     def coefficients(self) -> tuple[float, float] | None:

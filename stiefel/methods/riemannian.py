@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from stiefel.constraint import Claim, ManifoldMethod
-from stiefel.errors import OptionError, nearest_names
 from stiefel.geometry import (
     retract_cayley,
     retract_exp_canonical,
@@ -56,10 +55,8 @@ class Riemannian(ManifoldMethod):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for option, known in (("metric", METRICS), ("retraction", RETRACTIONS)):
-            value = getattr(self, option)
-            if value not in known:
-                raise OptionError(f"{option}={value!r}: {nearest_names(str(value), known)}")
+        self.require_one_of("metric", METRICS)
+        self.require_one_of("retraction", RETRACTIONS)
 
     @property
     def coefficients(self) -> tuple[float, float]:

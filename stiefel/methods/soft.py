@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from stiefel.constraint import ROUNDING, Penalty
-from stiefel.errors import LayoutError, OptionError, nearest_names
+from stiefel.errors import LayoutError
 from stiefel.layout import Layout
 from stiefel.linalg import gram_residual, spectral_radius
 from stiefel.methods import register
@@ -51,8 +51,7 @@ class Soft(Penalty):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.kind not in KINDS:
-            raise OptionError(f"kind={self.kind!r}: {nearest_names(str(self.kind), KINDS)}")
+        self.require_one_of("kind", KINDS)
 
     def check(self, layout: Layout) -> None:
         """Refuse ``kind="ocnn"`` where the weight is no plain convolution or matrix."""

@@ -12,7 +12,6 @@ from torch.func import functional_call
 from torch.nn.utils.parametrizations import orthogonal
 
 from stiefel.constraint import Claim, Reparameterization
-from stiefel.errors import OptionError, nearest_names
 from stiefel.layout import Layout
 from stiefel.linalg import newton_schulz
 from stiefel.methods import register
@@ -49,8 +48,7 @@ class TorchOrthogonal(Reparameterization):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.map not in MAPS:
-            raise OptionError(f"map={self.map!r}: {nearest_names(str(self.map), MAPS)}")
+        self.require_one_of("map", MAPS)
 
     @property
     def coefficients(self) -> tuple[float, float]:

@@ -86,15 +86,16 @@ def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> An
 
 def _check(optimizer: torch.optim.Optimizer) -> None:
     members = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    _refuse_plain_step(optimizer, members)
-    _refuse_divergence(optimizer, [p for p in members if _watched(p) is not None])
+    known = [(p, _watched(p)) for p in members]
+    _refuse_plain_step(optimizer, known)
+    _refuse_divergence(optimizer, [(p, watched) for p, watched in known if watched is not None])
 
 
-def _refuse_plain_step(optimizer: torch.optim.Optimizer, members: list[Tensor]) -> None:
+def _refuse_plain_step(optimizer: torch.optim.Optimizer, members: list[tuple[Tensor, Watched | None]]) -> None:
     lifted = isinstance(optimizer, Lift)
     geoopt = sys.modules.get("geoopt")
     riemannian = geoopt is not None and isinstance(optimizer, geoopt.optim.mixin.OptimMixin)
-    for p in members:
+    for p, watched in members:
         manifold = getattr(p, "manifold", None)
         on_manifold = geoopt is not None and isinstance(p, geoopt.ManifoldTensor) and hasattr(manifold, "label")
         if (isinstance(p, SteppedParameter) and not lifted) or (on_manifold and not riemannian):
@@ -104,7 +105,6 @@ def _refuse_plain_step(optimizer: torch.optim.Optimizer, members: list[Tensor]) 
                 f"{name} is about to step weight '{label}' off its constraint's set; create the optimizer with "
                 f"stiefel.optimizer(model, torch.optim.{name}, ...), or stiefel.release(model) first"
             )
-        watched = _watched(p)
         if watched is not None and watched.moved and not isinstance(p, SteppedParameter) and not on_manifold:
             raise OptimizerError(
                 f"weight '{watched.label}' has lost the class by which its optimizer knows it; call "
@@ -112,18 +112,16 @@ def _refuse_plain_step(optimizer: torch.optim.Optimizer, members: list[Tensor]) 
             )
 
 
-def _refuse_divergence(optimizer: torch.optim.Optimizer, members: list[Tensor]) -> None:
+def _refuse_divergence(optimizer: torch.optim.Optimizer, members: list[tuple[Tensor, Watched]]) -> None:
     if not members or getattr(optimizer, "found_inf", None) is not None:
         return  # torch.amp.GradScaler hands the decision to a fused optimizer
-    if torch.compiler.is_compiling() or (members[0].is_cuda and torch.cuda.is_current_stream_capturing()):
+    if torch.compiler.is_compiling() or (members[0][0].is_cuda and torch.cuda.is_current_stream_capturing()):
         return  # nothing may be read back here
-    values = [g.coalesce().values() if g.is_sparse else g for p in members if (g := p.grad) is not None]
+    values = [g.coalesce().values() if g.is_sparse else g for p, _ in members if (g := p.grad) is not None]
     largest = torch._foreach_norm([v if v.numel() else v.new_zeros(1) for v in values], float("inf"))
     if torch.stack([v.to(largest[0].device) for v in largest]).isfinite().all():
         return
-    labels = ", ".join(
-        f"'{w.label}'" for p, v in zip(members, largest, strict=True) if not v.isfinite() and (w := _watched(p))
-    )
+    labels = ", ".join(f"'{w.label}'" for (_, w), v in zip(members, largest, strict=True) if not v.isfinite())
     raise DivergenceError(
         f"the gradient of weight {labels} is NaN or infinite: the loss has diverged. This step changed no weight; "
         "lower the learning rate, or look at the loss before it"

@@ -345,3 +345,17 @@ def test_an_engine_runs_a_grid_in_its_workers(problem, name, options):
 
 def test_a_job_survives_pickling(problem):
     assert pickle.loads(pickle.dumps(job(problem))) == job(problem)
+
+
+def test_cancelling_ends_what_an_engine_is_running(problem):
+    pytest.importorskip("submitit")
+    slow = job(problem, "hang", timeout=30.0)
+    start = time.monotonic()
+    with executors.make("submitit", 1, 1, problem.parent, {"cluster": "local", "timeout_min": 5}) as engine:
+        future = engine.submit(runner.execute, slow)
+        while not list(slow.root.glob("*/claim")):
+            time.sleep(0.1)
+        engine.shutdown(wait=False, cancel_futures=True)
+        with pytest.raises(Exception, match="Job"):
+            future.result(60)
+    assert time.monotonic() - start < 100

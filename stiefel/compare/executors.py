@@ -22,7 +22,7 @@ class Remote(Executor):
     Args:
         jobs: calls at a time.
         call: runs a function with its arguments in the engine and returns what it returns.
-        close: ends the engine.
+        close: ends the engine, and what it is running; may be called twice.
     """
 
     def __init__(self, jobs: int, call: Call, close: Callable[[], object] = lambda: None) -> None:
@@ -34,7 +34,9 @@ class Remote(Executor):
         return self._threads.submit(self._call, fn, *args, **kwargs)
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
-        """Let the engine go; calls that it has begun, it may finish."""
+        """Let the engine go, at once where calls are to be cancelled, else when they have ended."""
+        if cancel_futures:
+            self._close()
         self._threads.shutdown(wait=wait, cancel_futures=cancel_futures)
         self._close()
 
@@ -71,7 +73,19 @@ def submitit(jobs: int, *, threads: int, folder: Path, cluster: str | None = Non
 
     engine = submitit.AutoExecutor(folder=folder / "submitit", cluster=cluster)
     engine.update_parameters(cpus_per_task=threads, **options)
-    return Remote(jobs, lambda fn, *args: engine.submit(fn, *args).result())
+    submitted: list[Any] = []
+
+    def call(fn: Call, *args: Any) -> Any:
+        job = engine.submit(fn, *args)
+        submitted.append(job)
+        return job.result()
+
+    def cancel() -> None:
+        for job in submitted:
+            if not job.done():
+                job.cancel()
+
+    return Remote(jobs, call, cancel)
 
 
 EXECUTORS: dict[str, Callable[..., Executor]] = {"local": local, "submitit": submitit, "dask": dask, "ray": ray}

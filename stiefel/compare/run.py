@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+from dataclasses import asdict
 from functools import partial
 from typing import Any
 
@@ -25,15 +26,19 @@ from stiefel.errors import DivergenceError, LayoutError, OptimizerError, OptionE
 from stiefel.measure.cost import (
     StepClock,
     as_dict,
+    computed,
     gpu_cost,
     interleaved,
     peak_allocated_bytes,
     peak_resident_bytes,
 )
 from stiefel.measure.orthogonality import errors
+from stiefel.measure.signal import preservation, redundancy
 from stiefel.methods import control, get
 
 WARMUP, REPEATS = 20, 60
+SIGNAL_BATCH = 256
+"""Examples on which energy preservation is measured."""
 UNSUPPORTED = (LayoutError, OptimizerError, OptionError, WeightError)
 """A method that cannot hold a layer, or be served by the optimizer, is skipped with the reason: nothing has failed."""
 
@@ -71,6 +76,18 @@ class Training:
             return self.problem.measure(self.model, part.all(self.problem.evaluation_batch))
         finally:
             self.model.train()
+
+    def signals(self, batch: Batch) -> dict[str, Any]:
+        """Energy preservation of each layer, forward and backward, on a batch, and redundancy of its filters."""
+        self.model.eval()
+        try:
+            layers = preservation(self.model, lambda: self.problem.loss(self.model, batch))
+        finally:
+            self.model.train()
+        energy = {
+            name: {key: value for key, value in asdict(s).items() if key != "calls"} for name, s in layers.items()
+        }
+        return {"energy": energy, "redundancy": redundancy(self.model)}
 
     def finite(self) -> bool:
         """Whether every parameter still is."""
@@ -138,7 +155,7 @@ def run_quality(problem: Problem, spec: RunSpec, folder: RunFolder) -> dict[str,
         return {"status": "skipped", "reason": str(error), "summary": {}}
     schedule = problem.schedule(training.optimizer)
     steps, seconds = 0, 0.0
-    measured = [_measure(training, data, steps, 0, seconds, None, folder)]
+    measured = [_measure(training, data, steps, 0, seconds, None, folder, signals=True)]
     diverged = None
     for epoch in range(1, problem.epochs + 1):
         clock, losses = StepClock(device), []
@@ -163,7 +180,8 @@ def run_quality(problem: Problem, spec: RunSpec, folder: RunFolder) -> dict[str,
         if not (math.isfinite(loss) and training.finite()):
             diverged = f"loss or weights became non-finite in epoch {epoch}, by step {steps}"
             break
-        measured.append(_measure(training, data, steps, epoch, seconds, loss, folder))
+        last = epoch == problem.epochs
+        measured.append(_measure(training, data, steps, epoch, seconds, loss, folder, signals=last))
     return _conclude(problem, measured, steps, seconds, diverged, device)
 
 
@@ -175,6 +193,8 @@ def _measure(
     seconds: float,
     loss: float | None,
     folder: RunFolder,
+    *,
+    signals: bool = False,
 ) -> dict[str, Any]:
     with parametrize.cached():  # the weights do not change meanwhile: compute them once
         layers = errors(training.model)
@@ -187,6 +207,8 @@ def _measure(
             "test": training.evaluate(data["test"]),
             "orthogonality": {"worst": max(layers.values()), "layers": layers},
         }
+        if signals:
+            row |= training.signals(next(data["validation"].all(SIGNAL_BATCH)))
     if not distributed.is_initialized() or distributed.get_rank() == 0:
         folder.append(row)
     return row
@@ -269,6 +291,7 @@ def run_cost(problem: Problem, spec: RunSpec, folder: RunFolder) -> dict[str, An
         "constraint_share": 1 - 1 / ratio,
         "parameters": parameters,
         "constrained_weights": len(list(constrained_weights(trainings["method"].model))),
+        **computed(steps["method"]),
         **gpu_cost(device, steps["method"]),
     }
     return {"status": "done", "reason": None, "summary": summary}

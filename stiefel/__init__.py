@@ -16,12 +16,15 @@ from stiefel.errors import (
     OptimizerError,
     OptionError,
     ProblemError,
+    RecordError,
     SelectionError,
     StiefelError,
+    StorageError,
+    UncountedOperatorError,
     UnknownMethodError,
     WeightError,
 )
-from stiefel.measure import OrthogonalityReport, report
+from stiefel.measure import Monitor, OrthogonalityReport, report
 from stiefel.methods import available, get, register
 
 __version__ = "0.1.0"
@@ -33,15 +36,19 @@ __all__ = [
     "DivergenceError",
     "LayoutError",
     "ManifoldMethod",
+    "Monitor",
     "OptimizerError",
     "OptionError",
     "OrthogonalityReport",
     "Penalty",
     "ProblemError",
+    "RecordError",
     "Reparameterization",
     "SelectionError",
     "StepMethod",
     "StiefelError",
+    "StorageError",
+    "UncountedOperatorError",
     "UnknownMethodError",
     "WeightError",
     "available",

@@ -38,6 +38,10 @@ class DivergenceError(StiefelError, ArithmeticError):
     """The gradient of a constrained weight is NaN or infinite: the loss has diverged."""
 
 
+class UncountedOperatorError(StiefelError, NotImplementedError):
+    """A step uses an operator of linear algebra for which no count of floating-point operations is known."""
+
+
 class DataError(StiefelError, RuntimeError):
     """A data set is missing, corrupt, or out of reach."""
 

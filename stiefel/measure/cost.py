@@ -1,4 +1,7 @@
-"""What a training step costs: time, memory, energy; and what it ran on. Imports only torch and, for energy, pynvml."""
+"""What a training step costs: time, memory, energy, FLOPs; and what it ran on.
+
+Imports ``flops``, torch and, for energy, pynvml.
+"""
 
 from __future__ import annotations
 
@@ -6,16 +9,24 @@ import contextlib
 import importlib.metadata
 import os
 import platform
-import resource
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from stiefel.errors import UncountedOperatorError
+from stiefel.measure.flops import count
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None  # type: ignore[assignment]
 
 
 @dataclass(frozen=True)
@@ -67,11 +78,40 @@ class StepClock:
         if self.device.type != "cuda":
             return list(self._cpu)
         torch.cuda.synchronize(self.device)
-        return [start.elapsed_time(end) / 1e3 for start, end in self._events]
+        return [_elapsed(pair) for pair in self._events]
 
     def total(self) -> float:
         """Seconds over all steps so far; synchronizes a CUDA device."""
         return sum(self.seconds())
+
+    def drain(self, *, wait: bool = False) -> list[float]:
+        """Durations of the steps that have ended on the device, oldest first, which the clock then forgets.
+
+        Args:
+            wait: for the device, so that no step is left.
+        """
+        if self.device.type != "cuda":
+            ended, self._cpu = self._cpu, []
+            return ended
+        if wait:
+            torch.cuda.synchronize(self.device)
+        ready = 0
+        while ready < len(self._events) and self._events[ready][1].query():
+            ready += 1
+        ended, self._events = [_elapsed(pair) for pair in self._events[:ready]], self._events[ready:]
+        return ended
+
+    def last(self) -> float:
+        """Duration of the last step, on the CPU."""
+        return self._cpu[-1]
+
+    def discard(self) -> None:
+        """Forget the last step."""
+        (self._events if self.device.type == "cuda" else self._cpu).pop()
+
+
+def _elapsed(pair: tuple[torch.cuda.Event, torch.cuda.Event]) -> float:
+    return pair[0].elapsed_time(pair[1]) / 1e3
 
 
 def interleaved(
@@ -99,8 +139,10 @@ def interleaved(
     return {name: Spread.of(clock.seconds()) for name, clock in clocks.items()}
 
 
-def peak_resident_bytes() -> int:
-    """Peak resident size of this process."""
+def peak_resident_bytes() -> int | None:
+    """Peak resident size of this process so far; None on Windows."""
+    if resource is None:
+        return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
@@ -110,10 +152,60 @@ def peak_allocated_bytes(device: torch.device) -> int | None:
     return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
 
 
+def peak_reserved_bytes(device: torch.device) -> int | None:
+    """Peak memory that torch reserved on a GPU for this process, what must fit; None for other devices."""
+    return torch.cuda.max_memory_reserved(device) if device.type == "cuda" else None
+
+
+class EnergyMeter:
+    """Energy that a GPU has used since the meter was made, from the counter of the whole board (NVML, in mJ).
+
+    It counts what the board uses idle, and for other processes: the device must be exclusive, and the window several
+    seconds, for the counter advances in steps of some 0.1 s.
+
+    ``reason`` is None, or why there is no reading.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.reason: str | None = no_gpu_reason(device) if device.type != "cuda" else None
+        self._read: Callable[[], int] | None = None
+        if self.reason is None:
+            try:
+                self._read = _energy_counter(device)
+                self._start = self._read()
+            except Exception as error:  # NVML fails in many ways, and a missing energy must not cost the run
+                self._fail(error)
+
+    def joules(self) -> float | None:
+        """Joules since the start; None where there is no reading. On a GPU, of the work that has ended."""
+        if self._read is None:
+            return None
+        try:
+            return (self._read() - self._start) / 1e3
+        except Exception as error:
+            self._fail(error)
+            return None
+
+    def _fail(self, error: Exception) -> None:
+        self._read, self.reason = None, f"no energy reading: {type(error).__name__}: {error}"
+
+
+def _energy_counter(device: torch.device) -> Callable[[], int]:
+    import pynvml
+
+    pynvml.nvmlInit()
+    # By UUID: NVML's numbers are those of the machine, torch's those that CUDA_VISIBLE_DEVICES leaves.
+    handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
+    return lambda: pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)
+
+
 def gpu_cost(device: torch.device, step: Callable[[], object], *, seconds: float = 3.0) -> dict[str, Any]:
     """Peak memory and energy per step on a GPU; nulls with the reason where there is none.
 
-    Energy is read from NVML's total-energy counter over a window of several seconds, the device exclusive.
+    Args:
+        device: where the step runs, the device exclusive.
+        step: the training step.
+        seconds: window over which the energy is read.
 
     Returns:
         ``gpu_peak_bytes`` (allocated), ``gpu_reserved_bytes``, ``gpu_energy_joules`` per step, and ``gpu_reason``, None
@@ -122,25 +214,70 @@ def gpu_cost(device: torch.device, step: Callable[[], object], *, seconds: float
     fields: dict[str, Any] = {"gpu_peak_bytes": None, "gpu_reserved_bytes": None, "gpu_energy_joules": None}
     if device.type != "cuda":
         return fields | {"gpu_reason": no_gpu_reason(device)}
+    step()  # state of the optimizer and workspaces are there from now on
+    torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
     step()
     torch.cuda.synchronize(device)
     fields["gpu_peak_bytes"] = peak_allocated_bytes(device)
-    fields["gpu_reserved_bytes"] = torch.cuda.max_memory_reserved(device)
-    try:
-        import pynvml
+    fields["gpu_reserved_bytes"] = peak_reserved_bytes(device)
+    meter, steps, start = EnergyMeter(device), 0, time.perf_counter()
+    while meter.reason is None and time.perf_counter() - start < seconds:
+        step()
+        torch.cuda.synchronize(device)
+        steps += 1
+    joules = meter.joules()
+    return fields | {
+        "gpu_energy_joules": joules / steps if joules is not None and steps else None,
+        "gpu_reason": meter.reason,
+    }
 
-        pynvml.nvmlInit()
-        handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
-        before, count, start = pynvml.nvmlDeviceGetTotalEnergyConsumption(handle), 0, time.perf_counter()
-        while time.perf_counter() - start < seconds:
-            step()
-            torch.cuda.synchronize(device)
-            count += 1
-        joules = (pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) - before) / 1e3
-    except Exception as error:  # NVML fails in many ways, and a missing energy must not cost the run
-        return fields | {"gpu_reason": f"no energy reading: {type(error).__name__}: {error}"}
-    return fields | {"gpu_energy_joules": joules / count, "gpu_reason": None}
+
+def computed(step: Callable[[], object]) -> dict[str, Any]:
+    """What a step computes, for a record; nulls with the reason where an operator cannot be counted.
+
+    Returns:
+        ``matmul_flops``, ``factorization_flops``, ``operators`` (:func:`stiefel.measure.flops.count`), and
+        ``flops_reason``, None or why the others are null.
+    """
+    try:
+        found = count(step)
+    except UncountedOperatorError as error:
+        return {"matmul_flops": None, "factorization_flops": None, "operators": None, "flops_reason": str(error)}
+    return {
+        "matmul_flops": found.matmul_flops,
+        "factorization_flops": found.factorization_flops,
+        "operators": found.operators,
+        "flops_reason": None,
+    }
+
+
+def step_cost(
+    step: Callable[[], object], device: torch.device, *, warmup: int = 20, repeats: int = 20, seconds: float = 3.0
+) -> dict[str, Any]:
+    """All that one kind of step costs, as plain data for a record: time, memory, energy, FLOPs, operators.
+
+    The step runs ``warmup + repeats`` times and once to be counted; on a GPU, ``seconds`` more for its energy. A ratio
+    to another kind of step is better taken by :func:`interleaved`.
+
+    Args:
+        step: the training step.
+        device: where it runs.
+        warmup: untimed steps.
+        repeats: timed steps; 0 leaves ``seconds_per_step`` out.
+        seconds: window over which a GPU's energy is read.
+
+    Returns:
+        ``seconds_per_step`` (median, q1, q3, n), the fields of :func:`computed` and of :func:`gpu_cost`, and
+        ``peak_resident_bytes`` of this process so far.
+    """
+    timed = interleaved({"step": step}, device, warmup=warmup, repeats=repeats) if repeats else {}
+    return {
+        **({"seconds_per_step": asdict(timed["step"])} if timed else {}),
+        **computed(step),
+        **gpu_cost(device, step, seconds=seconds),
+        "peak_resident_bytes": peak_resident_bytes(),
+    }
 
 
 def no_gpu_reason(device: torch.device) -> str:
@@ -168,6 +305,7 @@ def environment(device: torch.device) -> dict[str, Any]:
     }
 
 
+@cache
 def cpu_name() -> str:
     """The processor's model."""
     with contextlib.suppress(OSError):
@@ -177,6 +315,7 @@ def cpu_name() -> str:
     return platform.processor() or platform.machine()
 
 
+@cache
 def _version(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)
@@ -184,6 +323,7 @@ def _version(package: str) -> str | None:
         return None
 
 
+@cache
 def _commit() -> str | None:
     """The commit of the code that runs, with ``+`` where the tree has changes; None outside a checkout."""
     git = ["git", "-C", str(Path(__file__).parent)]

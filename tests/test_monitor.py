@@ -1,0 +1,603 @@
+"""The monitor: what it records, where it goes, and that it costs what it says."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import gc
+import io
+import json
+import math
+import pickle
+import subprocess
+import sys
+import time
+import weakref
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import stiefel
+from stiefel.errors import OptionError
+from stiefel.measure import display
+from stiefel.measure import monitor as monitor_module
+from stiefel.measure.display import LiveLine
+from stiefel.measure.monitor import SHARE, Budget, Thinned
+from stiefel.measure.sinks import JsonLines, Table, flat
+
+Monitor = stiefel.Monitor
+
+
+def network(method: str | None = "own", width: int = 8) -> nn.Module:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(width, width), nn.ReLU(), nn.Linear(width, width))
+    return model if method is None else stiefel.constrain(model, method)
+
+
+def training(model: nn.Module, batch: int = 16) -> Callable[[], Tensor]:
+    optimizer = stiefel.optimizer(model, torch.optim.SGD, lr=0.1)
+    x = torch.randn(batch, model[0].in_features, generator=torch.Generator().manual_seed(1))
+
+    def step() -> Tensor:
+        optimizer.zero_grad()
+        loss = model(x).square().mean() + stiefel.penalty(model)
+        loss.backward()
+        optimizer.step()
+        return loss
+
+    return step
+
+
+def wait(seconds: float) -> None:
+    end = time.perf_counter() + seconds
+    while time.perf_counter() < end:
+        pass
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line, parse_constant=pytest.fail) for line in path.read_text().splitlines()]
+
+
+def test_a_row_says_what_happened_at_its_step() -> None:
+    model = network("pogo")
+    step, monitor = training(model), Monitor(model, every=2)
+    for _ in range(4):
+        with monitor:
+            loss = step()
+        monitor.log(loss=loss, rate=0.1)
+    assert [row["step"] for row in monitor.rows] == [1, 2, 4]
+    row = monitor.rows[-1]
+    assert row["loss"] == loss.item()
+    assert row["rate"] == 0.1
+    assert 0 < row["seconds"] < row["time"]
+    assert set(row["orthogonality"]) == {"0.weight", "2.weight"}
+    assert row["worst"] == max(row["orthogonality"].values()) == stiefel.report(model).worst
+    assert row["shortened"] == {"0.weight": 0, "2.weight": 0}
+    assert row["peak_resident_bytes"] > 10**7
+    assert row["gpu_peak_bytes"] is row["gpu_reserved_bytes"] is row["gpu_energy_joules"] is None
+    assert "CUDA" in row["gpu_reason"]
+
+
+@pytest.mark.parametrize("method", stiefel.available())
+def test_a_monitor_changes_nothing_in_a_training(method: str) -> None:
+    plain, watched = network(method), network(method)
+    one, other, monitor = training(plain), training(watched), Monitor(watched, every=1, signal=True)
+    torch.manual_seed(2)  # for what draws random numbers
+    for _ in range(4):
+        one()
+    torch.manual_seed(2)
+    for _ in range(4):
+        with monitor:
+            other()
+    monitor.close()
+    for (name, a), b in zip(plain.state_dict().items(), watched.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_step_times_are_those_of_the_with() -> None:
+    model = network()
+    monitor = Monitor(model, every=1)
+    for _ in range(5):
+        with monitor:
+            time.sleep(0.02)
+        wait(0.03)  # loading, evaluation
+        monitor.log()
+    seconds = [row["seconds"] for row in monitor.rows]
+    assert all(0.02 <= s < 0.045 for s in sorted(seconds)[:3])
+    assert monitor.summary()["seconds_per_step"]["n"] == 5
+    assert monitor.summary()["seconds"] == pytest.approx(sum(seconds))
+
+
+def test_nothing_constrained_is_recorded_as_well() -> None:
+    model = network(None)
+    step, monitor = training(model), Monitor(model)
+    with monitor:
+        loss = step()
+    monitor.log(loss=loss)
+    assert (monitor.rows[0]["worst"], monitor.rows[0]["orthogonality"]) == (None, {})
+    assert "none is constrained" in str(monitor)
+    monitor.plot()
+
+
+# --- cadence and overhead ---
+
+
+@pytest.mark.parametrize("step", [1e-4, 1e-3, 0.1])
+def test_a_budget_is_never_overspent_after_its_first(step: float) -> None:
+    """Against a clock that is only counted: what is allowed fits, and half of what fits is used."""
+    budget, trained, taken, cost = Budget(0.005), 0.0, 0, 2e-3
+    budget.spend(cost)
+    for n in range(200_000):
+        trained += step
+        if budget.allows(trained):
+            budget.spend(cost * (1 + 0.5 * math.sin(n)))
+            taken += 1
+            assert budget.spent <= 1.5 * cost + 0.005 * trained
+        if trained > 100:
+            break
+    assert taken >= 0.5 * min(0.005 * trained / cost, trained / step)
+
+
+def test_the_default_cadence_measures_as_rarely_as_its_share_asks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A fake clock: a step of 10 ms, and a measurement of half of what 20 of them pay for."""
+    now = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+
+    def errors(model: nn.Module) -> dict[str, float]:
+        now[0] += 10 * 0.01 * SHARE
+        return dict.fromkeys(("0.weight", "2.weight"), 1e-7)
+
+    monkeypatch.setattr(monitor_module, "errors", errors)
+    model = network()
+    monitor = Monitor(model, live=False)
+    for n in range(1000):
+        with monitor:
+            now[0] += 0.01
+        monitor.log(loss=n)
+    measured = [row["step"] for row in monitor.rows if "worst" in row]
+    assert measured[0] == 1
+    assert 45 <= len(measured) <= 51
+    assert max(b - a for a, b in pairwise(measured)) <= 42
+    assert len(monitor.rows) == 1000  # writing is free on this clock
+    assert monitor.overhead == pytest.approx(SHARE / 2, rel=0.1)
+
+
+def test_every_step_is_measured_where_it_is_asked_for_and_the_last_one_always() -> None:
+    model = network()
+    step, monitor = training(model), Monitor(model, every=3)
+    for _ in range(7):
+        with monitor:
+            step()
+    monitor.close()
+    assert [row["step"] for row in monitor.rows] == [1, 3, 6, 7]
+    monitor.close()
+    assert len(monitor.rows) == 4
+
+
+def test_a_name_that_comes_rarely_is_never_left_out() -> None:
+    model = network()
+    monitor = Monitor(model)
+    monitor._writing.spent = 1e9  # nothing more may be written
+    for n in range(1, 41):
+        with monitor:
+            pass
+        monitor.log(loss=n)
+        if n % 10 == 0:
+            monitor.log(accuracy=n)
+    assert [row["accuracy"] for row in monitor.rows if "accuracy" in row] == [10, 20, 30, 40]
+    assert [row["step"] for row in monitor.rows if "accuracy" in row] == [10, 20, 30, 40]
+    assert sum("loss" in row for row in monitor.rows) < 10
+
+
+@pytest.mark.parametrize("method", ["own", "pogo"])
+def test_the_overhead_at_the_default_cadence_is_within_one_percent(method: str, tmp_path: Path) -> None:
+    """By the monitor's own account, after its first row; the factor is for a machine that does other things."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        model = network(method, width=256)
+        step = training(model, batch=256)
+        monitor = Monitor(model, sinks=[tmp_path / "log.jsonl"], live=False)
+        for _ in range(5):
+            step()
+        with monitor:
+            step()
+        monitor.log(loss=1.0)
+        first, start = monitor._spent, time.perf_counter()
+        while time.perf_counter() - start < 3:
+            with monitor:
+                loss = step()
+            monitor.log(loss=loss)
+        rest = (monitor._spent - first) / monitor._trained
+        monitor.close()
+    finally:
+        torch.set_num_threads(threads)
+    print(f"{method}: overhead {100 * rest:.2f} % of {monitor._trained:.1f} s, {len(monitor.rows)} rows")
+    assert rest <= 0.01
+    assert monitor.step > 10
+
+
+def test_memory_is_bounded() -> None:
+    kept = Thinned(100)
+    for n in range(100_000):
+        kept.add(n)
+    assert 50 <= len(kept.entries) <= 100
+    gaps = {b - a for a, b in pairwise(kept.entries)}
+    assert len(gaps) == 1
+    assert kept.entries[0] == 0
+    monitor = Monitor(nn.Linear(2, 2), energy=False)
+    for _ in range(12_000):
+        with monitor:
+            pass
+        monitor.log(loss=1.0)
+    assert len(monitor._durations.entries) <= 5_000
+    assert len(monitor._clock._cpu) <= 1_000
+    assert len(monitor._told) <= 1_001
+
+
+# --- sinks ---
+
+
+class Writer:
+    """Looks like TensorBoard's SummaryWriter."""
+
+    def __init__(self) -> None:
+        self.scalars: list[tuple[str, float, int]] = []
+        self.flushed = False
+
+    def add_scalar(self, tag: str, value: float, step: int) -> None:
+        self.scalars.append((tag, value, step))
+
+    def flush(self) -> None:
+        self.flushed = True
+
+
+def test_sinks_get_the_rows(tmp_path: Path) -> None:
+    model, writer, seen = network("pogo"), Writer(), []
+    step = training(model)
+    monitor = Monitor(
+        model, every=1, sinks=[str(tmp_path / "a" / "log.jsonl"), tmp_path / "log.csv", writer, seen.append]
+    )
+    for _ in range(3):
+        with monitor:
+            loss = step()
+        monitor.log(loss=loss)
+    monitor.close()
+    rows = monitor.rows
+    assert read(tmp_path / "a" / "log.jsonl") == rows == seen
+    table = [line.split(",") for line in (tmp_path / "log.csv").read_text().splitlines()]
+    assert table[0] == [name for name, _ in flat(rows[0])]
+    assert [float(line[table[0].index("orthogonality/2.weight")]) for line in table[1:]] == [
+        row["orthogonality"]["2.weight"] for row in rows
+    ]
+    assert ("loss", rows[2]["loss"], 3) in writer.scalars
+    assert ("orthogonality/0.weight", rows[0]["orthogonality"]["0.weight"], 1) in writer.scalars
+    assert all(isinstance(value, (int, float)) for _, value, _ in writer.scalars)
+    assert writer.flushed
+    frame = monitor.frame()
+    assert list(frame["step"]) == [1, 2, 3]
+    assert list(frame["loss"]) == [row["loss"] for row in rows]
+
+
+def test_tensorboard_itself(tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    from torch.utils.tensorboard import SummaryWriter
+
+    with (
+        contextlib.closing(SummaryWriter(tmp_path)) as writer,
+        contextlib.closing(Monitor(network(), sinks=[writer])) as m,
+    ):
+        with m:
+            pass
+        m.log(loss=1.0)
+    assert any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("bad", ["log.txt", 3, None, Path("log")])
+def test_a_sink_that_is_none_is_named(bad: object) -> None:
+    with pytest.raises(OptionError, match=r"is not understood; use a path that ends in \.jsonl or \.csv"):
+        Monitor(network(), sinks=[bad])
+    with pytest.raises(OptionError, match="has to be a list"):
+        Monitor(network(), sinks="log.jsonl")
+
+
+def test_numbers_that_are_not_finite_are_null_and_named(tmp_path: Path) -> None:
+    model = network()
+    monitor = Monitor(model, sinks=[tmp_path / "log.jsonl", tmp_path / "log.csv"])
+    with monitor:
+        pass
+    monitor.log(loss=torch.tensor(float("nan")), other=float("-inf"))
+    monitor.close()
+    (row,) = read(tmp_path / "log.jsonl")
+    assert row["loss"] is row["other"] is None
+    assert row["nonfinite"] == {"loss": "nan", "other": "-inf"}
+    header, line = (tmp_path / "log.csv").read_text().splitlines()
+    assert dict(zip(header.split(","), line.split(","), strict=True))["loss"] == "nan"
+    assert math.isnan(monitor.rows[0]["loss"])
+
+
+def test_a_new_column_keeps_what_was_written(tmp_path: Path) -> None:
+    path = tmp_path / "log.csv"
+    table = Table(path)
+    table.write({"step": 1, "text": 'with "quotes", and commas'})
+    table.write({"step": 2, "layers": {"0.weight": 0.5}})
+    table.write({"text": "last"})
+    table.close()
+    assert path.read_text().splitlines() == [
+        "step,text,layers/0.weight",
+        '1,"with ""quotes"", and commas",',
+        "2,,0.5",
+        ",last,",
+    ]
+    again = Table(path)  # a training that is resumed
+    again.write({"text": "more", "step": 3})
+    again.write({"new": 1})
+    again.close()
+    assert path.read_text().splitlines()[-2:] == ["3,more,,", ",,,1"]
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_line_torn_by_a_crash_spoils_no_other(tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+    path.write_text('{"step": 1}\n{"ste')
+    lines = JsonLines(path)
+    lines.write({"step": 2})
+    lines.close()
+    assert path.read_text().splitlines() == ['{"step": 1}', '{"ste', '{"step": 2}']
+
+
+def test_rows_survive_a_process_that_is_killed(tmp_path: Path) -> None:
+    code = f"""
+import os, stiefel, torch
+model = stiefel.constrain(torch.nn.Linear(4, 4))
+monitor = stiefel.Monitor(model, every=1, sinks=[r"{tmp_path / "log.jsonl"}", r"{tmp_path / "log.csv"}"])
+for n in range(3):
+    with monitor: pass
+    monitor.log(loss=n)
+os._exit(1)
+"""
+    subprocess.run([sys.executable, "-c", code], timeout=60)
+    assert [row["loss"] for row in read(tmp_path / "log.jsonl")] == [0, 1, 2]
+    assert len((tmp_path / "log.csv").read_text().splitlines()) == 4
+
+
+def test_a_resumed_training_appends_and_goes_on_counting(tmp_path: Path) -> None:
+    path = tmp_path / "log.jsonl"
+    for start in (0, 2):
+        model = network()
+        monitor = Monitor(model, every=1, sinks=[path], step=start)
+        for n in range(2):
+            with monitor:
+                pass
+            monitor.log(loss=n)
+        monitor.close()
+    assert [row["step"] for row in read(path)] == [1, 2, 3, 4]
+
+
+# --- use and misuse ---
+
+
+def test_what_can_be_logged() -> None:
+    model = network()
+    monitor = Monitor(model, every=1)
+    with monitor:
+        pass
+    values = {"a": 1, "b": 2.5, "c": torch.tensor([3.0], requires_grad=True), "d": torch.tensor(4), "e": True}
+    monitor.log(**values, **{"val/loss": 5.0})
+    assert {k: monitor.rows[0][k] for k in values} == {"a": 1, "b": 2.5, "c": 3.0, "d": 4, "e": True}
+    assert monitor.rows[0]["val/loss"] == 5.0
+    for name, wrong in {"x": torch.ones(2), "y": "text", "z": None, "w": 1j, "v": torch.tensor(1j)}.items():
+        with pytest.raises(OptionError, match=rf"{name}=.* cannot be logged; give a single real number"):
+            monitor.log(**{name: wrong})
+    with pytest.raises(OptionError, match="'seconds' is a name of the monitor's own"):
+        monitor.log(seconds=3)
+    with pytest.raises(OptionError, match="every=0"):
+        Monitor(network(), every=0)
+
+
+def test_logging_inside_the_with_is_not_timed_and_an_unlogged_step_has_a_row() -> None:
+    model = network()
+    monitor = Monitor(model, every=1)
+    running = torch.zeros(())
+    with monitor:
+        running += 1
+        monitor.log(total=running)
+        running += 1
+    with monitor:
+        pass
+    with monitor:
+        pass
+    monitor.log(total=running)
+    assert [(row["step"], row.get("total")) for row in monitor.rows] == [(1, 1.0), (2, None), (3, 2.0)]
+
+
+def test_a_step_that_fails_is_none() -> None:
+    model = network()
+    monitor = Monitor(model, every=1, signal=True)
+    with pytest.raises(KeyError), monitor:
+        raise KeyError
+    with monitor:
+        pass
+    assert monitor.step == 1
+    assert monitor.summary()["seconds_per_step"] is None  # the only one was looked at
+    with pytest.raises(OptionError, match="inside its own"), monitor, monitor:
+        pass
+
+
+def test_without_a_with_each_log_is_a_step_that_is_not_timed() -> None:
+    model = network()
+    monitor = Monitor(model, every=2)
+    for n in range(4):
+        monitor.log(loss=n)
+    monitor.close()
+    assert [(row["step"], row["seconds"]) for row in monitor.rows] == [(1, None), (2, None), (4, None)]
+
+
+def test_signals_are_measured_in_the_steps_that_are_not_timed() -> None:
+    model = network("retraction")
+    step, monitor = training(model), Monitor(model, every=3, signal=True)
+    hooks = [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model]  # some are the constraint's own
+    for _ in range(6):
+        with monitor:
+            step()
+    monitor.close()
+    assert [(row["step"], row["seconds"]) for row in monitor.rows] == [(1, None), (3, None), (6, None)]
+    assert monitor.rows[1]["signal"]["2.weight"]["forward"] == pytest.approx(1, rel=1e-5)
+    assert monitor.rows[1]["signal"]["0.weight"]["backward"] == pytest.approx(1, rel=1e-5)
+    assert monitor.summary()["seconds_per_step"]["n"] == 3
+    assert [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model] == hooks
+
+
+def test_a_model_is_neither_kept_alive_nor_kept_from_being_copied() -> None:
+    model = network()
+    monitor = Monitor(model, every=1)
+    with monitor:
+        copy.deepcopy(model)
+    monitor.log(loss=1)
+    pickle.loads(pickle.dumps(network("pogo")))
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None
+    with monitor:
+        pass
+    monitor.close()
+    assert "orthogonality" not in monitor.rows[-1]
+    assert "0.weight" in str(monitor)  # what it was when it was last seen
+
+
+def test_a_weight_that_diverged_is_seen() -> None:
+    model = network("unconstrained")
+    monitor = Monitor(model, every=1)
+    with monitor, torch.no_grad():
+        model[0].weight[0, 0] = float("nan")
+    monitor.log(loss=1.0)
+    assert math.isnan(monitor.rows[0]["worst"])
+    assert "nan" in str(monitor)
+    monitor.plot()
+
+
+class FakeEvent:
+    """An event that has happened once the device has got that far."""
+
+    made, reached = 0, 0
+
+    def __init__(self, enable_timing: bool = False) -> None:
+        FakeEvent.made += 1
+        self.number = FakeEvent.made
+
+    def record(self, stream: object) -> None:
+        self.at = self.number
+
+    def query(self) -> bool:
+        return FakeEvent.reached >= self.number
+
+    def elapsed_time(self, other: FakeEvent) -> float:
+        return 10.0 * (other.number - self.number)
+
+
+def test_on_a_gpu_a_row_waits_for_the_device_and_the_loop_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    FakeEvent.made = FakeEvent.reached = 0
+    monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
+    synchronized = []
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronized.append)
+    monkeypatch.setattr(monitor_module, "peak_allocated_bytes", lambda device: 7)
+    monkeypatch.setattr(monitor_module, "peak_reserved_bytes", lambda device: 8)
+    model = network()
+    monitor = Monitor(model, every=1, device="cuda:0", energy=False)
+    for n in range(3):
+        with monitor:
+            pass
+        monitor.log(loss=n)
+    assert monitor.rows == synchronized == []
+    FakeEvent.reached = 4  # two steps
+    monitor.log(loss=3)
+    assert [(row["step"], row["seconds"], row["gpu_peak_bytes"]) for row in monitor.rows] == [
+        (1, 0.01, 7),
+        (2, 0.01, 7),
+    ]
+    monitor.close()
+    assert len(synchronized) == 0 or FakeEvent.reached < 6
+    FakeEvent.reached = 6
+    monitor.close()
+    assert [row["step"] for row in monitor.rows][:3] == [1, 2, 3]
+    assert monitor.summary()["seconds"] == pytest.approx(0.03)
+
+
+# --- what is seen ---
+
+
+def test_it_prints_as_a_table() -> None:
+    model = network("pogo")
+    step, monitor = training(model), Monitor(model)
+    assert "steps        0" in str(monitor)
+    for _ in range(3):
+        with monitor:
+            step()
+        monitor.log(loss=1.0)
+    monitor.close()
+    text = str(monitor)
+    for part in ("steps        3", "median and quartiles", "MiB resident", "energy       — (", "0.weight", "0 of 3"):
+        assert part in text
+    json.dumps(monitor.summary(), allow_nan=False)
+
+
+def test_the_live_line_is_one_line_within_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(display.shutil, "get_terminal_size", lambda: types_size(40))
+    out = io.StringIO()
+    line = LiveLine(out)
+    line.show("step 1 · loss 0.5 · a long tail that does not fit the terminal")
+    line.show("short")
+    line.close()
+    line.close()
+    first, second = out.getvalue().removesuffix("\n").split("\r")[1:]
+    assert len(first) == 39
+    assert first.endswith("…")
+    assert second == "short".ljust(39)  # covers what was there
+    assert out.getvalue().count("\n") == 1
+
+
+def types_size(columns: int) -> Any:
+    return type("Size", (), {"columns": columns})
+
+
+def test_the_live_line_is_shown_on_terminals_or_where_it_is_asked_for(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(display.shutil, "get_terminal_size", lambda: types_size(100))
+    for live in (None, True):
+        model = network()
+        monitor = Monitor(model, live=live)
+        for n in range(3):
+            with monitor:
+                wait(0.06)
+            monitor.log(loss=n / 3)
+        monitor.close()
+        shown = capsys.readouterr().err
+        assert bool(shown) is bool(live)
+    assert shown.count("\r") >= 2
+    last = shown.split("\r")[-1]
+    assert last.startswith("step 3 · ")
+    assert "ms/step" in last
+    assert "‖XXᵀ−I‖/√p" in last
+    assert last.endswith("\n")
+
+
+def test_the_figure_has_three_panels_also_with_many_weights(tmp_path: Path) -> None:
+    model = stiefel.constrain(nn.Sequential(*(nn.Linear(6, 6) for _ in range(12))), "pogo")
+    monitor = Monitor(model, every=1)
+    for n in range(5):
+        with monitor:
+            pass
+        monitor.log(loss=math.exp(-n), accuracy=n)
+    figure = monitor.plot()
+    titles = [ax.get_title() for ax in figure.axes]
+    assert titles[:3] == ["loss, accuracy", "orthogonality ‖XXᵀ−I‖/√p", "step time"]
+    figure.savefig(tmp_path / "figure.png")
+    Monitor(model).plot()  # before the first step

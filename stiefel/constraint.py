@@ -35,11 +35,6 @@ ROUNDING = 64
 """What counts as rounding in ‖XXᵀ − I‖_F/√p, in units of the dtype's epsilon: 8e-6 in float32, 1e-14 in float64."""
 
 
-def is_count(value: object) -> bool:
-    """Whether an option's value is a whole number of at least 1 (and not True)."""
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
-
-
 @dataclass(frozen=True)
 class Claim:
     """How orthogonal a method keeps a weight, and under which training: what the conformance tests hold it to.
@@ -61,6 +56,11 @@ class Claim:
     def __str__(self) -> str:
         bound = "to rounding" if self.bound == 0 else f"≤ {self.bound:g}"
         return bound if self.rates[1] == math.inf else f"{bound}, rates ≤ {self.rates[1]:g}"
+
+
+def is_count(value: object) -> bool:
+    """Whether an option's value is a whole number of at least 1 (and not True)."""
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 def is_number(value: object) -> bool:
@@ -125,7 +125,7 @@ class Constraint(ABC):
 
     def require_one_of(self, option: str, known: Iterable[str]) -> None:
         """Raise :class:`OptionError` where an option's value is not among the names known."""
-        value = getattr(self, option)
+        value, known = getattr(self, option), list(known)  # a list also compares with what has no hash
         if value not in known:
             raise OptionError(f"{option}={value!r}: {nearest_names(str(value), known)}")
 

@@ -1,7 +1,7 @@
-"""What several test files share: layers with the layouts they have, and a step method of a user's own."""
+"""What several test files share: layers with their layouts, the forms of a method, and one of a user's own."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import Tensor, nn
@@ -19,6 +19,13 @@ LAYERS = {
     "grouped": (lambda: nn.Conv2d(4, 6, 3, groups=2), Layout((6, 2, 3, 3), blocks=2)),
     "transposed": (lambda: nn.ConvTranspose2d(4, 6, 2, groups=2), Layout((4, 3, 2, 2), blocks=2, transposed=True)),
 }
+
+
+def forms(name: str, **options: Any) -> list[stiefel.Constraint]:
+    """A method with these options, and with each other value of the options that its tuning space names by a word."""
+    first = stiefel.get(name, **options)
+    named = [(option, v) for option, values in first.tuning.items() for v in values if isinstance(v, str)]
+    return [first, *(replace(first, **{option: v}) for option, v in named if v != getattr(first, option))]
 
 
 class Largest(TorchDispatchMode):

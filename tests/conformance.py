@@ -15,15 +15,15 @@ from functools import cache
 import pytest
 import scipy.linalg
 import torch
-from common import Largest
+from common import Largest, forms
 from torch import Tensor, nn
 
 import stiefel
 from stiefel.attach.binding import constrained_weights
 from stiefel.constraint import ROUNDING, Constraint, ManifoldMethod, Penalty, Reparameterization
 from stiefel.errors import LayoutError
+from stiefel.geometry import random_stiefel
 from stiefel.layout import Layout
-from stiefel.linalg import nearest_orthonormal
 
 CPU = torch.device("cpu")
 ALONE = 1e6
@@ -334,7 +334,7 @@ def _random(method: Constraint) -> bool:
     """Whether two steps from one point differ: a weight's draws then depend on who drew before it."""
     if not method.lifts or isinstance(method, Penalty):
         return False
-    x = nearest_orthonormal(torch.randn(1, 4, 9))
+    x = random_stiefel(1, 4, 9, generator=torch.Generator().manual_seed(0))
     one, two = (method.step(x, 0.1 * torch.ones_like(x), 0.1) for _ in range(2))
     return not torch.equal(one[0] if isinstance(one, tuple) else one, two[0] if isinstance(two, tuple) else two)
 
@@ -464,16 +464,9 @@ CHECKS: dict[str, Callable[[Constraint, torch.dtype, torch.device], None]] = {
 
 
 def variants(name: str) -> list[Constraint]:
-    """A method with its defaults, and with each other value of the options that its tuning space names by a word."""
-    default = stiefel.get(name)
-    found = [default]
-    for option, values in default.tuning.items():
-        found += [
-            replace(default, **{option: v}) for v in values if isinstance(v, str) and v != getattr(default, option)
-        ]
-    if isinstance(default, Penalty):
-        found.append(replace(default, decoupled=True))
-    return found
+    """The forms of a method, a penalty's decoupled one among them."""
+    found = forms(name)
+    return [*found, replace(found[0], decoupled=True)] if isinstance(found[0], Penalty) else found
 
 
 def run(method: Constraint, check: str, dtype: torch.dtype, device: torch.device = CPU) -> None:

@@ -19,12 +19,10 @@ import torch
 import stiefel
 from stiefel.compare import cli, datasets, load_problem
 from stiefel.compare.plan import FRESH, Choice, Plan, Variant, cell_key, on_edge, parse_variants, winners
-from stiefel.compare.records import Record, RunFolder, frame, read, read_all
-from stiefel.compare.report import write_html
+from stiefel.compare.records import Record, RunFolder, read, read_all
 from stiefel.compare.run import Training, run_cost, run_quality
 from stiefel.compare.spec import RunSpec
 from stiefel.errors import RecordError
-from stiefel.compare.summary import Interval, Summary, _median
 
 OMDSM = Path(__file__).parent.parent / "benchmarks" / "omdsm.py"
 
@@ -389,150 +387,6 @@ def test_a_corrupt_record_is_an_error_that_names_it(tmp_path):
             read(folder.path)
     folder.finish({"status": "done", "reason": None, "summary": {"x": math.inf}}, {})
     assert read(folder.path).summary == {"x": None}  # strict JSON has no infinity
-
-
-def test_a_failed_run_stands_in_the_median_as_infinite():
-    assert _median([3.0, 1.0, 2.0]) == 2.0
-    assert _median([1.0, 2.0]) == 1.5
-    assert _median([1.0, math.inf, 3.0]) == 3.0
-    assert _median([1.0, math.inf]) == math.inf
-    assert _median([]) == math.inf
-
-
-def test_interval_holds_the_mean_and_says_n():
-    interval = Interval.of([0.9, 0.95, 1.0])
-    assert interval.low < interval.mean < interval.high
-    assert (interval.mean, interval.n) == (pytest.approx(0.95), 3)
-    assert Interval.of([0.5]).low is None
-    assert str(Interval.of([0.5, 0.5])) == "0.500 [0.500, 0.500]"
-    assert str(Interval(0.00472, 0.00451, 0.00493, 3)) == "0.00472 [0.00451, 0.00493]"
-    assert str(Interval(0.50012, 0.5, 0.50024, 3)) == "0.5001 [0.5000, 0.5002]"
-
-
-def finished(root, method, phase, seed, lr, accuracy, error, status="done"):
-    run = spec(method=method, phase=phase, seed=seed, lr=lr)
-    folder = RunFolder(root, run)
-    folder.start()
-    for epoch in (0, 1, 2):
-        value = accuracy * epoch / 2
-        folder.append(
-            {
-                "step": 10 * epoch,
-                "epoch": epoch,
-                "seconds": 0.1 * epoch,
-                "train_loss": None if epoch == 0 else 1 / epoch,
-                "validation": {"accuracy": value},
-                "test": {"accuracy": value},
-                "orthogonality": {"worst": error, "layers": {"a": error, "b": error / 2}},
-            }
-        )
-    summary = {"metric": "accuracy", "target": 0.5, "higher_is_better": True, "best_validation": accuracy}
-    summary |= {"test_at_best": accuracy, "steps_to_target": 20 if status == "done" else None}
-    summary |= {"seconds_to_target": 0.2 if status == "done" else None, "peak_resident_bytes": 1e8}
-    summary |= {"orthogonality_worst": error, "orthogonality_final": error}
-    environment = {"commit": "abc", "cpu": "a processor", "gpu_reason": "no CUDA device"}
-    folder.finish({"status": status, "reason": None, "summary": summary}, environment)
-
-
-@pytest.fixture
-def records(tmp_path):
-    for method, accuracy, error in (("own", 0.9, 1e-8), ("soft", 0.95, 1e-2), ("unconstrained", 0.97, 1.0)):
-        for lr in (0.1, 1.0, 10.0):
-            finished(tmp_path, method, "tuning", 0, lr, accuracy - abs(math.log10(lr)) / 10, error)
-        for seed in (FRESH, FRESH + 1):
-            finished(tmp_path, method, "final", seed, 1.0, accuracy, error)
-    finished(tmp_path, "soft", "final", FRESH + 2, 1.0, 0.1, 1e-2, status="target missed")
-    return list(read_all([tmp_path]))
-
-
-def test_summary_ranks_with_and_without_feasibility(records):
-    summary = Summary.of(records)
-    (setting,) = summary.settings
-    assert setting.best().label == "unconstrained"
-    assert setting.best(1e-6).label == "own"
-    rows = {row.label: row for row in setting.rows}
-    assert rows["own"].feasible == 1e-6
-    assert rows["soft"].feasible is None
-    assert rows["soft"].failures == {"target missed": 1}
-    assert rows["soft"].test.n == 3
-    assert rows["own"].test.n == 2
-    assert not rows["own"].edge
-    assert rows["own"].tuning_runs == 3
-
-
-def test_report_is_one_file_without_the_network(records, tmp_path):
-    path = tmp_path / "report.html"
-    write_html(Summary.of(records), path)
-    page = path.read_text()
-    links = set(re.findall(r"https?://[^\s\"'<>)]+", page))
-    assert all(link.startswith(("http://www.w3.org/", "https://www.w3.org/")) for link in links), links
-    assert not re.search(r"<(link|img|iframe)\b|\bsrc=|@import|url\((?!#)", page)
-    assert page.count("<svg") == 2  # sensitivity, and one setting's curves
-    for words in ("CPU cost", "worst ‖XX", "own", "soft", "unconstrained", "no CUDA device", "training seconds"):
-        assert words in page, words
-    assert (tmp_path / "summary.csv").read_text().count("\n") == 4
-
-
-def test_records_of_two_versions_of_the_code_are_told(records):
-    changed = [
-        Record(r.path, r.spec, r.status, r.reason, r.summary, {**r.environment, "commit": "def"}) for r in records[:1]
-    ]
-    notes = Summary.of([*changed, *records[1:]]).notes
-    assert any("2 versions of the code" in note for note in notes)
-
-
-def test_frame_has_a_row_per_run(records):
-    table = frame(records)
-    assert len(table) == len(records)
-    assert {"method", "lr", "seed", "scale", "depth", "status", "best_validation"} <= set(table.columns)
-
-
-def test_only_finals_at_the_winning_rate_are_reported(records, tmp_path):
-    # An earlier, smaller grid ran its finals at a rate that has lost since.
-    finished(tmp_path, "own", "final", FRESH, 10.0, 0.2, 1e-8)
-    (setting,) = Summary.of(list(read_all([tmp_path]))).settings
-    (row,) = (row for row in setting.rows if row.label == "own")
-    assert (row.lr, row.test.n, row.test.mean) == (1.0, 2, pytest.approx(0.9))
-
-
-def test_a_diverged_run_counts_as_infinite_and_ranks_its_method_last(records, tmp_path):
-    finished(tmp_path, "unconstrained", "final", FRESH + 2, 1.0, 0.99, 1e-9, status="diverged")
-    summary = Summary.of(list(read_all([tmp_path])))
-    (setting,) = summary.settings
-    assert setting.rows[-1].label == "unconstrained"
-    row = setting.rows[-1]
-    assert (row.broken, row.test.n, row.runs) == (1, 2, 3)
-    assert math.isinf(row.error_worst)
-    assert setting.best().label == "own"
-
-
-def cost(root, fields, ratio):
-    run = spec(kind="cost", phase="final", fields=fields)
-    folder = RunFolder(root, run)
-    folder.start()
-    step = {"median": ratio, "q1": ratio, "q3": ratio, "n": 20}
-    summary = {"step_seconds": {"method": step, "control": {**step, "median": 1.0}}, "step_ratio": ratio}
-    folder.finish({"status": "done", "reason": None, "summary": {**summary, "constraint_share": 0.5}}, {"cpu": "x"})
-
-
-def test_cost_belongs_to_its_own_setting(tmp_path):
-    # "depth 4" is the beginning of "depth 40".
-    for depth, ratio in ((4, 2.0), (40, 7.0)):
-        cost(tmp_path, {"depth": depth}, ratio)
-        run = spec(fields={"depth": depth}, phase="final", seed=FRESH)
-        folder = RunFolder(tmp_path, run)
-        folder.start()
-        folder.finish(
-            {
-                "status": "done",
-                "reason": None,
-                "summary": {"metric": "m", "target": depth, "test_at_best": 1.0, "peak_resident_bytes": 1},
-            },
-            {},
-        )
-    summary = Summary.of(list(read_all([tmp_path])))
-    found = {s.title: (summary.step_ratio(s, s.rows[0]), s.target) for s in summary.settings}
-    assert found == {"depth 4, scale 1": (2.0, 4), "depth 40, scale 1": (7.0, 40)}
 
 
 def test_a_changed_problem_is_another_problem(toy):

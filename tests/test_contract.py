@@ -1004,6 +1004,19 @@ def test_loading_weights_off_the_manifold_warns_and_projects(assign: bool) -> No
         torch.testing.assert_close(model[i].weight.detach().double(), expected, rtol=0, atol=1e-5)
 
 
+def test_the_nearest_point_is_taken_at_the_learned_scale() -> None:
+    torch.manual_seed(0)
+    model = stiefel.constrain(nn.Linear(6, 4, bias=False).double(), "cayley", scale="learnable")
+    parametrization = model.parametrizations.weight[0]
+    with torch.no_grad():
+        parametrization.gain.copy_(torch.tensor([1.0, 2.0, 3.0, 0.5]))
+        parametrization.parts.base.add_(0.01 * batch(4, 6, dtype=torch.float64))
+    gain = parametrization.gain.detach().unsqueeze(-1)
+    expected = gain * polar_factor(model.weight.detach() / gain)
+    stiefel.project(model)
+    torch.testing.assert_close(model.weight.detach(), expected, rtol=0, atol=1e-14)
+
+
 @pytest.mark.parametrize("method", FEASIBLE)
 def test_loading_tied_weights_off_the_set_leaves_both_on_it(method: str) -> None:
     model = stiefel.constrain(tied(), method)

@@ -116,6 +116,7 @@ BAD_OPTIONS: dict[str, tuple[str, dict[str, Any], str]] = {
     "eps too large": ("own", {"eps": 0.5}, "between"),
     "eps as text": ("own", {"eps": "small"}, "between"),
     "unknown metric": ("riemannian", {"metric": "euclid"}, "'euclidean'"),
+    "metric that has no hash": ("riemannian", {"metric": ["euclidean"]}, "'euclidean'"),
     "unknown retraction": ("riemannian", {"retraction": "caley"}, "'cayley'"),
     "negative strength": ("soft", {"strength": -0.1}, "callable"),
     "nan strength": ("soft", {"strength": float("nan")}, "callable"),

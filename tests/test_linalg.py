@@ -392,7 +392,8 @@ def test_nearest_orthonormal_of_a_rank_deficient_matrix(singular_values, dtype):
     ("dtype", "size"),
     [
         (torch.float64, 1e-300), (torch.float64, 1.0), (torch.float64, 1e300),
-        (torch.float32, 1e-37), (torch.float32, 1e37), (torch.complex128, 1e300), (torch.complex64, 1e-37),
+        (torch.float32, 1e-38), (torch.float32, 1e37), (torch.complex128, 1e300), (torch.complex64, 1e-37),
+        (torch.complex128, 1e-308),
     ],
 )  # fmt: skip
 def test_the_frobenius_norm_neither_overflows_nor_vanishes(dtype, size):

@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 import torch
+from common import Largest, forms
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.utils.parametrizations import orthogonal
@@ -31,17 +32,8 @@ from stiefel.layout import Layout
 EPS = torch.finfo(torch.float64).eps
 
 
-def variants() -> list[stiefel.Constraint]:
-    """Every method, uncentred so that all have one set, and every form of it that has a name."""
-    found = []
-    for name in stiefel.available():
-        default = stiefel.get(name, **stiefel.get(name).comparison)
-        named = [(option, v) for option, values in default.tuning.items() for v in values if isinstance(v, str)]
-        found += [default, *(replace(default, **{o: v}) for o, v in named if getattr(default, o) != v)]
-    return found
-
-
-VARIANTS = variants()
+VARIANTS = [m for name in stiefel.available() for m in forms(name, **stiefel.get(name).comparison)]
+"""Every method, uncentred so that all have one set, and every form of it that has a name."""
 HELD = [m for m in VARIANTS if m.claim is not None]
 FORWARD = [m for m in VARIANTS if m.place == "forward"]
 HELD_FORWARD = [m for m in FORWARD if m.claim is not None]

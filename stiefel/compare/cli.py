@@ -233,31 +233,20 @@ def _new_problem(path: Path) -> int:
 
 
 def _report(folders: list[Path], html: Path | None, only: set[str] | None = None, figures: Path | None = None) -> int:
-    from rich.console import Console
-
-    from stiefel.compare.records import BROKEN, read_all
-    from stiefel.compare.report import failure_lines, terminal_tables, write_html, write_png
-    from stiefel.compare.summary import Summary
+    from stiefel.compare.records import BROKEN, read_all, writing
+    from stiefel.compare.report import publish
 
     for folder in folders:
         if not folder.is_dir():
             raise ProblemError(
                 f"there is no folder {str(folder)!r}; give a folder of records, as written by stiefel compare"
             )
-    found, _faults = read_all(folders)
+    found, faults = read_all(folders)
     records = [r for r in found if only is None or r.spec.hash in only]
     if not records:
-        raise ProblemError(f"no finished run in {', '.join(map(str, folders))}; run stiefel compare first")
-    summary = Summary.of(records)
-    console = Console()
-    for table in terminal_tables(summary):
-        console.print(table)
-    for note in (*summary.notes, *failure_lines(summary)):
-        console.print(f"· {note}", highlight=False)
+        unread = f", and {len(faults)} that cannot be read: {faults[0]}" if faults else ""
+        raise ProblemError(f"no finished run in {', '.join(map(str, folders))}{unread}; run stiefel compare first")
     path = html or folders[0] / "report.html"
-    write_html(summary, path)
-    print(f"report: {path.resolve()}")
-    if figures is not None:
-        for written in write_png(summary, figures):
-            print(f"figure: {written.resolve()}")
+    with writing(path.parent):
+        publish(records, faults, html=path, figures=figures)
     return 1 if any(record.status in BROKEN for record in records) else 0

@@ -1,36 +1,48 @@
-"""The figures of a comparison. Imports ``summary``, numpy, matplotlib."""
+"""The figures of a comparison. Imports ``summary``, ``profile``, numpy, matplotlib."""
 
 from __future__ import annotations
 
 import io
+import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
-from stiefel.compare.records import ENDED
-from stiefel.compare.summary import TOLERANCES, Setting, Summary
+from stiefel.compare.profile import profile, times
+from stiefel.compare.rows import TOLERANCES, Row, Trial
+from stiefel.compare.summary import Setting, Summary
 
 # Okabe and Ito's palette, distinguishable in all common forms of colour blindness; line styles tell the rest.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C8C00", "#7F7F7F")
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C8C00")
 STYLES = ("-", "--", "-.", ":")
+HIGHLIGHTS = len(COLOURS)
+"""Methods in colour, beside the control; where there are more, the others are thin and grey."""
+_GREY = "#888888"
 _INK = "#010203"  # replaced by the page's text colour
+_POWERS = FuncFormatter(lambda value, _: f"{value:g}" if 9e-3 < value < 1e4 else f"{value:.0e}".replace("e-0", "e-"))
+_CONTROL: dict[str, Any] = {"color": _INK, "ls": (0, (4, 2)), "lw": 1.1, "zorder": 2.5}
+_OTHER: dict[str, Any] = {"color": _GREY, "lw": 0.6, "alpha": 0.6, "zorder": 2, "label": "_other"}
 
 STYLE: Any = {
     "axes.edgecolor": _INK,
     "axes.labelcolor": _INK,
     "axes.titlesize": 10,
+    "axes.titley": 1.0,  # where it is not looked for: that takes a tenth of the time
     "axes.labelsize": 9,
     "axes.spines.right": False,
     "axes.spines.top": False,
     "figure.facecolor": "none",
     "axes.facecolor": "none",
     "font.size": 9,
+    "font.sans-serif": ["DejaVu Sans"],
     "grid.alpha": 0.25,
-    "grid.color": "#888888",
+    "grid.color": _GREY,
     "axes.grid": True,
     "legend.frameon": False,
     "lines.linewidth": 1.6,
@@ -46,115 +58,301 @@ STYLE: Any = {
 def curves(summary: Summary, setting: Setting) -> Figure:
     """Loss and metric against steps and seconds, orthogonality against steps and per layer, for one setting.
 
-    A line is the median over the fresh seeds of each method's best rate, the band their range.
+    A line is the median over the fresh seeds of each method's choice, the band their range.
     """
-    metric = summary.metric
+    names = {
+        "train_loss": "training loss",
+        "validation": f"validation {summary.metric}",
+        "error": "worst ‖XXᵀ−I‖/√p",
+    }
+    panels = [("step", "train_loss"), ("seconds", "train_loss"), ("step", "error")]
+    panels += [("step", "validation"), ("seconds", "validation")]
+    styles = _styles(highlighted(summary), summary.controls, summary.labels)
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(11, 5.6), layout="constrained")
-        axes = figure.subplots(2, 3)
-        panels = [
-            (axes[0, 0], "step", "training steps", lambda r: r["train_loss"], "training loss", True),
-            (axes[0, 1], "seconds", "training seconds", lambda r: r["train_loss"], "training loss", True),
-            (axes[1, 0], "step", "training steps", lambda r: r["validation"][metric], f"validation {metric}", False),
-            (
-                axes[1, 1],
-                "seconds",
-                "training seconds",
-                lambda r: r["validation"][metric],
-                f"validation {metric}",
-                False,
-            ),
-            (axes[0, 2], "step", "training steps", lambda r: r["orthogonality"]["worst"], "worst ‖XXᵀ−I‖/√p", True),
-        ]
-        for row in sorted(setting.rows, key=lambda r: r.label):
-            runs = [r.metrics() for r in row.final if r.status in ENDED]
-            for ax, along, _, value, _, log in panels:
-                _band(ax, runs, along, value, log=log, **_style(summary, row.label))
-            _layers(axes[1, 2], runs, **_style(summary, row.label))
-        for ax, _, xlabel, _, title, log in panels:
-            ax.set(title=title, xlabel=xlabel, yscale="log" if log else "linear")
-        if setting.target is not None:
-            for ax in (axes[1, 0], axes[1, 1]):
-                ax.axhline(setting.target, color="#888888", lw=1, ls=(0, (1, 2)), zorder=0)
-        for tolerance in TOLERANCES:
-            axes[0, 2].axhline(tolerance, color="#888888", lw=1, ls=(0, (1, 2)), zorder=0)
-        axes[1, 2].set(title="‖XXᵀ−I‖/√p per layer, at the end", yscale="log", xlabel="constrained layer")
-        figure.legend(*_handles(axes[0, 0]), loc="outside lower center", ncols=len(summary.labels))
+        figure, axes = _grid(2, 3, (3.6, 2.5), legend=min(len(summary.labels), HIGHLIGHTS + 2))
+        for row in setting.rows:
+            data, style = _series(row, summary.metric), styles[row.label]
+            for ax, (along, what) in zip(axes.flat, panels, strict=False):
+                _band(ax, data, along, what, style)
+            _per_layer(axes[1, 2], row, style)
+        for ax, (along, what) in zip(axes.flat, panels, strict=False):
+            _axis(ax, names[what], f"training {'steps' if along == 'step' else along}", log=what != "validation")
+            if what == "validation" and setting.target is not None:
+                _line(ax, setting.target)
+        _axis(axes[1, 2], "‖XXᵀ−I‖/√p per layer, at the end", "constrained layer", log=True)
+        for ax in axes[:, 2]:
+            for tolerance in TOLERANCES:
+                _line(ax, tolerance)
+        _legend(figure, styles)
+    return figure
+
+
+def energy(summary: Summary, setting: Setting) -> Figure | None:
+    """Energy of activations and of gradients through the depth of the network, at the end; None where not recorded."""
+    found = []
+    for row in setting.rows:
+        runs = [end["energy"] for end in row.ends if end.get("energy")]
+        found += [(row, runs)] if runs else []
+    if not found:
+        return None
+    styles = _styles(highlighted(summary), summary.controls, summary.labels)
+    with mpl.rc_context(STYLE):
+        figure, axes = _grid(1, 2, (4.6, 2.5), legend=min(len(summary.labels), HIGHLIGHTS + 2))
+        for ax, way in zip(axes.flat, ("forward", "backward"), strict=True):
+            for row, runs in found:
+                values = [[_number(layer.get(way)) for layer in run.values()] for run in runs]
+                _depth(ax, values, styles[row.label])
+            _axis(ax, f"{way} energy", "layer", log=True)
+        _legend(figure, styles)
     return figure
 
 
 def sensitivity(summary: Summary) -> Figure:
-    """Best validation metric against the learning rate, from the tuning runs; crosses at the edge are failed runs."""
-    columns = min(4, len(summary.settings))
-    rows = -(-len(summary.settings) // columns)
+    """Best validation metric against the learning rate at default knobs: a panel per method, a line per setting.
+
+    A ring is the choice, knobs included; a cross at the edge is a rate at which a run failed.
+    """
+    found: dict[str, list[tuple[int, Row]]] = {label: [] for label in summary.labels}
+    for i, setting in enumerate(summary.settings):
+        for row in setting.rows:
+            found[row.label].append((i, row))
+    columns = min(5, len(found))
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(max(5, 2.9 * columns), 2.7 * rows + 0.4), layout="constrained")
-        axes = figure.subplots(rows, columns, squeeze=False, sharey=True)
-        for ax, setting in zip(axes.flat, summary.settings, strict=False):
-            for row in sorted(setting.rows, key=lambda r: r.label):
-                style = _style(summary, row.label)
-                good = [(r.spec.lr, r.summary["best_validation"]) for r in row.tuning if r.status in ENDED]
-                bad = sorted({r.spec.lr for r in row.tuning if r.status not in ENDED})
-                if good:
-                    rates = sorted({lr for lr, _ in good})
-                    means = [float(np.mean([v for lr, v in good if lr == rate])) for rate in rates]
-                    ax.plot(rates, means, marker="o", ms=3.5, **style)
+        figure, axes = _grid(-(-len(found) // columns), columns, (2.2, 1.6), legend=len(summary.settings), share=True)
+        for ax, (label, rows) in zip(axes.flat, found.items(), strict=False):
+            for i, row in rows:
+                colour, style = COLOURS[i % len(COLOURS)], STYLES[i // len(COLOURS) % len(STYLES)]
+                plain = [t for t in row.trials if not t.choice.knobs]
+                good = [(t.choice.lr, t.validation) for t in plain if math.isfinite(t.validation)]
+                bad = [t.choice.lr for t in plain if not math.isfinite(t.validation)]
+                ax.plot(*zip(*good, strict=True), color=colour, ls=style, marker="o", ms=2.5, lw=1.2) if good else None
                 if bad:
-                    edge = 0.03 + 0.04 * summary.labels.index(row.label)  # of the axes, on the side of bad values
-                    heights = [edge if summary.higher_is_better else 1 - edge] * len(bad)
-                    across = ax.get_xaxis_transform()
-                    ax.plot(bad, heights, ls="none", marker="x", ms=4, color=style["color"], transform=across)
-            ax.set(title=setting.title, xscale="log", xlabel="learning rate")
-        for ax in axes.flat[len(summary.settings) :]:
+                    edge = 0.05 + min(0.08, 0.6 / len(summary.settings)) * i  # of the axes, on the side of bad values
+                    edges = [edge if summary.higher_is_better else 1 - edge] * len(bad)
+                    ax.plot(bad, edges, ls="", marker="x", ms=4, color=colour, transform=ax.get_xaxis_transform())
+                if row.tuned is not None and math.isfinite(row.tuned.validation):
+                    ring = {"ms": 7, "mfc": "none", "mec": colour}
+                    ax.plot([row.tuned.choice.lr], [row.tuned.validation], marker="o", **ring)
+            _axis(ax, "\n".join(re.findall(r".{1,30}", label)), "", log=_wide(summary))
+            ax.set_xscale("log")
+            ax.xaxis.set_minor_locator(NullLocator())
+            ax.xaxis.set_major_formatter(_POWERS)
+        for ax in axes.flat[len(found) :]:
             ax.set_visible(False)
-        for row_axes in axes:
-            row_axes[0].set_ylabel(f"best validation {summary.metric}")
-        figure.legend(*_handles(*axes.flat), loc="outside lower center", ncols=len(summary.labels))
+        for ax in axes.flat[max(0, len(found) - columns) : len(found)]:
+            ax.set_xlabel("learning rate")
+            ax.tick_params(labelbottom=True)
+        for ax in axes[:, 0]:
+            ax.set_ylabel(f"validation {summary.metric}")
+        handles = [
+            Line2D([], [], color=COLOURS[i % len(COLOURS)], ls=STYLES[i // len(COLOURS) % len(STYLES)])
+            for i in range(len(summary.settings))
+        ]
+        _bottom(figure, handles, [setting.title for setting in summary.settings])
     return figure
 
 
+def defaults(summary: Summary) -> Figure:
+    """Validation metric of each method at its default setting (hollow) and as tuned (full): a panel per setting."""
+    columns, labels = min(4, len(summary.settings)), summary.labels[::-1]
+    size = (2.6, 0.3 + 0.17 * len(labels))
+    with mpl.rc_context(STYLE):
+        figure, axes = _grid(-(-len(summary.settings) // columns), columns, size, legend=2, margin=1.5, between=0.25)
+        for ax, setting in zip(axes.flat, summary.settings, strict=False):
+            known = {row.label: (_validation(row.default), _validation(row.tuned)) for row in setting.rows}
+            before, after = np.array([known.get(label, (math.nan, math.nan)) for label in labels]).T
+            heights = np.arange(len(labels))
+            ax.hlines(heights, before, after, color=COLOURS[0], lw=1)
+            ax.plot(before, heights, ls="", marker="o", ms=4.5, mfc="none", mec=COLOURS[0])
+            ax.plot(after, heights, ls="", marker="o", ms=4.5, color=COLOURS[0])
+            ax.set(title=setting.title, xlabel=f"validation {summary.metric}", ylim=(-0.7, len(labels) - 0.3))
+            ax.set_yticks([])
+            ax.hlines(heights, 0, 1, transform=ax.get_yaxis_transform(), color=_GREY, alpha=0.25, lw=0.8)
+            if _wide(summary):
+                ax.set_xscale("log")
+            else:
+                ax.xaxis.set_major_locator(MaxNLocator(4))
+        for ax in axes[:, 0]:
+            ax.set_yticks(range(len(labels)), [label if len(label) < 25 else label[:23] + "…" for label in labels])
+        for ax in axes.flat[len(summary.settings) :]:
+            ax.set_visible(False)
+        hollow, full = (Line2D([], [], ls="", marker="o", mfc=c, mec=COLOURS[0]) for c in ("none", COLOURS[0]))
+        _bottom(figure, [hollow, full], ["default rate and knobs", "tuned"])
+    return figure
+
+
+def _validation(trial: Trial | None) -> float:
+    return trial.validation if trial is not None and math.isfinite(trial.validation) else math.nan
+
+
+def profiles(summaries: Sequence[Summary]) -> Figure:
+    """Performance profiles over all settings of some problems, for steps and for seconds to the target."""
+    tables = [profile(times(summaries, "steps")), profile(times(summaries, "seconds"))]
+    ranking = tables[0].mean().sort_values(ascending=False)
+    controls = set.union(*(summary.controls for summary in summaries))
+    coloured = [label for label in ranking.index if label not in controls][:HIGHLIGHTS]
+    styles = _styles(coloured, controls & set(ranking.index), ranking.index)
+    with mpl.rc_context(STYLE):
+        figure, axes = _grid(1, 2, (4.6, 2.7), legend=min(len(ranking), HIGHLIGHTS + 2))
+        for ax, table, unit in zip(axes.flat, tables, ("steps", "seconds"), strict=True):
+            far = max(2.0, float(table.index.max()) * 1.1)
+            for label in ranking.index:
+                ax.step([*table.index, far], [*table[label], table[label].iloc[-1]], where="post", **styles[label])
+            _axis(ax, f"{unit} to the target", "τ, times the fastest", log=False)
+            ax.set(xscale="log", xlim=(1, far), ylim=(-0.03, 1.03))
+            ticks = [t for t in (1, 1.5, 2, 3, 5, 10, 20, 50, 100, 1000) if t <= far]
+            ax.set_xticks(ticks, [f"{t:g}" for t in ticks])
+            ax.xaxis.set_minor_locator(NullLocator())
+        axes[0, 0].set_ylabel("fraction of cases solved")
+        _legend(figure, styles)
+    return figure
+
+
+def highlighted(summary: Summary) -> list[str]:
+    """Methods in colour: all where they are few, else the best of each setting and tolerance and the next by rank."""
+    others = [label for label in summary.labels if label not in summary.controls]
+    if len(others) <= HIGHLIGHTS:
+        return others
+    places = dict.fromkeys(others, 0.0)
+    for setting in summary.settings:
+        for row in setting.rows:
+            if row.label in places:
+                ranks = [setting.rank(row, tolerance) for tolerance in (None, *TOLERANCES)]
+                first = len(others) * (1 in ranks)
+                places[row.label] += (ranks[0] or 2 * len(others)) - first
+    return sorted(sorted(others, key=lambda label: places[label])[:HIGHLIGHTS])
+
+
 def svg(figure: Figure) -> str:
-    """A figure as inline SVG that takes its ink from the page's text colour."""
+    """A figure as inline SVG that takes its ink from the page's text colour, as small as that goes."""
     stream = io.StringIO()
     with mpl.rc_context(STYLE):
         figure.savefig(stream, format="svg", metadata={"Date": None, "Creator": None})
     text = stream.getvalue()
     text = text[text.index("<svg") :].replace(_INK, "currentColor")
     text = re.sub(r' (?:width|height)="[\d.]+pt"', "", text, count=2)
-    return re.sub(r"\s*<metadata>.*?</metadata>", "", text, flags=re.S)
+    text = re.sub(r"\s*<metadata>.*?</metadata>|\s*<!--.*?-->", "", text, flags=re.S)
+    text = re.sub(r'<g id="[^"]*"', "<g", text)  # nothing refers to groups, and ids must be unique in a page
+    text = re.sub(r"<[^>]+>", lambda tag: re.sub(r"(\d\.\d)\d+", r"\1", tag[0]), text)  # tenths of a point
+    text = re.sub(r"\s*\n\s*", " ", text)
+    return re.sub(r" ?([MLC]) ", r"\1", text).replace("> <", "><")
 
 
-def _style(summary: Summary, label: str) -> dict[str, Any]:
-    i = summary.labels.index(label)
-    colour = COLOURS[i % len(COLOURS)]
-    return {"label": label, "color": colour, "ls": STYLES[(i + i // len(COLOURS)) % len(STYLES)]}
+def _grid(
+    rows: int,
+    columns: int,
+    size: tuple[float, float],
+    *,
+    legend: int,
+    share: bool = False,
+    margin: float = 0.6,
+    between: float | None = None,
+) -> tuple[Figure, Any]:
+    """Panels of a size in inches, room for their labels, and for a legend of so many entries below.
+
+    The layout is fixed: one that adapts draws everything twice.
+    """
+    between = between or (0.2 if share else margin)
+    below, above, gap = 0.5 + 0.2 * -(-legend // _columns(columns * size[0])), 0.3, 0.35 if share else 0.75
+    width = margin + columns * size[0] + (columns - 1) * between + 0.1
+    height = above + rows * size[1] + (rows - 1) * gap + below
+    figure = Figure(figsize=(width, height))
+    axes = figure.subplots(rows, columns, squeeze=False, sharex=share, sharey=share)
+    ends = {"left": margin / width, "right": 1 - 0.1 / width, "bottom": below / height, "top": 1 - above / height}
+    figure.subplots_adjust(**ends, wspace=between / size[0], hspace=gap / size[1])
+    return figure, axes
 
 
-def _handles(*axes: Any) -> tuple[list[Any], list[str]]:
-    seen: dict[str, Any] = {}
-    for ax in axes:
-        for handle, label in zip(*ax.get_legend_handles_labels(), strict=True):
-            seen.setdefault(label, handle)
-    return list(seen.values()), list(seen)
+def _columns(width: float) -> int:
+    """Entries of a legend beside each other."""
+    return max(2, int(width / 1.7))
 
 
-def _band(ax: Any, runs: Sequence[list[dict[str, Any]]], along: str, value: Any, *, log: bool, **style: Any) -> None:
-    if not runs:
-        return
-    length = min(len(run) for run in runs)
-    y = np.array([[np.nan if value(r) is None else value(r) for r in run[:length]] for run in runs], dtype=float)
-    x = np.median([[r[along] for r in run[:length]] for run in runs], axis=0)
+def _axis(ax: Any, title: str, xlabel: str, *, log: bool) -> None:
+    ax.set_title(title)
+    if xlabel:
+        ax.set_xlabel(xlabel)
     if log:
-        y = np.maximum(y, 1e-16)  # an error of exactly zero has no place on a logarithmic axis
-    known = ~np.isnan(y).any(axis=0)
-    ax.plot(x[known], np.median(y, axis=0)[known], **style)
-    ax.fill_between(x[known], y.min(axis=0)[known], y.max(axis=0)[known], color=style["color"], alpha=0.15, lw=0)
+        ax.set_yscale("log")
+        low, high = ax.get_ylim()
+        if ax.has_data():
+            ax.yaxis.set_major_locator(LogLocator(numticks=6) if high > 30 * low else MaxNLocator(4))
+        ax.yaxis.set_minor_locator(NullLocator())
+        ax.yaxis.set_major_formatter(_POWERS)
 
 
-def _layers(ax: Any, runs: Sequence[list[dict[str, Any]]], **style: Any) -> None:
-    if not runs:
+def _line(ax: Any, height: float) -> None:
+    if ax.has_data():  # alone, two lines make no axis
+        ax.axhline(height, color=_GREY, lw=1, ls=(0, (1, 2)), zorder=1)
+
+
+def _styles(coloured: Sequence[str], controls: Iterable[str], labels: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """How each method's line is drawn: those in colour over the control over the others."""
+    styles = {label: dict(_OTHER) for label in labels}
+    styles |= {label: {"label": label, **_CONTROL} for label in controls}
+    for i, label in enumerate(coloured):
+        styles[label] = {"label": label, "color": COLOURS[i], "ls": STYLES[i % len(STYLES)], "zorder": 3}
+    return styles
+
+
+def _legend(figure: Figure, styles: dict[str, dict[str, Any]]) -> None:
+    shown = {label: style for label, style in styles.items() if style["label"] == label}
+    lines = [Line2D([], [], **style) for style in shown.values()]
+    names = list(shown)
+    if len(styles) > len(shown):
+        names.append(f"{len(styles) - len(shown)} others")
+        lines.append(Line2D([], [], **_OTHER))
+    _bottom(figure, lines, names)
+
+
+def _bottom(figure: Figure, handles: Sequence[Any], labels: Sequence[str]) -> None:
+    columns = min(_columns(figure.get_size_inches()[0]), len(labels))
+    figure.legend(handles, labels, loc="lower center", ncols=columns, borderaxespad=0.1)
+
+
+def _wide(summary: Summary) -> bool:
+    """Whether the metric spans so much that it wants a logarithmic axis, as a loss may."""
+    values = [t.validation for s in summary.settings for row in s.rows for t in row.trials]
+    finite = [value for value in values if math.isfinite(value)]
+    return bool(finite) and min(finite) > 0 and max(finite) / min(finite) > 100
+
+
+def _number(value: Any) -> float:
+    return math.nan if value is None else float(value)
+
+
+def _series(row: Row, metric: str) -> dict[str, Any]:
+    """A method's curves as arrays (run, point); empty where there is none."""
+    if not row.curves:
+        return {}
+    length = min(map(len, row.curves))
+    runs = [rows[:length] for rows in row.curves]
+    found = {name: [[_number(r[name]) for r in rows] for rows in runs] for name in ("step", "seconds", "train_loss")}
+    found["validation"] = [[_number(r["validation"].get(metric)) for r in rows] for rows in runs]
+    found["error"] = [[_number(r["orthogonality"]["worst"]) for r in rows] for rows in runs]
+    return {name: np.array(values) for name, values in found.items()}
+
+
+def _band(ax: Any, data: dict[str, Any], along: str, what: str, style: dict[str, Any]) -> None:
+    if not data:
         return
-    layers = list(runs[0][-1]["orthogonality"]["layers"])
-    errors = [[run[-1]["orthogonality"]["layers"][name] for name in layers] for run in runs]
-    ax.plot(range(1, len(layers) + 1), np.maximum(np.median(errors, axis=0), 1e-16), marker="o", ms=3.5, **style)
-    ax.set_xticks(range(1, len(layers) + 1))
+    # An error of exactly zero has no place on a logarithmic axis.
+    y = data[what] if what == "validation" else np.maximum(data[what], 1e-16)
+    known = ~np.isnan(y).any(axis=0)
+    x, y = np.median(data[along], axis=0)[known], y[:, known]
+    ax.plot(x, np.median(y, axis=0), **style)
+    if len(y) > 1 and style["label"] != _OTHER["label"]:
+        ax.fill_between(x, y.min(axis=0), y.max(axis=0), color=style["color"], alpha=0.13, lw=0)
+
+
+def _per_layer(ax: Any, row: Row, style: dict[str, Any]) -> None:
+    layers = [[_number(value) for value in end["orthogonality"]["layers"].values()] for end in row.ends]
+    if layers:
+        _depth(ax, layers, style)
+
+
+def _depth(ax: Any, values: Sequence[Sequence[float]], style: dict[str, Any]) -> None:
+    """The median over runs of something per layer."""
+    heights = np.maximum(np.median(np.array(values), axis=0), 1e-16)
+    ax.plot(range(1, len(heights) + 1), heights, marker="o", ms=3, **style)
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))

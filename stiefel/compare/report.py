@@ -1,140 +1,303 @@
-"""The table in the terminal and the self-contained HTML. Imports ``summary``, ``figures``, rich, jinja2."""
+"""The report of all problems in some folders: tables, figures, files. Imports the rest of the reporting side."""
 
 from __future__ import annotations
 
-import math
+import json
 import re
-from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import jinja2
-from rich import box
-from rich.table import Table
+import pandas as pd
 
-import stiefel
 from stiefel.compare import figures
-from stiefel.compare.summary import Row, Setting, Summary, table
+from stiefel.compare.profile import Unit, profile, times
+from stiefel.compare.recommend import in_setting, overall
+from stiefel.compare.records import Record, frame, read_all
+from stiefel.compare.rows import TOLERANCES, Row, powers
+from stiefel.compare.scores import Interval
+from stiefel.compare.summary import Setting, Summary, summaries
+from stiefel.errors import ProblemError
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+    from rich.console import Console
 
 
-def terminal_tables(summary: Summary) -> list[Table]:
-    """A table per setting, a line per method, for an 80-column terminal."""
-    columns = (("lr", 5), (f"test {summary.metric} [95 %]", 20), ("worst\nerror", 6), ("steps to\ntarget", 8))
-    tables = []
+@dataclass(frozen=True)
+class Report:
+    """What records say, problem by problem; for notebooks, the command line and the files.
+
+    Args:
+        problems: a summary per problem, device and dtype, the one that ran last first.
+        faults: what is wrong with records that could not be read.
+    """
+
+    problems: tuple[Summary, ...]
+    faults: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, records: Iterable[Record], faults: Iterable[str] = ()) -> Report:
+        """The report of some records, as :func:`stiefel.compare.records.read_all` gives them."""
+        return cls(tuple(summaries(records)), tuple(faults))
+
+    @classmethod
+    def read(cls, *folders: str | Path) -> Report:
+        """The report of all records in some folders.
+
+        Raises:
+            ProblemError: a folder is not there, or there is no finished run.
+        """
+        for folder in folders:
+            if not Path(folder).is_dir():
+                raise ProblemError(
+                    f"there is no folder {str(folder)!r}; give a folder of records, as written by stiefel compare"
+                )
+        records, faults = read_all([Path(folder) for folder in folders])
+        if not records:
+            broken = f" ({len(faults)} that cannot be read: {faults[0]})" if faults else ""
+            where = ", ".join(map(str, folders))
+            raise ProblemError(f"no finished run in {where}{broken}; run stiefel compare first")
+        return cls.of(records, faults)
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What concerns the records as a whole; each problem has notes of its own."""
+        found = []
+        if self.faults:
+            some = "; ".join(self.faults[:3])
+            found.append(f"{len(self.faults)} records cannot be read and are left out: {some}")
+        digests: dict[str, set[str]] = {}
+        for summary in self.problems:
+            digests.setdefault(summary.problem, set()).add(summary.digest)
+        mixed = [problem for problem, sources in digests.items() if len(sources) > 1]
+        if mixed:
+            found.append(f"the devices or dtypes of {', '.join(mixed)} ran at different sources of the problem")
+        return tuple(found)
+
+    def table(self) -> pd.DataFrame:
+        """A row per problem, setting and method: choice, scores with intervals, ranks, failures, cost, hardware."""
+        return pd.concat([table(summary) for summary in self.problems], ignore_index=True)
+
+    def recommendations(self) -> pd.DataFrame:
+        """A row per problem, setting (or all of them) and requirement: the method, its evidence, its rivals."""
+        rows = []
+        for summary in self.problems:
+            parts = [("all settings", overall(summary)), *((s.title, in_setting(summary, s)) for s in summary.settings)]
+            for title, found in parts:
+                for r in found:
+                    best, score = r.best, r.best.score if r.best else None
+                    rows.append(
+                        {
+                            **_identity(summary),
+                            "setting": title,
+                            "requirement": r.requirement,
+                            "method": best.name if best else None,
+                            "choice": best.choice if best else None,
+                            **_interval(f"test_{summary.metric}", score),
+                            "n": score.n if score else 0,
+                            "failed": best.failures if best else None,
+                            "runs": best.runs if best else None,
+                            "error_worst": best.error if best else None,
+                            "step_ratio": best.step.value if best and best.step else None,
+                            "not_told_apart": ", ".join(other.name for other in r.rivals),
+                            "evidence": r.evidence or r.reason,
+                            "hardware": summary.hardware,
+                        }
+                    )
+        return pd.DataFrame(rows)
+
+    def runs(self) -> pd.DataFrame:
+        """A row per run, with what it ran on."""
+        records = [record for summary in self.problems for record in summary.records]
+        rows = frame(records)
+        known = [{"wall_seconds": r.wall_seconds} | {key: r.environment.get(key) for key in _WHERE} for r in records]
+        where = pd.DataFrame(known, index=rows.index)
+        return rows.assign(**{str(name): where[name] for name in where})
+
+    def times(self, unit: Unit = "steps", device: str | None = None) -> pd.DataFrame:
+        """Median steps or seconds to the target, cases × methods, of one device (that of the newest problem)."""
+        return times(self._on(device), unit)
+
+    def profile(self, unit: Unit = "steps", device: str | None = None) -> pd.DataFrame:
+        """Dolan and Moré's performance profile of :meth:`times`: ρ(τ), a column per method run in every case."""
+        return profile(self.times(unit, device))
+
+    @cached_property
+    def devices(self) -> list[str]:
+        """The devices of the problems."""
+        return list(dict.fromkeys(summary.device for summary in self.problems))
+
+    def _on(self, device: str | None) -> list[Summary]:
+        return [summary for summary in self.problems if summary.device == (device or self.devices[0])]
+
+    def figures(self) -> dict[str, Figure]:
+        """Every figure, by name."""
+        drawn: dict[str, Figure] = {}
+        for device in self.devices:
+            if len(self.times("steps", device)) > 1:
+                drawn[f"profile-{device}"] = figures.profiles(self._on(device))
+        for summary in self.problems:
+            for name, figure in problem_figures(summary):
+                drawn[_name(summary, name, len(self.problems) > 1)] = figure
+        return drawn
+
+
+_WHERE = ("commit", "cpu", "cores", "threads", "gpu", "torch")
+
+
+def problem_figures(summary: Summary) -> Iterable[tuple[str, Figure]]:
+    """The figures of one problem with their names."""
+    yield "sensitivity", figures.sensitivity(summary)
+    yield "defaults", figures.defaults(summary)
     for setting in summary.settings:
-        title = f"{_title(summary)} · {setting.title}"
-        out = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", pad_edge=False, collapse_padding=True)
-        out.add_column("method", min_width=13, overflow="fold")
-        out.add_column("n", justify="right")
-        for name, width in (*columns, ("step\ncost", 5), ("failed", 6)):
-            out.add_column(name, justify="right", min_width=width)
-        for row in setting.rows:
-            out.add_row(
-                row.label,
-                str(row.test.n if row.test else 0),
-                rate(row),
-                str(row.test) if row.test else "every run failed",
-                f"{row.error_worst:.0e}",
-                steps(row.steps_to_target),
-                ratio(summary, setting, row),
-                f"{sum(row.failures.values())}/{row.runs}",
-            )
-        tables.append(out)
-    return tables
+        yield setting.title, figures.curves(summary, setting)
+        energy = figures.energy(summary, setting)
+        if energy is not None:
+            yield f"{setting.title} energy", energy
 
 
-def write_html(summary: Summary, path: Path) -> None:
-    """Write the report as one file that needs no network, and the same rows as ``summary.csv`` beside it."""
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("stiefel.compare", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True
-    )
-    environment.filters |= {"number": number, "steps": steps, "rate": rate, "bytes": megabytes, "ms": milliseconds}
-    environments = [r.environment for r in summary.records if r.environment]
-    page = environment.get_template("report.html.j2").render(
-        summary=summary,
-        title=_title(summary),
-        version=stiefel.__version__,
-        environment=environments[0] if environments else {},
-        cost_threads=next((r.environment.get("threads") for r in summary.records if r.spec.kind == "cost"), None),
-        headlines=[headline(summary, setting) for setting in summary.settings],
-        sensitivity=figures.svg(figures.sensitivity(summary)),
-        curves=[(setting, figures.svg(figures.curves(summary, setting))) for setting in summary.settings],
-        cost_ratio=lambda setting, row: ratio(summary, setting, row),
-    )
-    path.write_text(page, encoding="utf-8")
-    table(summary).to_csv(path.with_name("summary.csv"), index=False)
+def table(summary: Summary) -> pd.DataFrame:
+    """The rows of one problem as a frame."""
+    return pd.DataFrame([_row(summary, setting, row) for setting in summary.settings for row in setting.rows])
 
 
-def write_png(summary: Summary, folder: Path) -> list[Path]:
-    """Write each figure as a PNG with a white ground; returns the files."""
-    folder.mkdir(parents=True, exist_ok=True)
-    drawn = {"sensitivity": figures.sensitivity(summary)}
-    drawn |= {setting.title: figures.curves(summary, setting) for setting in summary.settings}
+def _row(summary: Summary, setting: Setting, row: Row) -> dict[str, Any]:
+    environment: dict[str, Any] = next((r.environment for r in (*row.final, *row.tuning) if r.environment), {})
+    cost = row.cost
+    return {
+        **_identity(summary),
+        "setting": setting.title,
+        "method": row.label,
+        "lr": row.choice.lr if row.choice else None,
+        "knobs": ", ".join(f"{k}={v}" for k, v in row.choice.knobs) if row.choice else None,
+        "lr_on_edge": row.edge,
+        "state": row.state or "scored",
+        **_interval(f"test_{summary.metric}", row.test),
+        "n": row.runs,
+        "failed": sum(row.failures.values()),
+        "runs": row.runs,
+        "rank": setting.rank(row),
+        **{f"rank_at_{powers(tolerance)}": setting.rank(row, tolerance) for tolerance in TOLERANCES},
+        "error_worst": row.error_worst,
+        "error_final": row.error_final,
+        "feasible_at": row.feasible,
+        **_interval("steps_to_target", row.steps_to_target, "steps_"),
+        **_interval("seconds_to_target", row.seconds_to_target, "seconds_"),
+        "redundancy": row.redundancy,
+        "step_ratio": cost.ratio if cost else None,
+        "step_seconds": cost.step["median"] if cost else None,
+        "constraint_share": cost.share if cost else None,
+        "memory_bytes": cost.memory if cost else None,
+        **(cost.counts if cost else {}),
+        **{k: v for k, v in (cost.gpu if cost else {}).items() if k != "gpu_reason"},
+        "cost_hardware": cost.hardware if cost else None,
+        "default_validation": row.default.validation if row.default else None,
+        "default_lr": row.default.choice.lr if row.default else None,
+        "tuned_validation": row.tuned.validation if row.tuned else None,
+        "tuning_runs": len(row.tuning),
+        "tuning_failures": row.tuning_failures,
+        **{name: environment.get(name) for name in _WHERE},
+    }
+
+
+def _identity(summary: Summary) -> dict[str, Any]:
+    return {name: getattr(summary, name) for name in ("problem", "digest", "device", "dtype")}
+
+
+def _interval(name: str, interval: Interval | None, prefix: str = "") -> dict[str, Any]:
+    known = (interval.value, interval.low, interval.high) if interval else (None, None, None)
+    return dict(zip((name, f"{prefix}low", f"{prefix}high"), known, strict=True))
+
+
+def _name(summary: Summary, figure: str, many: bool) -> str:
+    return "-".join([summary.problem, *([summary.device, summary.dtype] if many else []), figure])
+
+
+def publish(
+    records: Iterable[Record],
+    faults: Iterable[str] = (),
+    *,
+    html: Path,
+    figures: Path | None = None,
+    console: Console | None = None,
+) -> Report:
+    """Print the tables and write report.html, summary and runs as CSV and, where pyarrow is there, as Parquet.
+
+    Args:
+        records, faults: as :func:`stiefel.compare.records.read_all` gives them.
+        html: where the report goes; the tables go beside it.
+        figures: a folder for every figure as PNG, or None.
+        console: where to print.
+
+    Returns:
+        The report.
+    """
+    from rich.console import Console
+
+    from stiefel.compare import terminal
+    from stiefel.compare.page import write_html
+
+    report, console = Report.of(records, faults), console or Console()
+    for summary in reversed(report.problems):  # the newest last, where a terminal shows it
+        for shown in terminal.terminal_tables(summary):
+            console.print(shown)
+        for note in (*summary.notes, *terminal.failure_lines(summary)):
+            console.print(f"· {note}", highlight=False, markup=False)
+    for note in report.notes:
+        console.print(f"· {note}", highlight=False, markup=False)
+    html.parent.mkdir(parents=True, exist_ok=True)
+    write_html(report, html)
+    written = {"report": [html], "tables": write_tables(report, html.parent)}
+    if figures is not None:
+        written["figures"] = write_png(report, figures)
+    for what, files in written.items():
+        names = ", ".join(file.name for file in files[1:4]) + (" …" if len(files) > 4 else "")
+        line = f"{what}: {files[0].resolve()}" + (f", {names}" if names else "")
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
+    return report
+
+
+def write_tables(report: Report, folder: Path) -> list[Path]:
+    """Write summary.csv and runs.csv, and both as Parquet where pyarrow is there; returns the files."""
+    try:
+        import pyarrow  # type: ignore[import-untyped, import-not-found, unused-ignore]  # noqa: F401
+
+        parquet = True
+    except ModuleNotFoundError:
+        parquet = False
     written = []
-    for title, figure in drawn.items():
-        name = "-".join(re.findall(r"[\w.]+", title.replace("√2", "relu")))
-        written.append(folder / f"{summary.problem}-{name}.png")
-        figure.savefig(written[-1], dpi=110, facecolor="white")
+    for name, rows in (("summary", flat(report.table())), ("runs", flat(report.runs()))):
+        written.append(folder / f"{name}.csv")
+        rows.to_csv(written[-1], index=False)
+        if parquet:
+            written.append(folder / f"{name}.parquet")
+            rows.to_parquet(written[-1], index=False)
     return written
 
 
-def headline(summary: Summary, setting: Setting) -> tuple[str, str]:
-    """One sentence on a setting: what is best, what is best and feasible, and how many reach the target."""
-    best, exact = setting.best(), setting.best(1e-6)
-    if best is None or best.test is None:
-        return setting.title, "every run of every method failed."
-    words = f"best {best.label}, test {summary.metric} {best.test}{_caution(best)}"
-    if exact is None or exact.test is None:
-        words += "; no method keeps ‖XXᵀ−I‖/√p ≤ 1e-6."
-    elif exact is best:
-        words += ", and it keeps ‖XXᵀ−I‖/√p ≤ 1e-6."
-    else:
-        words += f"; best with ‖XXᵀ−I‖/√p ≤ 1e-6: {exact.label}, {exact.test}{_caution(exact)}."
-    if setting.target is not None:
-        reached = sum(row.runs > 0 and math.isfinite(row.steps_to_target) for row in setting.rows)
-        words += f" {reached} of {len(setting.rows)} methods reach validation {summary.metric} {setting.target:g}."
-    return setting.title, words
+def flat(rows: pd.DataFrame) -> pd.DataFrame:
+    """A frame whose columns hold one type each, as files want it: nested data as JSON, mixed columns as text."""
+
+    def plain(column: pd.Series) -> pd.Series:
+        known = column.dropna()
+        if column.dtype != object or known.empty:
+            return column if column.dtype != object else column.astype("float64")
+        if known.map(lambda value: isinstance(value, (dict, list, tuple))).any():
+            return column.map(lambda value: json.dumps(value) if isinstance(value, (dict, list, tuple)) else value)
+        return column if known.map(type).nunique() == 1 else column.map(str, na_action="ignore")
+
+    return pd.DataFrame({name: plain(rows[name]) for name in rows})
 
 
-def _caution(row: Row) -> str:
-    return f" (of {row.runs} runs {row.broken} did not train to the end)" if row.broken else ""
-
-
-def failure_lines(summary: Summary) -> list[str]:
-    """Why runs have no result, each reason once, with how many runs it cost."""
-    reasons = Counter((r.status, r.spec.label, r.reason) for r in summary.failures)
-    return [f"{label}: {n} {status}: {reason}" for (status, label, reason), n in reasons.most_common(8)]
-
-
-def ratio(summary: Summary, setting: Setting, row: Row) -> str:
-    """Step time as a multiple of the control's."""
-    value = summary.step_ratio(setting, row)
-    return "—" if value is None else f"{value:.1f}×"
-
-
-def rate(row: Row) -> str:
-    """The chosen learning rate, with a mark where it is on the edge of its grid."""
-    return "—" if row.lr is None else f"{row.lr:g}" + ("*" if row.edge else "")
-
-
-def steps(value: float) -> str:
-    """Steps to the target; ∞ where the median run misses it."""
-    return "∞" if math.isinf(value) else f"{value:.0f}"
-
-
-def number(value: float) -> str:
-    """An error, with one digit."""
-    return "∞" if math.isinf(value) else f"{value:.0e}"
-
-
-def megabytes(value: float | None) -> str:
-    """A difference of memory in MB."""
-    return "—" if value is None else f"{value / 1e6:+.0f} MB"
-
-
-def milliseconds(value: float) -> str:
-    """A duration in ms."""
-    return f"{value * 1e3:.2f}"
-
-
-def _title(summary: Summary) -> str:
-    return f"{summary.problem} · {'GPU' if summary.device == 'cuda' else 'CPU'} cost"
+def write_png(report: Report, folder: Path) -> list[Path]:
+    """Write each figure as a PNG with a white ground; returns the files."""
+    folder.mkdir(parents=True, exist_ok=True)
+    written = []
+    for title, figure in report.figures().items():
+        name = "-".join(re.findall(r"[\w.]+", title.replace("√2", "relu")))
+        written.append(folder / f"{name}.png")
+        figure.savefig(written[-1], dpi=110, facecolor="white")
+    return written

@@ -37,8 +37,9 @@ def newton_schulz(x: Float[Tensor, "*batch p n"]) -> Float[Tensor, "*batch p n"]
 
 def frobenius(b: Float[Tensor, "*batch p n"]) -> Float[Tensor, "*batch 1 1"]:
     """``‖B‖_F``, also where the squares of B's entries overflow or vanish."""
-    largest = b.abs().amax(dim=(-2, -1), keepdim=True)
-    return largest * torch.linalg.matrix_norm(b / torch.where(largest > 0, largest, 1.0), keepdim=True)
+    sizes = b.abs()  # which also spares a division of complex numbers, inaccurate at the ends of the range
+    largest = sizes.amax(dim=(-2, -1), keepdim=True)
+    return largest * torch.linalg.matrix_norm(sizes / torch.where(largest > 0, largest, 1.0), keepdim=True)
 
 
 def balance(b: Float[Tensor, "*batch p n"]) -> Float[Tensor, "*batch 1 1"]:

@@ -1,0 +1,540 @@
+"""The reporting side of the comparison, on made-up records: scores, ranks, recommendations, notes, profiles, files."""
+
+import io
+import math
+import re
+import shutil
+import time
+
+import numpy as np
+import pandas as pd
+import pytest
+from records import CPU, GPU, comparison, measured, spec, timed, trained, write
+from rich.console import Console
+
+import stiefel
+from stiefel.compare import cli, figures, read_report
+from stiefel.compare.plan import FRESH, Choice
+from stiefel.compare.profile import profile
+from stiefel.compare.recommend import candidates, in_setting, overall, reference
+from stiefel.compare.records import frame, read_all
+from stiefel.compare.report import Report, flat, publish
+from stiefel.compare.scores import Interval, iqm, median, resample, told_apart
+from stiefel.compare.summary import Summary
+
+LEVELS = {"own": (0.9, 1e-8), "soft": (0.95, 1e-2), "pogo": (0.8, 1e-4), "unconstrained": (0.97, 1.0)}
+
+
+@pytest.fixture
+def root(tmp_path):
+    comparison(tmp_path / "runs", LEVELS)
+    return tmp_path / "runs"
+
+
+def summary_of(root) -> Summary:
+    return Summary.of(read_all([root])[0])
+
+
+def rows_of(root):
+    (setting,) = summary_of(root).settings
+    return {row.label: row for row in setting.rows}
+
+
+# --- scores ---
+
+
+def test_interquartile_mean():
+    assert iqm([1.0, 2.0, 6.0]) == 3.0  # fewer than four: the mean
+    assert iqm([0.0, 1.0, 3.0, 100.0]) == 2.0
+    assert iqm([9.0, 1.0, 2.0, 3.0, -50.0]) == 2.0  # five: the middle three
+    assert Interval.of([9.0, 1.0, 2.0, 3.0, -50.0]).value == 2.0
+
+
+@pytest.mark.parametrize(
+    ("values", "statistic", "expected"),
+    [
+        ([0.9, 0.8, -math.inf], iqm, -math.inf),
+        ([0.9, 0.8, 0.7, -math.inf], iqm, 0.75),  # trimmed with the best
+        ([0.9, 0.8, 0.7, -math.inf, -math.inf], iqm, -math.inf),
+        ([1.0, math.inf, 3.0], median, 3.0),
+        ([1.0, math.inf], median, math.inf),
+        ([math.inf, math.inf], median, math.inf),
+    ],
+)
+def test_failures_stand_in_a_score_as_infinite(values, statistic, expected):
+    interval = Interval.of(values, statistic)
+    assert (interval.value, interval.n) == (pytest.approx(expected), len(values))
+    assert not math.isnan(interval.low + 0 * interval.n)
+    assert interval.low <= interval.value <= interval.high
+
+
+def test_one_failure_of_five_makes_one_end_of_the_interval_infinite():
+    interval = Interval.of([0.9, 0.91, 0.92, 0.93, -math.inf])
+    assert (interval.value, interval.low) == (pytest.approx(0.91), -math.inf)
+    assert 0.91 < interval.high < 0.94
+    assert str(interval) == f"0.910 [−∞, {interval.high:.3f}]"
+
+
+def test_intervals_found_together_are_those_found_alone():
+    samples = [[0.1, 0.5, 0.7], [0.2, 0.2, 0.9], [1.0, 2.0]]
+    from stiefel.compare import scores
+
+    scores._KNOWN.clear()
+    alone = [Interval.of(sample) for sample in samples]
+    scores._KNOWN.clear()
+    resample(samples)
+    assert [Interval.of(sample) for sample in samples] == alone
+    assert alone[0].low < np.mean(samples[0]) < alone[0].high
+
+
+def test_an_interval_in_words():
+    assert Interval.of([0.5]).low is None
+    assert str(Interval.of([0.5])) == "0.500"
+    assert str(Interval.of([0.5, 0.5])) == "0.500 [0.500, 0.500]"
+    assert str(Interval(0.00472, 0.00451, 0.00493, 3)) == "0.00472 [0.00451, 0.00493]"
+    assert str(Interval(0.50012, 0.5, 0.50024, 3)) == "0.5001 [0.5000, 0.5002]"
+    assert Interval(96.0, 88.0, math.inf, 5).format(".0f") == "96 [88, ∞]"
+
+
+def test_scores_are_told_apart_by_pairs_of_a_seed():
+    noise = dict(enumerate([0.5, -0.3, 0.1, -0.2, 0.4]))
+    better = {seed: value + 0.01 for seed, value in noise.items()}
+    assert told_apart(better, noise)  # a constant difference under much larger noise
+    assert told_apart(noise, better)
+    shuffled = {seed: noise[(seed + 1) % 5] + 0.01 for seed in noise}
+    assert not told_apart(shuffled, noise)
+    assert not told_apart(noise, noise)
+    assert not told_apart({0: 1.0}, {0: 2.0})  # one pair tells nothing
+    assert not told_apart({0: 1.0, 1: 1.0}, {2: 5.0, 3: 5.0})  # no seed in common
+    failed = dict.fromkeys(noise, -math.inf)
+    assert told_apart(noise, failed)
+    assert not told_apart(failed, dict(failed))
+
+
+# --- one problem ---
+
+
+def test_ranks_with_and_without_feasibility(root):
+    (setting,) = summary_of(root).settings
+    rows = {row.label: row for row in setting.rows}
+    assert [row.label for row in setting.rows] == ["unconstrained", "soft", "own", "pogo"]
+    assert [setting.rank(row) for row in setting.rows] == [1, 2, 3, 4]
+    assert [setting.rank(row, 1e-3) for row in setting.rows] == [None, None, 1, 2]
+    assert [setting.rank(row, 1e-6) for row in setting.rows] == [None, None, 1, None]
+    assert (setting.best().label, setting.best(1e-3).label) == ("unconstrained", "own")
+    assert rows["own"].feasible == 1e-6
+    assert rows["pogo"].feasible == 1e-3
+    assert rows["soft"].feasible is None
+    assert (rows["own"].runs, len(rows["own"].tuning)) == (5, 4)
+    assert rows["own"].rates == [0.01, 0.1, 1.0, 10.0]
+
+
+def test_the_score_is_over_all_runs_and_failures_stand_beside(root):
+    trained(root, spec(method="own", phase="final", lr=1.0, seed=FRESH), 0.9, status="diverged")
+    row = rows_of(root)["own"]
+    assert row.failures == {"diverged": 1}
+    assert row.failed == "1/5 (1 diverged)"
+    others = sorted(value for seed, value in row.scores.items() if seed != FRESH)
+    assert row.scores[FRESH] == -math.inf
+    assert row.test.value == pytest.approx(np.mean(others[:3]))  # without the failure and the best
+    assert row.error_worst == math.inf
+    assert row.steps_to_target.high == math.inf
+    assert row.steps_to_target.finite
+
+
+def test_less_is_better_where_the_problem_says_so(tmp_path):
+    for method, value in (("own", 0.3), ("soft", 0.1)):
+        for seed in range(3):
+            for phase in ("tuning", "final"):
+                run = spec(method=method, phase=phase, seed=seed)
+                trained(tmp_path, run, value + seed / 100, metric="mse", higher_is_better=False)
+    write(tmp_path, spec(method="soft", phase="final", seed=3), "timeout")
+    (setting,) = summary_of(tmp_path).settings
+    assert [row.label for row in setting.rows] == ["soft", "own"]
+    assert setting.rows[0].scores[3] == math.inf
+    assert setting.rows[0].test.value == pytest.approx(0.115)  # 0.10 and the failure are trimmed
+
+
+def test_the_choice_has_knobs_and_only_its_runs_are_reported(root):
+    knobs = {"strength": 0.01}
+    trained(root, spec(method="soft", lr=1.0, knobs=knobs), 0.99)
+    for seed in range(2):
+        trained(root, spec(method="soft", lr=1.0, knobs=knobs, phase="final", seed=FRESH + seed), 0.985)
+    row = rows_of(root)["soft"]
+    assert row.choice == Choice(1.0, (("strength", 0.01),))
+    assert (row.runs, row.test.value) == (2, pytest.approx(0.985))  # not the five at the defaults
+    assert row.tuned.validation == 0.99
+    assert row.default.choice == Choice(0.1)
+    assert row.rates == [0.01, 0.1, 1.0, 10.0]
+    assert not row.edge
+
+
+def test_the_edge_is_that_of_the_rates_tried_with_default_knobs(tmp_path):
+    for lr, value in ((0.1, 0.5), (1.0, 0.9)):
+        trained(tmp_path, spec(lr=lr), value)
+    trained(tmp_path, spec(lr=1.0, knobs={"iterations": 9}), 0.95)
+    (row,) = rows_of(tmp_path).values()
+    assert row.edge
+    assert row.default.choice.lr == 0.1
+
+
+def test_the_default_is_the_nearest_rate_tried(tmp_path):
+    for lr, value in ((0.03, 0.5), (1.0, 0.9)):
+        trained(tmp_path, spec(lr=lr), value, default_rate=0.1)
+    (row,) = rows_of(tmp_path).values()
+    assert (row.default.choice.lr, row.default.validation) == (0.03, 0.5)
+    for record in row.tuning:
+        del record.summary["default_rate"]
+    assert row.default is None
+
+
+def test_a_skipped_method_is_in_the_table_with_its_reason(root):
+    for lr in (0.1, 1.0):
+        write(root, spec(method="cayley", lr=lr), "skipped", "no tall weights")
+    summary = summary_of(root)
+    row = summary.settings[0].rows[-1]
+    assert (row.label, row.state, row.skipped, row.test) == ("cayley", "skipped", "no tall weights", None)
+    assert summary.settings[0].rank(row) is None
+    text = shown(root)
+    assert text.count("no tall weights") == 1
+    assert read_report(root).table().set_index("method").loc["cayley", "state"] == "skipped"
+
+
+def test_states_without_a_score(tmp_path):
+    write(tmp_path, spec(method="own"), "diverged")
+    trained(tmp_path, spec(method="soft"), 0.9)
+    rows = rows_of(tmp_path)
+    assert (rows["own"].state, rows["soft"].state) == ("every run failed", "no fresh-seed run")
+
+
+def test_settings_are_sorted_by_number_and_costs_belong_to_their_own(tmp_path):
+    for depth, ratio in ((40, 7.0), (4, 2.0)):  # "depth 4" is the beginning of "depth 40"
+        timed(tmp_path, spec(kind="cost", phase="final", fields={"depth": depth}), ratio)
+        trained(tmp_path, spec(fields={"depth": depth}, phase="final"), 0.9, target=depth)
+    found = [(s.title, s.rows[0].cost.ratio, s.target) for s in summary_of(tmp_path).settings]
+    assert found == [("depth 4, scale 1", 2.0, 4), ("depth 40, scale 1", 7.0, 40)]
+
+
+def test_counts_of_a_step_may_be_missing(root):
+    old = timed(root, spec(kind="cost", phase="final", method="own", seed=FRESH, lr=0.01), 2.0)
+    (cost,) = (c for c in summary_of(root).cost if c.label == "own")
+    assert cost.counts == {"matmul_flops": None, "factorization_flops": None, "operators": None}
+    shutil.rmtree(old)
+    timed(root, spec(kind="cost", phase="final", method="own", seed=FRESH, lr=0.01), 2.0, operators=17)
+    (cost,) = (c for c in summary_of(root).cost if c.label == "own")
+    assert cost.counts["operators"] == 17
+
+
+# --- notes ---
+
+
+def notes_of(root) -> str:
+    return "\n".join(summary_of(root).notes)
+
+
+def test_a_comparison_that_keeps_the_protocol_has_no_notes(root):
+    assert notes_of(root) == ""
+
+
+def test_notes_tell_where_the_protocol_was_not_kept(tmp_path):
+    comparison(tmp_path, LEVELS, rates=(0.1, 1.0, 10.0), seeds=3)
+    trained(tmp_path, spec(method="soft", lr=3.0), 0.1)
+    for path in tmp_path.glob("*/run.json"):
+        if '"kind": "cost"' in path.read_text():
+            shutil.rmtree(path.parent)
+    trained(tmp_path, spec(method="landing", lr=0.1), 0.1)
+    trained(tmp_path, spec(method="landing", lr=10.0), 0.9)
+    notes = notes_of(tmp_path)
+    assert "unequal numbers of tuning runs: 2 (landing) against 3 (unconstrained, own, pogo) against 4 (soft)" in notes
+    assert "the learning rates span 2.0 decades, the protocol asks for 3" in notes
+    assert "only n = 3 fresh seeds, the protocol asks for 5" in notes
+    assert "no run with fresh seeds, so no score: landing" in notes
+    assert "on the edge of the grid, a better one may lie outside: landing" in notes
+    assert "there is no cost pass" in notes
+
+
+def test_versions_of_the_code_and_machines_are_told(root):
+    other = CPU | {"commit": "def", "cpu": "another"}
+    trained(root, spec(method="own", lr=0.1), 0.5, environment=other)
+    assert "2 versions of the code, whose results may differ: abc, def" in notes_of(root)
+    assert "the quality runs come from 2 kinds of hardware" in notes_of(root)
+
+
+# --- all problems ---
+
+
+def test_problems_devices_and_sources_are_never_mixed(tmp_path):
+    comparison(tmp_path / "a", {"own": (0.9, 1e-8)}, problem="first")
+    comparison(tmp_path / "a", {"own": (0.8, 1e-8)}, problem="second")
+    comparison(tmp_path / "b", {"own": (0.7, 1e-8)}, problem="second", device="cuda", environment=GPU)
+    trained(tmp_path / "a", spec(problem="first", digest="earlier"), 0.1)
+    old = tmp_path / "a" / spec(problem="first", digest="earlier").hash / "run.json"
+    import os
+
+    os.utime(old, (1, 1))
+    shutil.copytree(tmp_path / "a", tmp_path / "copy")  # the same runs twice count once
+    report = read_report(tmp_path / "a", tmp_path / "b", tmp_path / "copy")
+    found = {(s.problem, s.digest, s.device): (len(s.records), s.older) for s in report.problems}
+    assert found == {
+        ("second", "d", "cuda"): (10, 0),
+        ("second", "d", "cpu"): (10, 0),
+        ("first", "d", "cpu"): (10, 1),
+    }
+    assert "1 record is left out: of an earlier source of first" in "".join(report.problems[-1].notes)
+    table = report.table()
+    assert list(table.groupby(["problem", "device"]).size()) == [1, 1, 1]
+    cuda = next(s for s in report.problems if s.device == "cuda")
+    assert cuda.title == "second · GPU cost, a GPU"
+    assert report.problems[-1].title == "first · CPU cost, a processor, 1 thread"
+    assert set(report.figures()) >= {"profile-cpu", "second-cuda-float32-sensitivity"}
+    assert Summary.of(read_all([tmp_path / "a"])[0]).problem in ("first", "second")
+
+
+def test_faults_are_a_note(root, tmp_path):
+    (root / "broken").mkdir()
+    (root / "broken" / "run.json").write_text("{")
+    report = read_report(root)
+    assert "1 records cannot be read and are left out" in report.notes[0]
+    assert "broken/run.json is corrupt" in report.notes[0]
+    assert "broken/run.json is corrupt" in shown(root, width=300)
+    assert "broken/run.json is corrupt" in page(root)
+
+
+def test_nothing_to_report(tmp_path):
+    with pytest.raises(stiefel.ProblemError, match="there is no folder"):
+        read_report(tmp_path / "missing")
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "run.json").write_text("[]")
+    with pytest.raises(stiefel.ProblemError, match=r"no finished run.*1 that cannot be read"):
+        read_report(tmp_path)
+
+
+# --- recommendations ---
+
+
+def test_recommended_methods_and_what_they_are_not_told_apart_from(tmp_path):
+    comparison(tmp_path, LEVELS | {"projection": (0.9, 1e-8), "retraction": (0.85, 1e-7)})
+    summary = summary_of(tmp_path)
+    found = in_setting(summary, summary.settings[0])
+    names = {r.requirement: (r.best.name, [rival.name for rival in r.rivals]) for r in found}
+    assert names == {
+        "exactly feasible (error ≤ 1e-6)": ("own", ["projection"]),  # equal, and cheaper
+        "feasible (error ≤ 1e-3)": ("own", ["projection"]),
+        "best metric": ("soft", []),
+        "cheapest step that reaches the target": ("own", []),
+        "fewest seconds to the target": ("soft", []),
+    }
+    own = found[0].best
+    assert (own.score.n, own.failures, own.runs, own.error, own.choice) == (5, 0, 5, 1e-8, "lr=1")
+    assert own.step.value == pytest.approx(1.0)
+    assert reference(candidates(summary), True).name == "unconstrained"
+
+
+def test_no_recommendation_has_a_reason(tmp_path):
+    for seed in range(2):
+        trained(tmp_path, spec(method="soft", phase="final", seed=seed), 0.3, error=0.1, steps=None)
+        trained(tmp_path, spec(method="unconstrained", phase="final", seed=seed), 0.9, error=1.0)
+    summary = summary_of(tmp_path)
+    found = in_setting(summary, summary.settings[0])
+    assert [r.best.name if r.best else r.reason for r in found] == [
+        "no method keeps the error there in every run",
+        "no method keeps the error there in every run",
+        "soft",
+        "no method reaches the target in its median run",
+        "no method reaches the target in its median run",
+    ]
+
+
+def test_the_scale_is_part_of_the_choice_over_all_settings(tmp_path):
+    comparison(tmp_path, LEVELS, fields=({"depth": 4}, {"depth": 8}), scales=(1.0, "relu"))
+    summary = summary_of(tmp_path)
+    exact, *_ = overall(summary)
+    assert exact.best.name == "own at scale √2"  # its metric there is better by 0.1
+    assert exact.rivals == ()
+    # The mean over the two depths, seed by seed.
+    rows = [row for s in summary.settings if s.scale == "√2" for row in s.rows if row.label == "own"]
+    assert len(rows) == 2
+    assert exact.best.scores == {seed: np.mean([row.scores[seed] for row in rows]) for seed in rows[0].scores}
+    assert exact.best.runs == 10
+    assert exact.best.step.value == pytest.approx(1.0)
+
+
+def test_a_method_that_lacks_a_setting_is_not_recommended_over_all(tmp_path):
+    comparison(tmp_path, {"own": (0.8, 1e-8)}, fields=({"depth": 4}, {"depth": 8}))
+    comparison(tmp_path, {"pogo": (0.9, 1e-8)}, fields=({"depth": 4},))
+    summary = summary_of(tmp_path)
+    assert overall(summary)[0].best.name == "own"
+    assert in_setting(summary, summary.settings[0])[0].best.name == "pogo"
+
+
+# --- profiles ---
+
+
+def test_a_performance_profile_by_hand():
+    table = pd.DataFrame(
+        {"a": [10, 20, math.inf, math.inf], "b": [20, 10, 30, math.inf], "c": [10, math.nan, 1, 1]},
+        index=["w", "x", "y", "z"],
+    )
+    found = profile(table, factors=[1, 2, 3])
+    assert list(found) == ["a", "b"]  # c was not run everywhere
+    # a: fastest at w, twice at x, never at y, z;  b: twice at w, fastest at x and y.
+    assert found["a"].tolist() == [0.25, 0.5, 0.5]
+    assert found["b"].tolist() == [0.5, 0.75, 0.75]
+    assert profile(table).index.tolist() == [1.0, 2.0]
+
+
+def test_times_over_problems_and_settings(tmp_path):
+    for problem, steps in (("first", (10, 30)), ("second", (40, None))):
+        for method, needed in zip(("own", "soft"), steps, strict=True):
+            trained(tmp_path, spec(problem=problem, method=method, phase="final"), 0.9, steps=needed)
+    report = read_report(tmp_path)
+    table = report.times("steps")
+    assert table.loc["first, scale 1"].to_dict() == {"own": 10.0, "soft": 30.0}
+    assert table.loc["second, scale 1"].to_dict() == {"own": 40.0, "soft": math.inf}
+    assert report.times("seconds").loc["first, scale 1", "own"] == pytest.approx(0.1)
+    assert report.profile("steps").loc[[1.0, 3.0], "soft"].tolist() == [0.0, 0.5]
+    assert "profile-cpu" in report.figures()
+
+
+# --- files ---
+
+
+def page(root) -> str:
+    path = root.parent / "report.html"
+    records, faults = read_all([root])
+    publish(records, faults, html=path, console=Console(file=io.StringIO()))
+    return path.read_text()
+
+
+def shown(root, width=80) -> str:
+    stream = io.StringIO()
+    records, faults = read_all([root])
+    publish(records, faults, html=root.parent / "shown.html", console=Console(file=stream, width=width))
+    return stream.getvalue()
+
+
+def test_the_page_is_one_file_without_the_network(root):
+    text = page(root)
+    links = set(re.findall(r"https?://[^\s\"'<>)]+", text))
+    assert all(link.startswith("http://www.w3.org/") for link in links), links
+    assert not re.search(r"<(link|img|iframe)\b|\bsrc=|@import|url\((?!#)", text)
+    assert text.count("<svg") == 3  # defaults, sensitivity, curves; one case makes no profile
+    for words in ("CPU cost", "worst ‖XX", "unconstrained", "no CUDA device", "training seconds", "1e-6", "n 5"):
+        assert words in text, words
+    assert ">0.01<" in text  # the numbers of the axes are not shortened with the coordinates
+    assert 'aria-sort="none"' in text
+    assert "nan" not in re.sub(r"isNaN", "", text)
+
+
+def test_what_records_say_is_text_and_not_markup(root):
+    reason = "<script>alert(1)</script> [rank0]: [bold]"
+    write(root, spec(method="own", lr=0.3), "error", reason)
+    assert "<script>alert" not in page(root)
+    assert "[rank0]: [bold]" in shown(root).replace("\n", " ")
+
+
+def test_the_terminal_shows_all_methods_in_80_columns(tmp_path):
+    root = tmp_path / "runs"
+    names = [*stiefel.available(), "torch_orthogonal_of_another_name"]
+    comparison(root, {name: (0.95 - i / 50, 1e-8) for i, name in enumerate(names)}, faults=True)
+    lines = shown(root).splitlines()
+    tables = [line for line in lines if not line.startswith(("·", "report:", "tables:"))]
+    assert max(map(len, tables)) <= 80
+    assert "…" not in "".join(tables)
+    assert all(any(line.strip().startswith(name) for line in lines) for name in names[:-1])
+    assert any("not told apart from" in line for line in lines)
+
+
+def test_failures_are_listed_with_their_traceback_and_folder(root):
+    path = write(root, spec(method="own", lr=0.3), "error", "KeyError: broken on purpose")
+    text = page(root)
+    assert text.count("broken on purpose") == 2  # the reason, and the end of the traceback
+    assert "<details><summary>traceback</summary><pre>Traceback" in text
+    assert path.name in text
+    assert str(path) in shown(root, width=200)
+
+
+def test_signals_are_drawn_where_they_were_recorded(tmp_path):
+    comparison(tmp_path / "with", LEVELS, signals=True)
+    comparison(tmp_path / "without", LEVELS)
+    assert figures.energy(summary_of(tmp_path / "without"), summary_of(tmp_path / "without").settings[0]) is None
+    summary = summary_of(tmp_path / "with")
+    forward, backward = figures.energy(summary, summary.settings[0]).axes
+    assert forward.lines[0].get_ydata().tolist() == pytest.approx([0.9**k for k in range(4)])
+    assert backward.lines[0].get_ydata().tolist() == pytest.approx([1.1**k for k in range(4)])
+    assert {row.label: row.redundancy for row in summary.settings[0].rows} == pytest.approx(
+        {name: 0.1 * (i + 1) for i, name in enumerate(LEVELS)}
+    )
+    assert "redundancy" in page(tmp_path / "with")
+    assert "redundancy" not in page(tmp_path / "without")
+
+
+def test_curves_are_thinned_and_a_missing_one_costs_only_itself(root):
+    run = spec(method="own", phase="final", lr=1.0, seed=FRESH)
+    trained(root, run, 0.9, rows=[measured(epoch, 0.5, 1e-8) for epoch in range(1000)])
+    row = rows_of(root)["own"]
+    assert max(map(len, row.curves)) == 40
+    assert (row.curves[0][0]["epoch"], row.curves[0][-1]["epoch"], row.ends[0]["epoch"]) == (0, 999, 999)
+    (root / run.hash / "metrics.jsonl").unlink()
+    row = rows_of(root)["own"]
+    assert (row.runs, len(row.curves)) == (5, 4)
+    page(root)
+
+
+def test_tables_are_written_as_csv_and_parquet(root):
+    page(root)
+    csv = pd.read_csv(root.parent / "summary.csv").set_index("method")
+    assert csv.loc["own", ["n", "failed", "lr", "rank", "rank_at_1e-6", "tuning_runs"]].tolist() == [5, 0, 1, 3, 1, 4]
+    assert csv.loc["own", "test_accuracy"] == pytest.approx(rows_of(root)["own"].test.value)
+    assert csv.loc["own", "low"] < csv.loc["own", "test_accuracy"] < csv.loc["own", "high"]
+    assert csv.loc["own", ["cpu", "threads", "commit"]].tolist() == ["a processor", 1, "abc"]
+    runs = pd.read_csv(root.parent / "runs.csv")
+    assert len(runs) == 4 * (4 + 5 + 1)
+    parquet = pytest.importorskip("pyarrow.parquet")
+    assert parquet.read_table(root.parent / "runs.parquet").num_rows == 40
+    assert parquet.read_table(root.parent / "summary.parquet").num_rows == 4
+
+
+def test_columns_of_mixed_types_become_text():
+    rows = pd.DataFrame({"scale": [1.0, "relu", None], "step": [{"a": 1}, None, None], "none": [None] * 3})
+    found = flat(rows)
+    assert found["scale"].tolist()[:2] == ["1.0", "relu"]
+    assert found["step"].iloc[0] == '{"a": 1}'
+    assert found["none"].isna().all()
+
+
+def test_frame_has_a_row_per_run(root):
+    records, _ = read_all([root])
+    assert len(frame(records)) == len(records) == len(read_report(root).runs())
+    assert {"method", "lr", "seed", "status", "cpu", "commit"} <= set(read_report(root).runs())
+
+
+def test_the_command_writes_the_report_and_every_figure(root, tmp_path, capsys):
+    assert cli.main(["report", str(root), "--figures", str(tmp_path / "png")]) == 0
+    assert "recommended" in capsys.readouterr().out
+    assert (root / "report.html").stat().st_size > 10_000
+    names = {path.name for path in (tmp_path / "png").glob("*.png")}
+    assert names == {"toy-sensitivity.png", "toy-defaults.png", "toy-scale-1.png"}
+
+
+def test_a_large_comparison_is_reported_fast_and_small(tmp_path):
+    root = tmp_path / "runs"
+    levels = {name: (0.97 - 0.02 * i, 10.0 ** -(i % 9)) for i, name in enumerate(stiefel.available())}
+    comparison(
+        root,
+        levels,
+        fields=({"depth": 4}, {"depth": 8}),
+        scales=(1.0, "relu"),
+        rates=(0.1, 1.0),
+        seeds=2,
+        epochs=30,
+        signals=True,
+        faults=True,
+    )
+    records, faults = read_all([root])
+    assert len(records) > 300
+    start = time.process_time()
+    publish(records, faults, html=tmp_path / "report.html", console=Console(file=io.StringIO()))
+    assert time.process_time() - start < 30  # measured 7 s, half of it for each: a shared machine may be slower
+    assert (tmp_path / "report.html").stat().st_size < 2e6
+    assert Report.of(records).problems[0].settings[0].title == "depth 4, scale 1"

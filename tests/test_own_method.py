@@ -9,7 +9,7 @@ from pathlib import Path
 import conformance
 import pytest
 import torch
-from test_readme import snippets
+from test_readme import snippet
 
 import stiefel
 import stiefel.methods
@@ -81,7 +81,7 @@ def test_it_goes_through_the_conformance_suite(own_method: Path, check: str) -> 
 
 def test_it_is_compared(own_method: Path) -> None:
     folder = own_method.parent
-    (folder / "my_problem.py").write_text("import my_method\n" + snippets()[1])
+    (folder / "my_problem.py").write_text("import my_method\n" + snippet("make_data"))
     command = [sys.executable, "-m", "stiefel", "compare", "my_problem.py", "--methods", "my_tangent", "unconstrained"]
     command += ["--lr", "0.1", "--seeds", "1", "--scale", "1", "--epochs", "2", "--no-cost", "--jobs", "1"]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, timeout=300)

@@ -50,6 +50,12 @@ def snippets() -> list[str]:
     return re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.S)
 
 
+def snippet(word: str) -> str:
+    """The one code block with this word in it."""
+    (found,) = (code for code in snippets() if word in code)
+    return found
+
+
 def test_generated_parts_are_current():
     assert README.read_text() == current(README.read_text()), "run `make docs`"
 
@@ -63,6 +69,14 @@ def test_first_snippet_runs_word_for_word(method):
     assert done.returncode == 0, done.stderr
     assert "0.weight" in done.stdout
     assert "worst" in done.stdout
+
+
+def test_monitor_snippet_runs_word_for_word(tmp_path):
+    command = [sys.executable, "-W", "error", "-c", snippet("Monitor")]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "step time" in done.stdout
+    assert (tmp_path / "log.jsonl").read_text().count("\n") > 1
 
 
 def compare(folder, source, *arguments):
@@ -87,14 +101,14 @@ def compare(folder, source, *arguments):
 
 
 def test_problem_snippet_runs_word_for_word(tmp_path):
-    compare(tmp_path, snippets()[1], "--epochs", "4", "--methods", "own", "soft")
+    compare(tmp_path, snippet("make_data"), "--epochs", "4", "--methods", "own", "soft")
     assert (tmp_path / "runs" / "report.html").is_file()
 
 
 def test_the_template_of_a_method_works_from_a_file_of_ones_own(tmp_path):
     # Registered in the problem's file, a method is known to the driver and to every run's own process.
     (template,) = re.findall(r"```python\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), flags=re.S)
-    compare(tmp_path, template + "\n\n" + snippets()[1], "--epochs", "2", "--methods", "nearest_point")
+    compare(tmp_path, template + "\n\n" + snippet("make_data"), "--epochs", "2", "--methods", "nearest_point")
     assert "nearest_point" in (tmp_path / "runs" / "summary.csv").read_text()
 
 

@@ -8,11 +8,13 @@ import sys
 import typing
 from collections.abc import Sequence
 from dataclasses import MISSING, fields
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from stiefel.errors import OptionError, ProblemError, StiefelError, StorageError
 
+_USES = ("jinja2", "matplotlib", "pandas", "rich", "sklearn")
 _NEEDS = "stiefel compare needs the extra 'compare': pip install 'stiefel[compare]'"
 _KEPT = "stopped; the runs that had ended are kept, and the same command goes on with the rest"
 
@@ -20,14 +22,9 @@ _KEPT = "stopped; the runs that had ended are kept, and the same command goes on
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    try:
-        import jinja2  # noqa: F401
-        import matplotlib  # noqa: F401
-        import pandas  # noqa: F401
-        import rich  # noqa: F401
-        import sklearn  # noqa: F401
-    except ModuleNotFoundError as error:
-        print(f"{_NEEDS} ({error})", file=sys.stderr)
+    missing = [name for name in _USES if find_spec(name) is None]
+    if missing:
+        print(f"{_NEEDS} (not installed: {', '.join(missing)})", file=sys.stderr)
         return 2
     try:
         return _dispatch(arguments)

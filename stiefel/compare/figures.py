@@ -134,8 +134,7 @@ def sensitivity(summary: Summary) -> Figure:
                     ring = {"ms": 7, "mfc": "none", "mec": colour}
                     ax.plot([row.tuned.choice.lr], [row.tuned.validation], marker="o", **ring)
             _axis(ax, "\n".join(re.findall(r".{1,30}", label)), "", log=_wide(summary))
-            ax.set_xscale("log")
-            ax.xaxis.set_minor_locator(NullLocator())
+            _decades(ax)
             ax.xaxis.set_major_formatter(_POWERS)
         for ax in axes.flat[len(found) :]:
             ax.set_visible(False)
@@ -169,7 +168,7 @@ def defaults(summary: Summary) -> Figure:
             ax.set_yticks([])
             ax.hlines(heights, 0, 1, transform=ax.get_yaxis_transform(), color=_GREY, alpha=0.25, lw=0.8)
             if _wide(summary):
-                ax.set_xscale("log")
+                _decades(ax)
             else:
                 ax.xaxis.set_major_locator(MaxNLocator(4))
         for ax in axes[:, 0]:
@@ -199,7 +198,8 @@ def profiles(summaries: Sequence[Summary]) -> Figure:
             for label in ranking.index:
                 ax.step([*table.index, far], [*table[label], table[label].iloc[-1]], where="post", **styles[label])
             _axis(ax, f"{unit} to the target", "τ, times the fastest", log=False)
-            ax.set(xscale="log", xlim=(1, far), ylim=(-0.03, 1.03))
+            _decades(ax)
+            ax.set(xlim=(1, far), ylim=(-0.03, 1.03))
             ticks = [t for t in (1, 1.5, 2, 3, 5, 10, 20, 50, 100, 1000) if t <= far]
             ax.set_xticks(ticks, [f"{t:g}" for t in ticks])
             ax.xaxis.set_minor_locator(NullLocator())
@@ -279,6 +279,12 @@ def _axis(ax: Any, title: str, xlabel: str, *, log: bool) -> None:
             ax.yaxis.set_major_locator(LogLocator(numticks=6) if high > 30 * low else MaxNLocator(4))
         ax.yaxis.set_minor_locator(NullLocator())
         ax.yaxis.set_major_formatter(_POWERS)
+
+
+def _decades(ax: Any) -> None:
+    """A logarithmic axis below, without minor ticks."""
+    ax.set_xscale("log")
+    ax.xaxis.set_minor_locator(NullLocator())
 
 
 def _line(ax: Any, height: float) -> None:

@@ -21,6 +21,48 @@ LAYERS = {
 }
 
 
+FAULTY = '''
+"""A linear problem that can be made to fail in several ways."""
+import ctypes, faulthandler, os, signal, time
+from dataclasses import dataclass
+import torch
+from torch import nn
+from stiefel.compare import Data, Problem
+
+@dataclass(frozen=True, kw_only=True)
+class Toy(Problem):
+    fault: str = "none"
+    epochs: int = 3
+    batch_size: int = 16
+    target = 0.1
+
+    def make_model(self):
+        return nn.Sequential(nn.Linear(6, 8, bias=False), nn.ReLU(), nn.Linear(8, 2))
+
+    def make_data(self):
+        x = torch.randn(96, 6, generator=torch.Generator().manual_seed(0))
+        y = (x[:, 0] > 0).long()
+        return Data((x[:64], y[:64]), (x[64:80], y[64:80]), (x[80:], y[80:]))
+
+    def loss(self, model, batch):
+        loss = super().loss(model, batch)
+        if not faulthandler.is_enabled():  # the driver's check of the problem, before any run
+            return loss
+        if self.fault == "raise":
+            raise KeyError("broken on purpose")
+        if self.fault == "segfault":
+            ctypes.string_at(0)
+        if self.fault == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if self.fault == "allocate":
+            hold = [torch.ones(50_000_000) for _ in range(1000)]
+        if self.fault == "hang":
+            time.sleep(600)
+        return loss * float("nan") if self.fault == "nan" else loss
+'''
+"""A problem file, as text."""
+
+
 def forms(name: str, **options: Any) -> list[stiefel.Constraint]:
     """A method with these options, and with each other value of the options that its tuning space names by a word."""
     first = stiefel.get(name, **options)

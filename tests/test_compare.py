@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from common import FAULTY
 
 import stiefel
 from stiefel.compare import cli, datasets, load_problem
@@ -26,48 +27,11 @@ from stiefel.errors import RecordError
 
 OMDSM = Path(__file__).parent.parent / "benchmarks" / "omdsm.py"
 
-TOY = '''
-"""A linear problem that can be made to fail in several ways."""
-import ctypes, faulthandler, time
-from dataclasses import dataclass
-import torch
-from torch import nn
-from stiefel.compare import Data, Problem
-
-@dataclass(frozen=True, kw_only=True)
-class Toy(Problem):
-    fault: str = "none"
-    epochs: int = 3
-    batch_size: int = 16
-    target = 0.9
-
-    def make_model(self):
-        return nn.Sequential(nn.Linear(6, 8, bias=False), nn.ReLU(), nn.Linear(8, 2))
-
-    def make_data(self):
-        g = torch.Generator().manual_seed(0)
-        x = torch.randn(96, 6, generator=g)
-        y = (x[:, 0] > 0).long()
-        return Data((x[:64], y[:64]), (x[64:80], y[64:80]), (x[80:], y[80:]))
-
-    def loss(self, model, batch):
-        if not faulthandler.is_enabled():  # the driver's check of the problem, before any run
-            return super().loss(model, batch)
-        if self.fault == "raise":
-            raise KeyError("broken on purpose")
-        if self.fault == "segfault":
-            ctypes.string_at(0)
-        if self.fault == "hang":
-            time.sleep(600)
-        loss = super().loss(model, batch)
-        return loss * float("nan") if self.fault == "nan" else loss
-'''
-
 
 @pytest.fixture
 def toy(tmp_path):
     path = tmp_path / "toy.py"
-    path.write_text(TOY)
+    path.write_text(FAULTY)
     return path
 
 
@@ -150,7 +114,7 @@ def test_bad_variants_are_named_errors(text):
     [
         ("x = 1", "no problem"),
         ("import does_not_exist", "fails on import"),
-        (TOY + TOY.replace("class Toy", "class Other"), "2 problems"),
+        (FAULTY + FAULTY.replace("class Toy", "class Other"), "2 problems"),
         ("from stiefel.compare import Problem\nclass P(Problem): pass", "does not define make_data, make_model"),
     ],
 )
@@ -391,9 +355,9 @@ def test_a_corrupt_record_is_an_error_that_names_it(tmp_path):
 
 def test_a_changed_problem_is_another_problem(toy):
     before = load_problem(toy).digest()
-    toy.write_text(TOY + "# a comment\n")
+    toy.write_text(FAULTY + "# a comment\n")
     assert load_problem(toy).digest() == before
-    toy.write_text(TOY.replace("target = 0.9", "target = 0.8"))
+    toy.write_text(FAULTY.replace("target = 0.1", "target = 0.8"))
     assert load_problem(toy).digest() != before
 
 
@@ -417,7 +381,7 @@ def test_default_options_do_not_make_another_variant():
 
 
 def test_an_optimizer_that_a_method_cannot_have_is_a_skipped_run(toy, tmp_path):
-    toy.write_text(TOY.replace("target = 0.9", "target = 0.9\n    optimizer = torch.optim.AdamW"))
+    toy.write_text(FAULTY.replace("target = 0.1", "target = 0.1\n    optimizer = torch.optim.AdamW"))
     run = spec(method="riemannian")
     outcome = run_quality(load_problem(toy)(), run, RunFolder(tmp_path, run))
     assert outcome["status"] == "skipped"
@@ -426,7 +390,7 @@ def test_an_optimizer_that_a_method_cannot_have_is_a_skipped_run(toy, tmp_path):
 
 def test_a_metric_that_is_never_finite_is_a_diverged_run(toy, tmp_path):
     nan = '    def evaluate(self, model, batch):\n        return {"loss": 0.0, "accuracy": float("nan")}\n'
-    toy.write_text(TOY + "\n" + nan)
+    toy.write_text(FAULTY + "\n" + nan)
     folder = RunFolder(tmp_path, spec())
     folder.start()
     outcome = run_quality(load_problem(toy)(), spec(), folder)
@@ -435,7 +399,7 @@ def test_a_metric_that_is_never_finite_is_a_diverged_run(toy, tmp_path):
 
 def test_a_problem_may_import_its_neighbour(toy):
     (toy.parent / "my_network_beside.py").write_text("WIDTH = 8\n")
-    toy.write_text("from my_network_beside import WIDTH\n" + TOY)
+    toy.write_text("from my_network_beside import WIDTH\n" + FAULTY)
     assert load_problem(toy)().make_model()[0].out_features == 8
 
 
@@ -443,26 +407,26 @@ def test_a_problem_may_import_its_neighbour(toy):
     ("change", "words"),
     [
         (("fault: str", "device: str"), "which is an option of the comparison"),
-        (("target = 0.9", 'metric = "f1"'), r"evaluate\(\) must return the metric 'f1', got 'loss', 'accuracy' alone"),
-        (("target = 0.9", 'exclude = ("haed",)'), "no layer or parameter named 'haed'"),
+        (("target = 0.1", 'metric = "f1"'), r"evaluate\(\) must return the metric 'f1', got 'loss', 'accuracy' alone"),
+        (("target = 0.1", 'exclude = ("haed",)'), "no layer or parameter named 'haed'"),
         (("def make_data(self):", "def make_data(self):\n        1 / 0"), r"make_data\(\) fails: ZeroDivisionError"),
     ],
 )
 def test_what_would_fail_in_every_run_fails_before_the_first(toy, capsys, change, words):
-    toy.write_text(TOY.replace(*change))
+    toy.write_text(FAULTY.replace(*change))
     assert cli.main(["compare", str(toy), "--methods", "own", "--out", str(toy.parent / "runs")]) == 2
     assert re.search(words, capsys.readouterr().err)
     assert not (toy.parent / "runs").exists()
 
 
 def test_a_sequence_as_a_default_is_one_value(toy, capsys):
-    toy.write_text(TOY.replace('fault: str = "none"', 'fault: str = "none"\n    hidden: tuple = (4, 4)'))
+    toy.write_text(FAULTY.replace('fault: str = "none"', 'fault: str = "none"\n    hidden: tuple = (4, 4)'))
     assert cli.main(["compare", str(toy), "--methods", "own", "--scale", "1", "--lr", "0.1", "--dry-run"]) == 0
     assert "settings 1" in capsys.readouterr().out
 
 
 def test_retry_replaces_what_failed(toy):
-    toy.write_text(TOY.replace('if self.fault == "raise":', 'if not __import__("pathlib").Path("mended").exists():'))
+    toy.write_text(FAULTY.replace('if self.fault == "raise":', 'if not __import__("pathlib").Path("mended").exists():'))
     arguments = ("--methods", "own", "--no-cost", "--jobs", "1")
     failed = compare(toy, *arguments)
     assert failed.returncode == 1

@@ -419,7 +419,7 @@ def test_the_page_is_one_file_without_the_network(root):
     assert all(link.startswith("http://www.w3.org/") for link in links), links
     assert not re.search(r"<(link|img|iframe)\b|\bsrc=|@import|url\((?!#)", text)
     assert text.count("<svg") == 3  # defaults, sensitivity, curves; one case makes no profile
-    for words in ("CPU cost", "worst ‖XX", "unconstrained", "no CUDA device", "training seconds", "1e-6", "n 5"):
+    for words in ("CPU cost", "worst ‖XX", "unconstrained", "no CUDA device", "training seconds", "1e-6", "n&nbsp;5"):
         assert words in text, words
     assert ">0.01<" in text  # the numbers of the axes are not shortened with the coordinates
     assert 'aria-sort="none"' in text

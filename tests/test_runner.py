@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from common import FAULTY
 from drill import drill
 
 from stiefel.compare import cli, executors, runner
@@ -22,49 +23,11 @@ from stiefel.compare.records import RunFolder, read, read_all
 from stiefel.compare.spec import RunSpec
 from stiefel.errors import OptionError, RecordError, StorageError
 
-PROBLEM = """
-import ctypes, faulthandler, os, signal, time
-from dataclasses import dataclass
-import torch
-from torch import nn
-from stiefel.compare import Data, Problem
-
-@dataclass(frozen=True, kw_only=True)
-class Faulty(Problem):
-    fault: str = "none"
-    epochs: int = 2
-    batch_size: int = 16
-
-    def make_model(self):
-        return nn.Sequential(nn.Linear(6, 8, bias=False), nn.ReLU(), nn.Linear(8, 2))
-
-    def make_data(self):
-        x = torch.randn(96, 6, generator=torch.Generator().manual_seed(0))
-        y = (x[:, 0] > 0).long()
-        return Data((x[:64], y[:64]), (x[64:80], y[64:80]), (x[80:], y[80:]))
-
-    def loss(self, model, batch):
-        loss = super().loss(model, batch)
-        if not faulthandler.is_enabled():  # the driver's check of the problem, before any run
-            return loss
-        if self.fault == "raise":
-            raise KeyError("broken on purpose")
-        if self.fault == "segfault":
-            ctypes.string_at(0)
-        if self.fault == "kill":
-            os.kill(os.getpid(), signal.SIGKILL)
-        if self.fault == "allocate":
-            hold = [torch.ones(50_000_000) for _ in range(1000)]
-        if self.fault == "hang":
-            time.sleep(600)
-        return loss * float("nan") if self.fault == "nan" else loss
-"""
-
 
 @pytest.fixture
 def problem(tmp_path):
     path = tmp_path / "faulty.py"
-    path.write_text(PROBLEM)
+    path.write_text(FAULTY)
     return path
 
 
@@ -170,7 +133,7 @@ def test_a_claimed_run_is_left_to_its_owner_and_its_record_used(problem):
 
 
 def test_two_drivers_share_a_grid_and_run_nothing_twice(problem):
-    source = PROBLEM.replace("    def make_data(self):", WITNESS + "    def make_data(self):")
+    source = FAULTY.replace("    def make_data(self):", WITNESS + "    def make_data(self):")
     problem.write_text(source)
     arguments = ("--scale", "1", "relu", "--tuning-seeds", "3", "--seeds", "2", "--no-cost", "--jobs", "2")
     drivers = [

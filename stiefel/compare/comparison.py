@@ -94,7 +94,7 @@ class Comparison:
             f"{plan.problem}: methods {len(plan.variants)} × settings {len(plan.settings)} × scales {len(plan.scales)}",
             f"{trials} tuning runs ({len(plan.rates)} learning rates, {plan.trials or len(plan.rates)} trials each)"
             f"{beyond}, then {finals} with fresh seeds, {costs} for cost",
-            f"{means.jobs} at a time{where}, {means.threads} threads each; records in {out}/",
+            f"{means.jobs} at a time{where}, {means.threads} {'thread' if means.threads == 1 else 'threads'} each; records in {out}/",
             self._estimate(trials + finals, costs),
         ]
         return "\n".join(lines)

@@ -11,7 +11,8 @@ import pickle
 import signal
 import subprocess
 import sys
-from typing import Any, Protocol
+from abc import ABC, abstractmethod
+from typing import Any
 
 from stiefel.compare import child
 from stiefel.compare.claim import Claim
@@ -21,18 +22,26 @@ GRACE = 5.0
 """Seconds between asking a process to end and killing it."""
 
 
-class Running(Protocol):
+class Running(ABC):
     """The process of a run."""
 
-    def wait(self, seconds: float) -> bool:
+    _process: Any  # a multiprocessing.Process or a subprocess.Popen
+
+    @abstractmethod
+    def wait(self, seconds: float | None = None) -> bool:
         """Wait until it has ended, at most so long; whether it has."""
 
-    def stop(self) -> None:
-        """End it, by force where it does not listen."""
-
     @property
+    @abstractmethod
     def exitcode(self) -> int | None:
-        """As :attr:`multiprocessing.Process.exitcode`: negative is the signal that killed it."""
+        """None while it runs; negative is the signal that killed it."""
+
+    def stop(self) -> None:
+        """Terminate it, and kill it where it does not listen."""
+        self._process.terminate()
+        if not self.wait(GRACE):
+            self._process.kill()
+            self.wait()
 
 
 def start(job: Job, claim: Claim, *, forked: bool) -> Running:
@@ -51,24 +60,17 @@ def can_fork(job: Job) -> bool:
     return job.spec.device == "cpu" and job.spec.kind != "cost" and job.processes == 1
 
 
-class Forked:
+class Forked(Running):
     """A copy of the preloaded server."""
 
     def __init__(self, job: Job, claim: Claim) -> None:
         self._process = _context().Process(target=child.main, args=(job, claim), name=job.spec.hash)
         self._process.start()
 
-    def wait(self, seconds: float) -> bool:
+    def wait(self, seconds: float | None = None) -> bool:
         """Wait at most so long; whether it has ended."""
         self._process.join(seconds)
         return self._process.exitcode is not None
-
-    def stop(self) -> None:
-        """Terminate, then kill."""
-        self._process.terminate()
-        if not self.wait(GRACE):
-            self._process.kill()
-            self._process.join()
 
     @property
     def exitcode(self) -> int | None:
@@ -76,7 +78,7 @@ class Forked:
         return self._process.exitcode
 
 
-class Fresh:
+class Fresh(Running):
     """A new interpreter, or several under ``torchrun``."""
 
     def __init__(self, job: Job, claim: Claim) -> None:
@@ -96,7 +98,7 @@ class Fresh:
             )
         self._path = path
 
-    def wait(self, seconds: float) -> bool:
+    def wait(self, seconds: float | None = None) -> bool:
         """Wait at most so long; whether it has ended."""
         try:
             self._process.wait(seconds)
@@ -104,13 +106,6 @@ class Fresh:
             return False
         self._path.unlink(missing_ok=True)
         return True
-
-    def stop(self) -> None:
-        """Terminate, then kill."""
-        self._process.terminate()
-        if not self.wait(GRACE):
-            self._process.kill()
-            self._process.wait()
 
     @property
     def exitcode(self) -> int | None:

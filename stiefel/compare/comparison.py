@@ -90,11 +90,12 @@ class Comparison:
         finals, costs = cells * plan.seeds, len(plan.timed()) if self.cost else 0
         beyond = ", and what the grid is continued by" if self.extend else ""
         where = "" if means.executor == "local" else f" by {means.executor}"
+        threads = f"{means.threads} {'thread' if means.threads == 1 else 'threads'}"
         lines = [
             f"{plan.problem}: methods {len(plan.variants)} × settings {len(plan.settings)} × scales {len(plan.scales)}",
             f"{trials} tuning runs ({len(plan.rates)} learning rates, {plan.trials or len(plan.rates)} trials each)"
             f"{beyond}, then {finals} with fresh seeds, {costs} for cost",
-            f"{means.jobs} at a time{where}, {means.threads} {'thread' if means.threads == 1 else 'threads'} each; records in {out}/",
+            f"{means.jobs} at a time{where}, {threads} each; records in {out}/",
             self._estimate(trials + finals, costs),
         ]
         return "\n".join(lines)

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from common import FAULTY
+from common import FAULTY, compare
 
 import stiefel
 from stiefel.compare import cli, datasets, load_problem
@@ -264,23 +264,15 @@ def test_a_layout_that_a_method_refuses_is_a_skipped_run(toy, tmp_path):
 # --- the command line, with runs in processes of their own ---
 
 
-def compare(toy, *arguments, timeout=240):
-    command = [sys.executable, "-m", "stiefel", "compare", str(toy), "--seeds", "1", "--lr", "0.1", "--scale", "1"]
-    done = subprocess.run(
-        [*command, *arguments], cwd=toy.parent, capture_output=True, text=True, timeout=timeout, check=False
-    )
-    return done
-
-
 def test_the_same_command_again_does_only_what_is_missing(toy):
-    arguments = ("--methods", "own", "soft", "--jobs", "2")
-    assert compare(toy, *arguments).returncode == 0
+    arguments = ("--methods", "own", "soft", "--jobs", "2", "--scale", "1", "--seeds", "1")
+    assert compare(toy, *arguments) == 0
     records = {path: path.stat().st_mtime_ns for path in toy.parent.glob("runs/*/run.json")}
     assert len(records) == 2 * (1 + 1 + 1)  # tuning, final and cost for each method
     lost = min(records)
     lost.unlink()
     (lost.parent / "metrics.jsonl").write_text('{"half a row')  # as a killed run leaves it
-    assert compare(toy, *arguments).returncode == 0
+    assert compare(toy, *arguments) == 0
     again = {path: path.stat().st_mtime_ns for path in toy.parent.glob("runs/*/run.json")}
     assert again.keys() == records.keys()
     assert {path for path in again if again[path] != records[path]} == {lost}
@@ -425,15 +417,15 @@ def test_a_sequence_as_a_default_is_one_value(toy, capsys):
     assert "settings 1" in capsys.readouterr().out
 
 
-def test_retry_replaces_what_failed(toy):
-    toy.write_text(FAULTY.replace('if self.fault == "raise":', 'if not __import__("pathlib").Path("mended").exists():'))
-    arguments = ("--methods", "own", "--no-cost", "--jobs", "1")
-    failed = compare(toy, *arguments)
-    assert failed.returncode == 1
-    assert "broken on purpose" in failed.stdout  # the terminal says why
-    assert compare(toy, *arguments).returncode == 1  # a failure is not run again unasked
-    (toy.parent / "mended").write_text("")
-    assert compare(toy, *arguments, "--retry-failed").returncode == 0
+def test_retry_replaces_what_failed(toy, capsys):
+    mended = toy.parent / "mended"
+    toy.write_text(FAULTY.replace('if self.fault == "raise":', f'if not os.path.exists("{mended}"):'))
+    arguments = ("--methods", "own", "--no-cost", "--jobs", "1", "--scale", "1", "--seeds", "1")
+    assert compare(toy, *arguments) == 1
+    assert "broken on purpose" in capsys.readouterr().out  # the terminal says why
+    assert compare(toy, *arguments) == 1  # a failure is not run again unasked
+    mended.write_text("")
+    assert compare(toy, *arguments, "--retry-failed") == 0
     assert {r.status for r in read_all([toy.parent / "runs"])[0]} <= {"done", "target missed"}
 
 

@@ -1,7 +1,6 @@
 """A method in a file of one's own, outside the package: known, tested, compared and listed like any other."""
 
 import importlib.util
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,6 +8,7 @@ from pathlib import Path
 import conformance
 import pytest
 import torch
+from common import compare
 from test_readme import snippet
 
 import stiefel
@@ -79,12 +79,10 @@ def test_it_goes_through_the_conformance_suite(own_method: Path, check: str) -> 
         conformance.run(method, check, torch.float64)
 
 
-def test_it_is_compared(own_method: Path) -> None:
+def test_it_is_compared(own_method: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = own_method.parent
     (folder / "my_problem.py").write_text("import my_method\n" + snippet("make_data"))
-    command = [sys.executable, "-m", "stiefel", "compare", "my_problem.py", "--methods", "my_tangent", "unconstrained"]
-    command += ["--lr", "0.1", "--seeds", "1", "--scale", "1", "--epochs", "2", "--no-cost", "--jobs", "1"]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "my_tangent" in done.stdout
+    arguments = ("--methods", "my_tangent", "unconstrained", "--seeds", "1", "--scale", "1", "--epochs", "2")
+    assert compare(folder / "my_problem.py", *arguments, "--no-cost", "--jobs", "1") == 0
+    assert "my_tangent" in capsys.readouterr().out
     assert "my_tangent" in (folder / "runs" / "summary.csv").read_text()

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import random
-import subprocess
-import sys
 from dataclasses import dataclass
 
 import numpy as np
 import pytest
 import torch
+from common import compare
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -255,11 +254,7 @@ def test_new_problem_writes_a_problem_that_runs_as_it_is(tmp_path, capsys):
     problem = load_problem(path)
     check(problem())
     assert "my_problem.py" in path.read_text()
-    command = [sys.executable, "-m", "stiefel", "compare", path.name, "--methods", "own", "--lr", "0.1", "--scale", "1"]
-    done = subprocess.run(
-        [*command, "--seeds", "1", "--no-cost"], cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False
-    )
-    assert done.returncode == 0, done.stderr
+    assert compare(path, "--methods", "own", "--scale", "1", "--seeds", "1", "--no-cost") == 0
     (final,) = (r for r in read_all([tmp_path / "runs"])[0] if r.spec.phase == "final")
     assert final.status == "done"
     assert final.summary["test_at_best"] > 0.9

@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from common import FAULTY
+from common import FAULTY, compare
 from drill import drill
 
 from stiefel.compare import cli, executors, runner
@@ -43,12 +43,6 @@ def job(problem, fault="none", **changes):
 
 def command(problem, *arguments):
     return [sys.executable, "-m", "stiefel", "compare", str(problem), "--methods", "own", "--lr", "0.1", *arguments]
-
-
-def run(problem, *arguments):
-    return subprocess.run(
-        command(problem, *arguments), cwd=problem.parent, capture_output=True, text=True, timeout=300, check=False
-    )
 
 
 # --- statuses ---
@@ -84,13 +78,13 @@ def test_a_fresh_process_reports_the_same_faults(problem):
     assert not list(problem.parent.glob("runs/*/job.pickle"))
 
 
-def test_a_comparison_with_faults_ends_with_a_report_and_says_so(problem):
+def test_a_comparison_with_faults_ends_with_a_report_and_says_so(problem, capsys):
     faults = ("none", "raise", "segfault", "nan")
-    done = run(problem, "--fault", *faults, "--scale", "1", "--no-cost", "--seeds", "2")
-    assert done.returncode == 1, "errors are told by the exit status too"
+    arguments = ("--methods", "own", "--fault", *faults, "--scale", "1", "--no-cost", "--seeds", "2")
+    assert compare(problem, *arguments) == 1, "errors are told by the exit status too"
     statuses = {r.spec.fields["fault"]: r.status for r in read_all([problem.parent / "runs"])[0]}
     assert statuses == {"none": "done", "raise": "error", "segfault": "crashed", "nan": "diverged"}
-    assert "broken on purpose" in done.stdout
+    assert "broken on purpose" in capsys.readouterr().out
     assert (problem.parent / "runs" / "report.html").is_file()
 
 

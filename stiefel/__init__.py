@@ -7,7 +7,7 @@ print(stiefel.report(model))
 """
 
 from stiefel import nn
-from stiefel.attach import constrain, optimizer, penalty, project, release
+from stiefel.attach import constrain, optimizer, penalty, project, refresh, release
 from stiefel.constraint import Claim, Constraint, ManifoldMethod, Penalty, Reparameterization, StepMethod
 from stiefel.errors import (
     DataError,
@@ -58,6 +58,7 @@ __all__ = [
     "optimizer",
     "penalty",
     "project",
+    "refresh",
     "register",
     "release",
     "report",

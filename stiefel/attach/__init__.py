@@ -1,10 +1,10 @@
-"""Binding methods to modules: ``constrain``, ``optimizer``, ``penalty``, ``project``, ``release``.
+"""Binding methods to modules: ``constrain``, ``optimizer``, ``penalty``, ``project``, ``refresh``, ``release``.
 
 The only package that knows the insides of torch.nn. Imports ``methods``, ``optim``, ``layout`` and below.
 """
 
 from stiefel.attach.binding import Binding, ConstrainedWeight, constrained_weights
-from stiefel.attach.constrain import constrain, project, release
+from stiefel.attach.constrain import constrain, project, refresh, release
 from stiefel.attach.train import optimizer, penalty
 
 __all__ = [
@@ -15,5 +15,6 @@ __all__ = [
     "optimizer",
     "penalty",
     "project",
+    "refresh",
     "release",
 ]

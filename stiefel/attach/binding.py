@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import operator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from stiefel.attach.deposits import deposited
 from stiefel.constraint import Constraint, Reparameterization
-from stiefel.errors import WeightError
+from stiefel.errors import StiefelError, WeightError
 from stiefel.layout import Layout
-from stiefel.linalg import EXACT_DTYPES, full_precision, gram_residual, in_double
-from stiefel.optim import Tally
+from stiefel.linalg import EXACT_DTYPES, full_precision, gram_residual, in_double, is_traced
+from stiefel.optim import Tally, steps_seen
+from stiefel.optim.buckets import stack, unstack
 
 _ATTRIBUTE = "_stiefel"
 
@@ -43,12 +47,40 @@ class Binding:
         return self.layout.weight(self.constraint.nearest(self.layout.points(weight), self.layout))
 
 
+class Kept:
+    """A weight computed where nothing needed its graph, and how to tell that it is still the right one.
+
+    In-place changes show in a tensor's version, but those of fused optimizers do not, so that the steps of all
+    optimizers are counted; those of ``weight.data`` show nowhere: after them, call :func:`stiefel.refresh`.
+    """
+
+    def __init__(self, weight: Tensor, tensors: tuple[Tensor, ...]) -> None:
+        self.weight, self.tensors, self.steps = weight, tensors, steps_seen()
+        self.inference = weight.is_inference()
+        self.states = [_state(t) for t in (weight, *tensors)]
+
+    def holds_for(self, tensors: tuple[Tensor, ...]) -> bool:
+        """Whether the weight is a function of these very tensors, at the values that they have now."""
+        if self.steps != steps_seen() or (self.inference and not torch.is_inference_mode_enabled()):
+            return False
+        if len(tensors) != len(self.tensors) or any(map(operator.is_not, tensors, self.tensors)):
+            return False
+        return list(map(_state, (self.weight, *tensors))) == self.states
+
+
+def _state(tensor: Tensor) -> tuple[int, int]:
+    # An inference tensor has no version, and cannot be changed outside of inference mode.
+    return (0 if tensor.is_inference() else tensor._version), tensor.data_ptr()
+
+
 class Reparametrized(nn.Module):
     """torch's parametrization of a weight by a method: ``weight = gain · s · method(proxy / s)``.
 
     The proxy starts at s times the method's own start, so that one small step moves the weight as far at every scale.
     What else the method needs beside the proxy is in ``parts``.
     """
+
+    kept: Kept | None = None
 
     def __init__(self, binding: Binding, weight: Tensor) -> None:
         super().__init__()
@@ -60,6 +92,11 @@ class Reparametrized(nn.Module):
             self.gain = nn.Parameter(torch.ones(b * p, dtype=weight.dtype.to_real(), device=weight.device))
         proxy, parts = self._start(weight)
         for name, part in parts.items():
+            if not part.ndim or len(part) != binding.layout.matrix_shape[0]:
+                raise StiefelError(
+                    f"{binding.constraint.name!r} starts with {name!r} of shape {tuple(part.shape)}: its first "
+                    f"dimension must be that of the batch of matrices, here {binding.layout.matrix_shape[0]}"
+                )
             if isinstance(part, nn.Parameter):
                 self.parts.register_parameter(name, part)
             else:
@@ -67,21 +104,49 @@ class Reparametrized(nn.Module):
         self.first: Tensor | None = proxy  # what right_inverse returns while torch registers the parametrization
 
     def forward(self, proxy: Tensor) -> Tensor:
-        """The constrained weight of a proxy.
+        """The constrained weight of a proxy: one computed already where that is valid, a new one otherwise.
 
         Raises:
             WeightError: the model was converted to a precision in which no weight is orthogonal.
         """
-        method, layout = self.binding.constraint, self.binding.layout
-        assert isinstance(method, Reparameterization)
-        if proxy.dtype not in EXACT_DTYPES:
-            raise WeightError(
-                f"weight '{self.binding.label}' is {proxy.dtype}, in which it cannot be orthogonal; keep the "
-                "model in float32 and use torch.autocast, or stiefel.release(model) before converting it"
-            )
-        parts = {**self.parts._parameters, **self.parts._buffers}
-        with full_precision(proxy.device):
-            return layout.weight(self.gains(method.forward(layout.points(proxy), layout, **parts)))
+        if is_traced():
+            return weights_of([self], self.tensors(proxy))[0]
+        found = deposited(self, proxy)
+        if found is not None:
+            return found
+        tensors = self.tensors(proxy)
+        if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+            self.kept = None
+            return weights_of([self], tensors)[0]
+        if self.kept is None or not self.kept.holds_for(tensors):
+            self.kept = Kept(weights_of([self], tensors)[0], tensors)
+        return self.kept.weight
+
+    def kept_weight(self, proxy: Tensor) -> Tensor | None:
+        """The weight kept from before, where it is still that of the proxy and no graph is asked for."""
+        kept = self.kept
+        if kept is None or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return None
+        return kept.weight if kept.holds_for(self.tensors(proxy)) else None
+
+    def tensors(self, proxy: Tensor) -> tuple[Tensor, ...]:
+        """What the weight is a function of: the proxy, a learnable gain, and the method's parts, in this order."""
+        parts, gain = self._modules["parts"], self._parameters.get("gain")  # which is quicker than by attribute
+        assert parts is not None
+        gains = () if gain is None else (gain,)
+        return proxy, *gains, *parts._parameters.values(), *parts._buffers.values()
+
+    def train(self, mode: bool = True) -> Self:
+        """As for every module; a weight kept from before is computed anew."""
+        self.kept = None
+        return super().train(mode)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Self:
+        self.kept = None
+        return super()._apply(*args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "kept"}
 
     @torch.no_grad()
     def right_inverse(self, weight: Tensor) -> Tensor:
@@ -100,13 +165,37 @@ class Reparametrized(nn.Module):
         proxy, parts = method.start(method.nearest(self.without_gains(layout.points(weight)), layout), layout)
         return layout.weight(proxy), parts
 
-    def gains(self, points: Tensor) -> Tensor:
-        """Multiply each output by its learnable factor, where there is one."""
-        return points if self.gain is None else points * self.gain.reshape(*points.shape[:2], 1)
-
     def without_gains(self, points: Tensor) -> Tensor:
-        """Inverse of :meth:`gains`."""
+        """Points without each output's learnable factor, where there is one."""
         return points if self.gain is None else points / self.gain.reshape(*points.shape[:2], 1)
+
+
+def weights_of(parametrizations: Sequence[Reparametrized], tensors: Sequence[Tensor]) -> list[Tensor]:
+    """The weights of parametrizations by one method and of one layout, computed as one batch.
+
+    Args:
+        parametrizations: one or more.
+        tensors: what :meth:`Reparametrized.tensors` gives for each, one after the other.
+    """
+    first = parametrizations[0]
+    method, layouts = first.binding.constraint, [p.binding.layout for p in parametrizations]
+    assert isinstance(method, Reparameterization)
+    width = len(tensors) // len(parametrizations)
+    proxies, *others = [tensors[i::width] for i in range(width)]
+    for p, proxy in zip(parametrizations, proxies, strict=True):
+        if proxy.dtype not in EXACT_DTYPES:
+            raise WeightError(
+                f"weight '{p.binding.label}' is {proxy.dtype}, in which it cannot be orthogonal; keep the "
+                "model in float32 and use torch.autocast, or stiefel.release(model) before converting it"
+            )
+    stacked = [o[0] if len(o) == 1 else torch.cat(list(o)) for o in others]
+    names = (*first.parts._parameters, *first.parts._buffers)
+    with full_precision(proxies[0].device):
+        parts = dict(zip(names, stacked[len(stacked) - len(names) :], strict=True))
+        x = method.forward(stack(layouts, proxies, scaled=True), layouts[0], **parts)
+        if first.gain is not None:
+            x = x * stacked[0].reshape(*x.shape[:2], 1)
+        return unstack(layouts, x, scaled=True)
 
 
 @dataclass(frozen=True)
@@ -120,7 +209,9 @@ class ConstrainedWeight:
 
     @property
     def value(self) -> Tensor:
-        """The weight as the layer uses it."""
+        """The weight as the layer uses it, computed anew: what is measured and saved must not rest on a kept one."""
+        if isinstance(self.binding.constraint, Reparameterization):
+            self.owner.parametrizations[self.tensor][0].kept = None  # type: ignore[index, union-attr]
         return getattr(self.owner, self.tensor)
 
     @property
@@ -163,6 +254,22 @@ class ConstrainedWeight:
             parametrization = self.owner.parametrizations[self.tensor][0]  # type: ignore[index]
             return parametrization.without_gains(points)  # type: ignore[union-attr]
         return points
+
+
+def add_quick_access(owner: nn.Module, tensor: str) -> None:
+    """Put a short way to a kept weight before torch's property, which calls two modules at each access."""
+    torchs = vars(type(owner))[tensor]
+
+    def weight(self: nn.Module) -> Tensor:
+        """The weight kept from before, or what torch's property gives."""
+        listed: Any = self._modules["parametrizations"]._modules[tensor]  # type: ignore[union-attr]
+        if len(listed._modules) == 1:
+            kept = listed._modules["0"].kept_weight(listed._parameters["original"])
+            if kept is not None:
+                return kept
+        return torchs.fget(self)
+
+    setattr(type(owner), tensor, property(weight, torchs.fset))
 
 
 def bindings_of(owner: nn.Module) -> dict[str, Binding]:

@@ -15,12 +15,14 @@ from stiefel.attach.binding import (
     Binding,
     ConstrainedWeight,
     Reparametrized,
+    add_quick_access,
     bind,
     bindings_of,
     constrained_weights,
     unbind,
 )
 from stiefel.attach.hooks import add_hooks, remove_hooks, take_over
+from stiefel.attach.prefetch import prefetch_below, stop_prefetch
 from stiefel.attach.select import Target, layout_of, select
 from stiefel.constraint import ROUNDING, Constraint, ManifoldMethod, Reparameterization
 from stiefel.errors import LayoutError, OptionError
@@ -86,6 +88,8 @@ def constrain(
             plan.append(partial(_attach_in_place, target, binding, binding.nearest(target.parameter)))
     for attach in plan:
         attach()
+    if isinstance(constraint, Reparameterization):
+        prefetch_below(module)
     return module
 
 
@@ -112,6 +116,8 @@ def release(module: nn.Module) -> nn.Module:
         unbind(owner, tensor)
         if not bindings_of(owner):
             remove_hooks(owner)
+    for each in module.modules():
+        stop_prefetch(each)
     for parameter, value in values.values():
         parameter.copy_(value)  # with tied layers, taking off the first has changed what the others computed
     return module
@@ -137,6 +143,22 @@ def project(module: nn.Module) -> nn.Module:
     return module
 
 
+def refresh(module: nn.Module) -> nn.Module:
+    """Compute the weights of reparameterizations anew at their next use.
+
+    Where no gradients are recorded a weight is computed once and kept until its proxy may have changed: after any
+    optimizer step, ``train()``, ``eval()``, ``to()``, loading, and in-place changes of the proxy. Changes that go by
+    ``proxy.data`` leave no trace: call this after them.
+
+    Returns:
+        ``module``.
+    """
+    for each in module.modules():
+        if isinstance(each, Reparametrized):
+            each.kept = None
+    return module
+
+
 @torch.no_grad()
 def _attach_forward(target: Target, binding: Binding, parametrization: Reparametrized) -> None:
     owners = (target, *target.ties)
@@ -144,9 +166,10 @@ def _attach_forward(target: Target, binding: Binding, parametrization: Reparamet
     for each in owners:  # tied layers share the parametrization, and with it a learnable scale
         position = list(each.owner._parameters).index(each.tensor)
         parametrize.register_parametrization(each.owner, each.tensor, parametrization)
+        add_quick_access(each.owner, each.tensor)
         bind(each.owner, each.tensor, replace(binding, label=each.name, position=position))
         add_hooks(each.owner, binding.constraint)
-    parametrization.first = None
+    parametrization.first = parametrization.kept = None
     parameter.requires_grad_(trained)  # torch keeps the Parameter object as the proxy
     parametrization.requires_grad_(trained)
     for each in owners:

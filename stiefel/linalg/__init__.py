@@ -8,9 +8,10 @@ from stiefel.linalg.msign import msign
 from stiefel.linalg.norm import spectral_radius
 from stiefel.linalg.polar import polar
 from stiefel.linalg.precision import EXACT_DTYPES, full_precision, in_double
-from stiefel.linalg.products import balance, frobenius, gram_residual, newton_schulz, skew, sym
+from stiefel.linalg.products import balance, frobenius, gram_residual, newton_schulz, skew, squared_residual, sym
 from stiefel.linalg.qr import qf
-from stiefel.linalg.svd import nearest_orthonormal
+from stiefel.linalg.svd import nearest_in_step, nearest_orthonormal
+from stiefel.linalg.tracing import is_traced
 from stiefel.linalg.whitening import whitened
 
 __all__ = [
@@ -24,14 +25,17 @@ __all__ = [
     "householder_rows",
     "householder_vectors",
     "in_double",
+    "is_traced",
     "lyapunov",
     "msign",
+    "nearest_in_step",
     "nearest_orthonormal",
     "newton_schulz",
     "polar",
     "qf",
     "skew",
     "spectral_radius",
+    "squared_residual",
     "sym",
     "whitened",
 ]

@@ -1,4 +1,7 @@
-"""The Lyapunov equation with a given eigendecomposition, differentiable to any order. Imports only torch."""
+"""The Lyapunov equation: with a given eigendecomposition, differentiable to any order; and by products alone.
+
+Imports only torch.
+"""
 
 from __future__ import annotations
 
@@ -50,3 +53,47 @@ def lyapunov(
     Source: Higham, Functions of Matrices (2008), section B.14.
     """
     return _Lyapunov.apply(h, c, d, s)
+
+
+@torch.no_grad()
+def lyapunov_by_products(
+    h: Float[Tensor, "b p p"], c: Float[Tensor, "b p p"], tolerance: float = 1e-6, most: int = 100
+) -> Float[Tensor, "b p p"]:
+    """Solve ``H Ω + Ω H = C`` for skew-Hermitian C by conjugate gradients, one product for each step.
+
+    ``Ω ↦ HΩ + ΩH`` is symmetric positive definite with H, at the same condition number, and Ω stays skew-Hermitian, so
+    that ``ΩH = −(HΩ)ᴴ`` costs nothing. At condition number 1 no step is needed, at 3 about six. Reads one number back
+    from the device for each step: this is for the CPU.
+
+    Args:
+        h: positive definite.
+        c: skew-Hermitian.
+        tolerance: residual to stop at, relative to ‖C‖_F of each matrix.
+        most: steps at most; with H's condition number κ, CG needs about √κ for each digit.
+
+    Source: Hestenes and Stiefel (1952).
+    """
+    scale = c.abs().amax(dim=(-2, -1), keepdim=True)
+    c = c / torch.where(scale > 0, scale, 1)  # squares of small gradients vanish
+    omega = c / (2 * h.diagonal(dim1=-2, dim2=-1).real.mean(-1)[:, None, None])
+    product = torch.bmm(h, omega)
+    residual = c - (product - product.mH)
+    direction = residual
+    size, goal = _squared(residual), tolerance**2 * _squared(c)
+    for _ in range(most):
+        if not bool((size > goal).any()):
+            break
+        product = torch.bmm(h, direction)
+        image = product - product.mH
+        # A matrix that has converged exactly, or whose C is 0, has direction 0 and must stay where it is.
+        along = (direction.conj() * image).real.sum(dim=(-2, -1), keepdim=True)
+        length = torch.where(along > 0, size / along, 0)
+        omega = torch.addcmul(omega, length, direction)
+        residual = torch.addcmul(residual, length, image, value=-1)
+        before, size = size, _squared(residual)
+        direction = torch.addcmul(residual, torch.where(before > 0, size / before, 0), direction)
+    return omega * scale
+
+
+def _squared(a: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(a, dim=(-2, -1), keepdim=True).square()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -32,7 +32,35 @@ def newton_schulz(x: Float[Tensor, "*batch p n"]) -> Float[Tensor, "*batch p n"]
     A residual of norm ``e`` becomes about ``¾e²``: applied to a nearly orthonormal X it removes accumulated rounding
     at the price of two matrix products (Björck and Bowie, 1971).
     """
+    if x.ndim == 3:  # in one pass
+        return torch.baddbmm(x, gram_residual(x), x, alpha=-0.5)
     return x - 0.5 * (gram_residual(x) @ x)
+
+
+def squared_residual(x: Float[Tensor, "b p n"]) -> Float[Tensor, " b"]:
+    """``‖X Xᴴ − I‖_F²`` of each matrix, and its gradient ``4 (X Xᴴ − I) X``: two products; autograd takes three."""
+    return _SquaredResidual.apply(x)[0]
+
+
+class _SquaredResidual(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor) -> tuple[Tensor, Tensor]:
+        delta = gram_residual(x)
+        return torch.linalg.vector_norm(delta, dim=(-2, -1)).square(), delta
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: tuple[Tensor, Tensor]) -> None:
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(*inputs, output[1])
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        x, delta = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            delta = gram_residual(x)
+        return (4 * gradients[0][..., None, None] * delta) @ x
 
 
 def frobenius(b: Float[Tensor, "*batch p n"]) -> Float[Tensor, "*batch 1 1"]:

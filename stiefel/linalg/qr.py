@@ -1,4 +1,4 @@
-"""The Q factor of a row-wise QR decomposition with a fixed sign convention. Imports only torch."""
+"""The Q factor of a row-wise QR decomposition with a fixed sign convention. Imports ``linalg``."""
 
 from __future__ import annotations
 
@@ -7,8 +7,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from stiefel.linalg.tracing import is_traced
+
 if TYPE_CHECKING:
     from jaxtyping import Float
+
+WELL_CONDITIONED = 4.0
+"""Mean of κ² up to which one Cholesky pass leaves no more than rounding, and MOST up to which a second one does."""
+MOST = 1e3
 
 
 def qf(a: Float[Tensor, "*batch p n"]) -> Float[Tensor, "*batch p n"]:
@@ -16,14 +22,60 @@ def qf(a: Float[Tensor, "*batch p n"]) -> Float[Tensor, "*batch p n"]:
 
     The sign makes the factor unique and continuous, so that qf(X) = X for orthonormal X; LAPACK's own sign does not.
 
+    Near orthonormal rows, where retractions work, ``L Lᴴ = A Aᴴ`` by Cholesky and ``Q = L⁻¹ A`` is as accurate as
+    Householder reflections and several times faster; a second pass on Q takes away what condition numbers up to 30
+    leave (CholeskyQR2). Everything else goes to LAPACK. On a GPU the choice would make the host wait: there, the first
+    pass is in float64, with a shift that keeps it from breaking down, and others follow.
+
     Args:
         a: matrix of full row rank, p ≤ n, real or complex (L's diagonal is positive, Q is unitary).
 
     Returns:
         Q with Q Qᴴ = I, the dtype of ``a``.
 
-    Source: Absil, Mahony and Sepulchre (2008), Example 4.1.3, transposed.
+    Source: Absil, Mahony and Sepulchre (2008), Example 4.1.3, transposed; Fukaya, Nakatsukasa, Yanagisawa and Yamamoto
+    (2014) for CholeskyQR2; Fukaya, Kannan, Nakatsukasa, Yamamoto and Yanagisawa (2020) for the shift.
     """
+    if is_traced():
+        return _by_reflections(a)
+    return _without_waiting(a) if a.is_cuda else _near(a)
+
+
+def _near(a: Tensor) -> Tensor:
+    """Cholesky passes as long as they are accurate, LAPACK otherwise."""
+    p = a.shape[-2]
+    factor, failed = torch.linalg.cholesky_ex(a @ a.mH)
+    if failed.any():
+        return _by_reflections(a)
+    inverse = _inverse(factor)
+    squares = factor.detach().abs().square().sum((-2, -1)) * inverse.detach().abs().square().sum((-2, -1))
+    spread = float(squares.max()) / p**2 if squares.numel() else 1.0
+    if not spread <= MOST:
+        return _by_reflections(a)
+    q = inverse @ a
+    return q if spread <= WELL_CONDITIONED else _pass(q)
+
+
+def _pass(a: Tensor) -> Tensor:
+    return _inverse(torch.linalg.cholesky_ex(a @ a.mH)[0]) @ a
+
+
+def _inverse(factor: Tensor) -> Tensor:
+    eye = torch.eye(factor.shape[-1], dtype=factor.dtype, device=factor.device)
+    return torch.linalg.solve_triangular(factor, eye.expand_as(factor), upper=False)
+
+
+def _without_waiting(a: Tensor) -> Tensor:
+    wide = a.to(torch.promote_types(a.dtype, torch.float64))
+    gram = wide @ wide.mH
+    size = gram.diagonal(dim1=-2, dim2=-1).real.sum(-1, keepdim=True)
+    shift = 11 * sum(a.shape[-2:]) * torch.finfo(wide.dtype).eps * size
+    shifted = gram + torch.diag_embed(shift.expand(*shift.shape[:-1], a.shape[-2])).to(gram.dtype)
+    q = (_inverse(torch.linalg.cholesky_ex(shifted)[0]) @ wide).to(a.dtype)
+    return _pass(_pass(q))
+
+
+def _by_reflections(a: Tensor) -> Tensor:
     q, r = torch.linalg.qr(a.mH, mode="reduced")
     phase = torch.sgn(r.diagonal(dim1=-2, dim2=-1))
     phase = torch.where(phase == 0, 1.0, phase)  # zero counts as positive: the factor must not vanish

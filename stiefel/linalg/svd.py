@@ -1,4 +1,4 @@
-"""The nearest orthonormal matrix by singular value decomposition: exact, without a gradient. Imports ``linalg``."""
+"""The nearest orthonormal matrix, without a gradient: by singular values, or by products alone. Imports ``linalg``."""
 
 from __future__ import annotations
 
@@ -7,24 +7,43 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from stiefel.linalg.inverse_root import inverse_root
+from stiefel.linalg.msign import msign
+from stiefel.linalg.polar import STEPS
 from stiefel.linalg.precision import in_double
+from stiefel.linalg.tracing import is_traced
 
 if TYPE_CHECKING:
     from jaxtyping import Float
 
 
 @torch.no_grad()
-def nearest_orthonormal(v: Float[Tensor, "*batch p n"]) -> Float[Tensor, "*batch p n"]:
+def nearest_orthonormal(v: Float[Tensor, "*batch p n"], *, exact: bool = True) -> Float[Tensor, "*batch p n"]:
     """Nearest matrix with orthonormal rows in the Frobenius norm: ``U Vᴴ`` of the SVD ``V = U S Vᴴ``.
 
     Args:
         v: any finite matrix with p ≤ n, also rank-deficient (then the nearest point is not unique, and the one
             returned completes the row space orthonormally).
+        exact: always decompose. Otherwise float32 is left to products, where they are accurate to 1e-6: on a CPU
+            wherever V is not ill-conditioned, on a GPU always, so that the host need not wait for it; what a GPU is
+            handed with linearly dependent rows then lacks rows.
 
     Returns:
-        X with X Xᴴ = I to rounding, in the dtype of ``v``; computed in double precision.
+        X with X Xᴴ = I to rounding, in the dtype of ``v``; an exact one is computed in double precision.
 
     Source: Fan and Hoffman (1955); Higham, Functions of Matrices (2008), Theorem 8.4.
     """
+    if not exact and v.dtype in (torch.float32, torch.complex64) and not is_traced():
+        if v.is_cuda:
+            return msign(v, STEPS)
+        batch = v.reshape(-1, *v.shape[-2:])
+        root = inverse_root(batch)
+        if root is not None:
+            return torch.bmm(root[0], batch).reshape(v.shape)
     u, _, vh = torch.linalg.svd(in_double(v), full_matrices=False)
     return (u @ vh).to(v.dtype)
+
+
+def nearest_in_step(v: Float[Tensor, "*batch p n"]) -> Float[Tensor, "*batch p n"]:
+    """:func:`nearest_orthonormal` as methods need it that take one per step: not exact where that saves time."""
+    return nearest_orthonormal(v, exact=False)

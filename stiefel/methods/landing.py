@@ -10,7 +10,7 @@ from torch import Tensor
 
 from stiefel.constraint import Claim, StepMethod, is_number
 from stiefel.errors import OptionError
-from stiefel.linalg import balance, gram_residual, nearest_orthonormal, sym
+from stiefel.linalg import balance, gram_residual, nearest_orthonormal, newton_schulz, sym
 from stiefel.methods import register
 
 LONGEST = 1e6
@@ -25,7 +25,8 @@ class Landing(StepMethod):
     With ``d = ‖Δ‖_F``, ``R = XΨᵀ + ΨXᵀ`` and 2tμ ≤ 1 the residual after the step is at most
     ``d − t (2μ d(1 − d) − ‖R‖_F) + t² ‖F‖_F²``, and t is the largest number up to 1 that keeps it at ε; outside the
     tube (d > ε), the minimizer of that bound. R is 0 but for the rounding of a long Ψ, which breaks the tube in float32
-    where it is left out. Where d ≥ 1 the weight is projected. Shortened steps are counted in the report.
+    where it is left out. Where d ≥ 1 the weight is projected
+    (on a GPU by one Newton-Schulz step a step, until it is near). Shortened steps are counted in the report.
 
     Args:
         attraction: λ > 0, the strength of the pull; not rescaled with the weight's scale.
@@ -68,17 +69,20 @@ class Landing(StepMethod):
         delta = gram_residual(x)
         d = torch.linalg.matrix_norm(delta)
         mu = lr * self.attraction
-        # (XXᵀU − XUᵀX) = (I + Δ)U − (XUᵀ)X
-        psi = -0.5 * (displacement + delta @ displacement - (x @ displacement.mH) @ x)
-        field = psi + mu * (delta @ x)
+        # F = Ψ + μΔX with Ψ = −½(U + ΔU − (XUᵀ)X), in as few products as that takes
+        field = torch.baddbmm(displacement, x @ displacement.mH, x, beta=-0.5, alpha=0.5)
+        field = torch.baddbmm(field, delta, torch.add(displacement, x, alpha=-2 * mu), alpha=-0.5)
         g = torch.linalg.matrix_norm(field).clamp_min(torch.finfo(d.dtype).tiny ** 0.5)
-        r = torch.linalg.matrix_norm(2 * sym(x @ psi.mH))
+        # XΨᵀ + ΨXᵀ = XFᵀ + FXᵀ − 2μ(Δ + Δ²)
+        r = torch.linalg.matrix_norm(2 * (sym(x @ field.mH) - mu * torch.baddbmm(delta, delta, delta)))
         b = (mu * d * (1 - d) - r / 2) / g
         inside = (b + (b.square() + self.tube - d).clamp_min(0).sqrt()) / g
         t = torch.where(d <= self.tube, inside, b.clamp_min(0) / g)
         t = t.clamp(max=min(1.0, 0.5 / mu) if mu > 0 else 1.0)
-        moved = x - t[..., None, None] * field
+        moved = torch.addcmul(x, t[..., None, None], field, value=-1)
         lost = d >= 1
-        if lost.any():
+        if lost.is_cuda:  # reading whether any is lost would make the host wait: one step of the way for all, always
+            moved = torch.where(lost[..., None, None], newton_schulz(x / (1 + d[..., None, None]).sqrt()), moved)
+        elif lost.any():
             moved = torch.where(lost[..., None, None], nearest_orthonormal(x), moved)
         return moved, (t < 1) | lost | (excess.flatten() > 1)

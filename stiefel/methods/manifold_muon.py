@@ -9,7 +9,7 @@ from torch import Tensor
 
 from stiefel.constraint import Claim, StepMethod
 from stiefel.geometry import project_tangent, tangent_direction
-from stiefel.linalg import balance, msign, nearest_orthonormal, sym
+from stiefel.linalg import balance, msign, nearest_in_step, sym
 from stiefel.methods import register
 
 
@@ -48,7 +48,7 @@ class ManifoldMuon(StepMethod):
 
     def step(self, x: Tensor, displacement: Tensor, lr: float) -> Tensor:
         """A step of spectral norm lr (in units of the weight) along the best tangent direction."""
-        return nearest_orthonormal(x - lr / self.fixed_scale * self.direction(x, -displacement))
+        return nearest_in_step(x - lr / self.fixed_scale * self.direction(x, -displacement))
 
     def direction(self, x: Tensor, g: Tensor) -> Tensor:
         """The tangent A with ``‖A‖₂ ≤ 1`` that (nearly) maximizes ``⟨G, A⟩``; 0 where G is normal."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from stiefel.constraint import Claim, StepMethod
@@ -49,9 +50,10 @@ class POGO(StepMethod):
 
     def step(self, x: Tensor, displacement: Tensor, lr: float) -> tuple[Tensor, Tensor]:
         """The POGO step, and which matrices' steps were shortened."""
-        psi = -0.5 * ((x @ x.mH) @ displacement - (x @ displacement.mH) @ x)
+        psi = torch.bmm(x @ displacement.mH, x)
+        psi = torch.baddbmm(psi, x @ x.mH, displacement, beta=0.5, alpha=-0.5)
         length = frobenius(psi)
-        moved = x - psi * (LONGEST / length.clamp_min(LONGEST))
+        moved = torch.addcmul(x, psi, LONGEST / length.clamp_min(LONGEST), value=-1)
         for _ in range(self.polish):
             moved = newton_schulz(moved)
         return moved, length[..., 0, 0] > LONGEST

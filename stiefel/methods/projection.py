@@ -8,10 +8,10 @@ from typing import ClassVar
 from torch import Tensor
 
 from stiefel.constraint import Claim, StepMethod
-from stiefel.linalg import nearest_orthonormal, qf
+from stiefel.linalg import nearest_in_step, qf
 from stiefel.methods import register
 
-MAPS = {"polar": nearest_orthonormal, "qr": qf}
+MAPS = {"polar": nearest_in_step, "qr": qf}
 
 
 @register

@@ -12,7 +12,7 @@ from torch import Tensor
 from stiefel.constraint import ROUNDING, Penalty
 from stiefel.errors import LayoutError
 from stiefel.layout import Layout
-from stiefel.linalg import gram_residual, spectral_radius
+from stiefel.linalg import gram_residual, spectral_radius, squared_residual
 from stiefel.methods import register
 
 KINDS = ("so", "dso", "mc", "srip", "ocnn")
@@ -66,15 +66,13 @@ class Soft(Penalty):
         """Φ of each matrix."""
         if self.kind == "ocnn":
             return _convolution_residual(layout.kernels(x), layout.stride)
-        delta = gram_residual(x)
-        if self.kind in ("mc", "srip"):  # these have a kink at 0, where rounding would pull an orthonormal weight about
-            delta = delta * (delta.abs() > ROUNDING * torch.finfo(x.dtype).eps)
-        if self.kind == "mc":
-            return delta.abs().amax(dim=(-2, -1))
-        if self.kind == "srip":
-            return spectral_radius(delta)
-        square = _square(delta)
-        return square if self.kind == "so" else 2 * square + (x.shape[-1] - x.shape[-2])
+        if self.kind == "so":
+            return squared_residual(x)
+        if self.kind == "dso":
+            return 2 * squared_residual(x) + (x.shape[-1] - x.shape[-2])
+        delta = gram_residual(x)  # what follows has a kink at 0, where rounding would pull an orthonormal weight about
+        delta = delta * (delta.abs() > ROUNDING * torch.finfo(x.dtype).eps)
+        return delta.abs().amax(dim=(-2, -1)) if self.kind == "mc" else spectral_radius(delta)
 
 
 def _convolution_residual(kernels: Tensor, stride: tuple[int, ...]) -> Tensor:

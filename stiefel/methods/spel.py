@@ -8,7 +8,7 @@ from torch import Tensor
 
 from stiefel.constraint import Claim, StepMethod
 from stiefel.geometry import tangent_direction
-from stiefel.linalg import msign, nearest_orthonormal
+from stiefel.linalg import msign, nearest_in_step
 from stiefel.methods import register
 
 
@@ -33,4 +33,4 @@ class SPEL(StepMethod):
     def step(self, x: Tensor, displacement: Tensor, lr: float) -> Tensor:
         """A step of spectral norm about lr (in units of the weight)."""
         direction = msign(tangent_direction(x, -displacement))
-        return nearest_orthonormal(x - lr / self.fixed_scale * direction)
+        return nearest_in_step(x - lr / self.fixed_scale * direction)

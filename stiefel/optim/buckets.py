@@ -21,10 +21,15 @@ def bucket(items: Iterable[T], key: Callable[[T], Hashable]) -> list[list[T]]:
     return list(groups.values())
 
 
-def stack(layouts: Sequence[Layout], tensors: Sequence[Tensor], *, scaled: bool) -> Tensor:
-    """Read tensors as one batch ``(Σb, p, n)``: as points where ``scaled``, otherwise as plain matrices."""
+def stack(layouts: Sequence[Layout], tensors: Sequence[Tensor], *, scaled: bool, copy: bool = False) -> Tensor:
+    """Read tensors as one batch ``(Σb, p, n)``: as points where ``scaled``, otherwise as plain matrices.
+
+    A single tensor that needs no rearranging is only viewed, unless a ``copy`` is asked for.
+    """
     parts = [lay.points(t) if scaled else lay.matrices(t) for lay, t in zip(layouts, tensors, strict=True)]
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+    if len(parts) > 1:
+        return torch.cat(parts)
+    return parts[0].clone(memory_format=torch.contiguous_format) if copy else parts[0]
 
 
 def unstack(layouts: Sequence[Layout], batch: Tensor, *, scaled: bool) -> list[Tensor]:

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from stiefel.errors import DivergenceError, OptimizerError
+from stiefel.optim.divergence import tell, tell_later
 from stiefel.optim.lift import Lift, SteppedParameter, Tally, skipped
 
 
@@ -117,9 +118,15 @@ def _refuse_divergence(optimizer: torch.optim.Optimizer, members: list[tuple[Ten
         return  # torch.amp.GradScaler hands the decision to a fused optimizer
     if torch.compiler.is_compiling() or (members[0][0].is_cuda and torch.cuda.is_current_stream_capturing()):
         return  # nothing may be read back here
+    tell()
     values = [g.coalesce().values() if g.is_sparse else g for p, _ in members if (g := p.grad) is not None]
     largest = torch._foreach_norm([v if v.numel() else v.new_zeros(1) for v in values], float("inf"))
-    if torch.stack([v.to(largest[0].device) for v in largest]).isfinite().all():
+    if all(v.is_cuda for v in largest):
+        finite = torch.stack([v.to(largest[0].device, non_blocking=True) for v in largest]).isfinite().all()
+        labels = ", ".join(f"'{w.label}'" for _, w in members)
+        tell_later(finite, f"a gradient among those of weights {labels} was NaN or infinite: the loss has diverged")
+        return
+    if torch.stack([v.to("cpu") for v in largest]).isfinite().all():
         return
     labels = ", ".join(f"'{w.label}'" for (_, w), v in zip(members, largest, strict=True) if not v.isfinite())
     raise DivergenceError(
@@ -128,7 +135,17 @@ def _refuse_divergence(optimizer: torch.optim.Optimizer, members: list[tuple[Ten
     )
 
 
+_steps_seen = 0
+
+
+def steps_seen() -> int:
+    """How many optimizer steps have been taken since the first weight was constrained, by any optimizer."""
+    return _steps_seen
+
+
 def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    global _steps_seen
+    _steps_seen += 1
     if getattr(optimizer, "stepping", False) or skipped(optimizer):
         return
     for group in optimizer.param_groups:

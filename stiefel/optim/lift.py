@@ -19,6 +19,7 @@ from stiefel.errors import DivergenceError, OptimizerError
 from stiefel.layout import Layout
 from stiefel.linalg import EXACT_DTYPES, full_precision
 from stiefel.optim.buckets import bucket, stack, unstack
+from stiefel.optim.divergence import tell_later
 
 if TYPE_CHECKING:
     _Base = torch.optim.Optimizer
@@ -108,26 +109,27 @@ class Lift(_Base):
             with torch.enable_grad():
                 loss = closure()
         owned = [
-            (p, group["lr"], p.detach().clone())
+            (p, group["lr"])
             for group in self.param_groups
             for p in group["params"]
             if isinstance(p, SteppedParameter) and p.grad is not None
         ]
-        for p, _, _ in owned:
+        for p, _ in owned:
             if p.dtype not in EXACT_DTYPES:
                 raise OptimizerError(
                     f"weight '{p.ownership.label}' is {p.dtype}, in which no method holds it; keep the model in "
                     "float32 and train under torch.autocast"
                 )
+        moves = [_Move(members) for members in bucket(owned, _moves_together)]
         try:
             self.stepping = True
             super().step()
             if not skipped(self):
-                for members in bucket(owned, _moves_together):
-                    _move(members)
+                for move in moves:
+                    move.finish()
         except BaseException:
-            for p, _, before in owned:  # half a step would leave them off their sets
-                p.copy_(before)
+            for move in moves:  # half a step would leave weights off their sets
+                move.undo()
             raise
         finally:
             self.stepping = False
@@ -143,27 +145,48 @@ def skipped(optimizer: torch.optim.Optimizer) -> bool:
     return found is not None and bool(found)
 
 
-def _move(members: list[tuple[SteppedParameter, float, Tensor]]) -> None:
-    """Let the method of a bucket's weights move them, from where they were and by what the base step did."""
-    parameters, rates, before = zip(*members, strict=True)
-    layouts = [p.ownership.layout for p in parameters]
-    with full_precision(parameters[0].device):
-        x = stack(layouts, before, scaled=True)
-        moved = stack(layouts, [p - b for p, b in zip(parameters, before, strict=True)], scaled=True)
-        if not moved.isfinite().all():
-            labels = ", ".join(f"'{p.ownership.label}'" for p in parameters)
-            raise DivergenceError(
-                f"the optimizer's step of weight {labels} is NaN or infinite. It is left where it was; lower the "
-                "learning rate"
-            )
-        x, shortened = _moved(parameters[0].ownership, x, moved, float(rates[0]))
-    for p, w in zip(parameters, unstack(layouts, x, scaled=True), strict=True):
-        p.copy_(w)
-    if shortened is not None:
-        flags = shortened.split([layout.matrix_shape[0] for layout in layouts])
-        for p, flag in zip(parameters, flags, strict=True):
-            tally = p.ownership.tally
-            tally.shortened = flag.any() + (0 if tally.shortened is None else tally.shortened)
+class _Move:
+    """One step of a bucket's weights: where they are before the base step, and what their method makes of it."""
+
+    def __init__(self, members: list[tuple[SteppedParameter, float]]) -> None:
+        self.parameters = [p for p, _ in members]
+        self.lr = float(members[0][1])
+        self.layouts = [p.ownership.layout for p in self.parameters]
+        self.before = stack(self.layouts, self.parameters, scaled=False, copy=True)
+
+    def finish(self) -> None:
+        """Let the method move the weights, from where they were and by what the base step did."""
+        scale = self.layouts[0].scale
+        with full_precision(self.before.device):
+            displacement = stack(self.layouts, self.parameters, scaled=False, copy=True).sub_(self.before)
+            self._refuse_divergence(displacement)
+            x = self.before
+            if scale != 1:
+                x, displacement = x / scale, displacement.div_(scale)
+            x, shortened = _moved(self.parameters[0].ownership, x, displacement, self.lr)
+        self._write(unstack(self.layouts, x, scaled=True))
+        if shortened is not None:
+            flags = shortened.split([layout.matrix_shape[0] for layout in self.layouts])
+            for p, flag in zip(self.parameters, flags, strict=True):
+                tally = p.ownership.tally
+                tally.shortened = flag.any() + (0 if tally.shortened is None else tally.shortened)
+
+    def undo(self) -> None:
+        """Put the weights back."""
+        self._write(unstack(self.layouts, self.before, scaled=False))
+
+    def _write(self, weights: list[Tensor]) -> None:
+        torch._foreach_copy_(list[Tensor](self.parameters), weights)
+
+    def _refuse_divergence(self, displacement: Tensor) -> None:
+        labels = ", ".join(f"'{p.ownership.label}'" for p in self.parameters)
+        told = f"the optimizer's step of weight {labels} is NaN or infinite. {{change}}lower the learning rate"
+        finite = torch.isfinite(displacement.sum())  # a NaN or an infinity anywhere shows in the sum
+        if displacement.is_cuda:
+            displacement.masked_fill_(~finite, 0)
+            tell_later(finite, told.format(change="It was left where it was; "))
+        elif not finite and not displacement.isfinite().all():
+            raise DivergenceError(told.format(change="It is left where it was; "))
 
 
 def _moved(owner: Ownership, x: Tensor, displacement: Tensor, lr: float) -> tuple[Tensor, Tensor | None]:
@@ -175,8 +198,8 @@ def _moved(owner: Ownership, x: Tensor, displacement: Tensor, lr: float) -> tupl
     return result if isinstance(result, tuple) else (result, None)
 
 
-def _moves_together(member: tuple[SteppedParameter, float, Tensor]) -> Hashable:
-    p, lr, _ = member
+def _moves_together(member: tuple[SteppedParameter, float]) -> Hashable:
+    p, lr = member
     owner = p.ownership
     # A penalty may depend on what the kernel does (its stride) and on the number of steps taken.
     more = (owner.layout, owner.tally.steps) if isinstance(owner.method, Penalty) else owner.layout.matrix_shape[1:]

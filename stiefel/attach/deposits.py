@@ -1,0 +1,67 @@
+"""Weights that a thread's forward passes have computed ahead of the layers that use them. Imports only torch."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable
+from dataclasses import dataclass
+from weakref import ref
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Deposit:
+    """A weight with its graph, and the parametrization and the proxy (with its version) that it belongs to."""
+
+    parametrization: nn.Module
+    proxy: Tensor
+    version: int
+    weight: Tensor
+
+
+class _Passes(threading.local):
+    """One entry per forward pass under way in this thread, the innermost last."""
+
+    def __init__(self) -> None:
+        self.stack: list[tuple[ref[nn.Module], dict[int, Deposit]]] = []
+
+
+_passes = _Passes()
+
+
+def begin(root: nn.Module, deposits: Iterable[Deposit]) -> None:
+    """Offer deposits to the layers below ``root`` until :func:`end`."""
+    forget(root)
+    _passes.stack.append((ref(root), {id(d.parametrization): d for d in deposits}))
+
+
+def end(root: nn.Module) -> None:
+    """Withdraw what the innermost pass offered, if it is ``root``'s."""
+    if _passes.stack and _passes.stack[-1][0]() is root:
+        _passes.stack.pop()
+
+
+def forget(root: nn.Module) -> None:
+    """Withdraw what is left of a pass of ``root`` that was broken off, or of one that calls itself."""
+    if _passes.stack:
+        _passes.stack = [entry for entry in _passes.stack if entry[0]() is not root]
+
+
+def deposited(parametrization: nn.Module, proxy: Tensor) -> Tensor | None:
+    """The weight computed ahead for a parametrization, where there is one that is valid here and now."""
+    for _, deposits in reversed(_passes.stack):
+        found = deposits.get(id(parametrization))
+        if found is not None:
+            same = found.proxy is proxy and found.version == proxy._version
+            return found.weight if same and torch.is_grad_enabled() and not saved_elsewhere() else None
+    return None
+
+
+def saved_elsewhere() -> bool:
+    """Whether hooks take what autograd saves, as gradient checkpointing's do, which count what a part of a pass saves.
+
+    That part runs again in the backward pass, where nothing is deposited: it must compute its weights both times.
+    """
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None

@@ -1,0 +1,148 @@
+"""Equal-shaped reparameterized weights of a model, computed as one batch when its forward pass begins.
+
+Each parametrization alone is always right; this only spares it work. A hook on the module that was constrained computes
+the buckets and deposits their weights for this pass and this thread, and a second one withdraws them. Nothing is done
+where torch.compile or torch.func looks on. Imports ``binding``, ``deposits``, ``optim`` and below.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary, ref
+
+import torch
+from torch import Tensor, nn
+
+from stiefel.attach.binding import Reparametrized, constrained_weights, weights_of
+from stiefel.attach.deposits import Deposit, begin, deposited, end, forget, saved_elsewhere
+from stiefel.constraint import Reparameterization
+from stiefel.linalg import is_traced
+from stiefel.optim.buckets import bucket
+
+_places: WeakKeyDictionary[nn.Module, list[tuple[ref[nn.Module], str]]] = WeakKeyDictionary()
+
+
+def prefetch_below(root: nn.Module) -> None:
+    """From now on compute the reparameterized weights below ``root`` together, at each of its forward passes."""
+    _places.pop(root, None)
+    if _before_forward not in root._forward_pre_hooks.values():
+        root.register_forward_pre_hook(_before_forward)
+        root.register_forward_hook(_after_forward, always_call=True)
+
+
+def stop_prefetch(root: nn.Module) -> None:
+    """Take the hooks off."""
+    _places.pop(root, None)
+    for hooks in (root._forward_pre_hooks, root._forward_hooks):
+        for key, hook in list(hooks.items()):
+            if hook in (_before_forward, _after_forward):
+                del hooks[key]
+                root._forward_hooks_always_called.pop(key, None)
+
+
+@dataclass(frozen=True)
+class _Member:
+    """A parametrization, and the tensors that its weight is a function of, the proxy first."""
+
+    parametrization: Reparametrized
+    tensors: tuple[Tensor, ...]
+
+
+def _before_forward(root: nn.Module, args: Any) -> None:
+    if is_traced() or not torch.is_grad_enabled() or saved_elsewhere():
+        return
+    forget(root)
+    deposits = []
+    for members in bucket(_members(root), _computed_together):
+        weights = _Together.apply([m.parametrization for m in members], *(t for m in members for t in m.tensors))
+        deposits += [
+            Deposit(m.parametrization, m.tensors[0], m.tensors[0]._version, w)
+            for m, w in zip(members, weights, strict=True)
+        ]
+    begin(root, deposits)
+
+
+def _after_forward(root: nn.Module, args: Any, output: Any) -> None:
+    if not is_traced():
+        end(root)
+
+
+def _members(root: nn.Module) -> list[_Member]:
+    """What is constrained below ``root``, trains, and was not computed already by a pass around this one.
+
+    The places are looked for once. A module replaced since then is computed by itself, or for nothing.
+    """
+    if root not in _places:
+        weights = [w for w in constrained_weights(root) if isinstance(w.binding.constraint, Reparameterization)]
+        _places[root] = [(ref(w.owner), w.tensor) for w in weights]
+    members = []
+    for owner, tensor in _places[root]:
+        parametrizations = getattr(owner(), "parametrizations", {})
+        if tensor not in parametrizations or not isinstance(parametrizations[tensor][0], Reparametrized):
+            continue
+        parametrization, proxy = parametrizations[tensor][0], parametrizations[tensor].original
+        member = _Member(parametrization, parametrization.tensors(proxy))
+        if any(t.requires_grad for t in member.tensors) and deposited(parametrization, proxy) is None:
+            members.append(member)
+    return members
+
+
+def _computed_together(member: _Member) -> Hashable:
+    binding, proxy = member.parametrization.binding, member.tensors[0]
+    return id(binding.constraint), binding.layout, proxy.dtype, proxy.device, len(member.tensors)
+
+
+class _Together(torch.autograd.Function):
+    """The weights of a bucket, whose gradients may be asked for in any number of backward passes.
+
+    Autograd would free a batch's graph with the first of them, where a weight by itself has a graph of its own; and it
+    would give the weights that were not used a gradient of zeros instead of None. So the graph of the batch is kept
+    here, until all of its weights have had a gradient; after that, and for second derivatives, it is built again.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, parametrizations: list[Reparametrized], *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.set_materialize_grads(False)
+        ctx.parametrizations, ctx.tensors = parametrizations, tensors
+        ctx.versions = [t._version for t in tensors]
+        ctx.graph = _graph(parametrizations, tensors)
+        return tuple(w.detach() for w in ctx.graph[1])
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        used = [i for i, g in enumerate(gradients) if g is not None]
+        twice = torch.is_grad_enabled()
+        if (twice or ctx.graph is None) and [t._version for t in ctx.tensors] != ctx.versions:
+            raise RuntimeError(
+                "a proxy parameter was changed in place between a forward pass and a second backward pass through it; "
+                "step the optimizer after the last backward pass"
+            )
+        if twice:
+            leaves, weights = ctx.tensors, weights_of(ctx.parametrizations, ctx.tensors)
+        else:
+            leaves, weights = ctx.graph or _graph(ctx.parametrizations, ctx.tensors)
+        width = len(leaves) // len(weights)
+        wanted = [k for i in used for k in range(i * width, (i + 1) * width) if ctx.needs_input_grad[1 + k]]
+        found = torch.autograd.grad(
+            [weights[i] for i in used],
+            [leaves[k] for k in wanted],
+            [gradients[i] for i in used],
+            retain_graph=True,
+            create_graph=twice,
+            allow_unused=True,
+        )
+        if len(used) == len(weights) and not twice:
+            ctx.graph = None
+        result: list[Tensor | None] = [None] * len(leaves)
+        for k, gradient in zip(wanted, found, strict=True):
+            result[k] = gradient
+        return None, *result
+
+
+def _graph(parametrizations: Sequence[Reparametrized], tensors: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """Leaves with the values of ``tensors``, and the weights as functions of them."""
+    with torch.enable_grad():
+        leaves = [t.detach().requires_grad_(t.requires_grad) for t in tensors]
+        return leaves, weights_of(parametrizations, leaves)

@@ -1,0 +1,12 @@
+"""Whether code runs on ordinary tensors, or is being traced or transformed. Imports only torch."""
+
+from __future__ import annotations
+
+import torch
+
+
+def is_traced() -> bool:
+    """Whether torch.compile traces, or a torch.func transform runs: values cannot be read then, or not as numbers."""
+    if torch.compiler.is_compiling():
+        return True
+    return torch._C._functorch.peek_interpreter_stack() is not None

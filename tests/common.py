@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -113,3 +114,24 @@ def registered(cls: type[stiefel.Constraint]) -> Iterator[str]:
         yield cls.name
     finally:
         del stiefel.methods._CATALOGUE[cls.name]
+
+
+class PeakMemory(TorchDispatchMode):
+    """Keeps the most bytes that tensors made inside held at one time, views counted once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+        self._alive: dict[StorageWeakRef, int] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self._alive = {ref: size for ref, size in self._alive.items() if not ref.expired()}
+        given = {StorageWeakRef(t.untyped_storage()) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, Tensor):
+                ref = StorageWeakRef(leaf.untyped_storage())
+                if ref not in self._alive and ref not in given:
+                    self._alive[ref] = leaf.untyped_storage().nbytes()
+        self.bytes = max(self.bytes, sum(self._alive.values()))
+        return result

@@ -119,21 +119,24 @@ class _Together(torch.autograd.Function):
                 "a proxy parameter was changed in place between a forward pass and a second backward pass through it; "
                 "step the optimizer after the last backward pass"
             )
-        if twice:
-            leaves, weights = ctx.tensors, weights_of(ctx.parametrizations, ctx.tensors)
+        width = len(ctx.tensors) // len(gradients)
+        if twice:  # by those that are used alone, so that the others have no part in the new graph either
+            leaves = ctx.tensors
+            own = [t for i in used for t in leaves[i * width : (i + 1) * width]]
+            outputs = weights_of([ctx.parametrizations[i] for i in used], own)
         else:
             leaves, weights = ctx.graph or _graph(ctx.parametrizations, ctx.tensors)
-        width = len(leaves) // len(weights)
+            outputs = [weights[i] for i in used]
         wanted = [k for i in used for k in range(i * width, (i + 1) * width) if ctx.needs_input_grad[1 + k]]
         found = torch.autograd.grad(
-            [weights[i] for i in used],
+            outputs,
             [leaves[k] for k in wanted],
             [gradients[i] for i in used],
             retain_graph=True,
             create_graph=twice,
             allow_unused=True,
         )
-        if len(used) == len(weights) and not twice:
+        if len(used) == len(gradients) and not twice:
             ctx.graph = None
         result: list[Tensor | None] = [None] * len(leaves)
         for k, gradient in zip(wanted, found, strict=True):

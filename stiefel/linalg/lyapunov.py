@@ -95,5 +95,32 @@ def lyapunov_by_products(
     return omega * scale
 
 
+@torch.no_grad()
+def lyapunov_by_doubling(
+    h: Float[Tensor, "*batch p p"], z: Float[Tensor, "*batch p p"], c: Float[Tensor, "*batch p p"], steps: int = 13
+) -> Float[Tensor, "*batch p p"]:
+    """Solve ``H Ω + Ω H = C`` in a fixed number of products, of which nothing is read back; for double.
+
+        A = (H − μI)(H + μI)⁻¹,   Ω₀ = 2μ (H + μI)⁻¹ C (H + μI)⁻¹,   Ω ← Ω + AΩA,   A ← A²
+
+    k steps sum the first 2^k terms of ``Ω = Σ Aʲ Ω₀ Aʲ``, each smaller by ((√κ − 1)/(√κ + 1))² at best; with μ² the
+    ratio of ‖H‖_F to ‖H⁻¹‖_F, 13 suffice for condition numbers κ up to 1e4.
+
+    Args:
+        h: Hermitian and positive definite.
+        z: its inverse.
+        c: any right-hand side.
+
+    Source: Smith (1968), Matrix equation XA + BX = C, for the squared form.
+    """
+    mu = (torch.linalg.matrix_norm(h, keepdim=True) / torch.linalg.matrix_norm(z, keepdim=True)).sqrt()
+    shift = mu * torch.eye(h.shape[-1], dtype=h.dtype, device=h.device)
+    inverse = torch.linalg.inv_ex(h + shift)[0]
+    omega, a = 2 * mu * (inverse @ c @ inverse), (h - shift) @ inverse
+    for _ in range(steps):
+        omega, a = omega + a @ omega @ a, a @ a
+    return omega
+
+
 def _squared(a: Tensor) -> Tensor:
     return torch.linalg.vector_norm(a, dim=(-2, -1), keepdim=True).square()

@@ -34,16 +34,21 @@ def msign(m: Float[Tensor, "*batch p n"], steps: int = 12) -> Float[Tensor, "*ba
     Source: Amsel, Persson, Musco and Gower, The Polar Express, 2025 (arXiv 2505.16932), Algorithm 1.
     """
     x = (m / (1.01 * m.shape[-2] ** 0.5 * balance(m))).reshape(-1, *m.shape[-2:])
-    for a, b, c in _quintics(steps):
+    for a, b, c in quintics(steps, SMALLEST):
         gram = x @ x.mH
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x.reshape(m.shape)
 
 
 @cache
-def _quintics(steps: int) -> tuple[tuple[float, float, float], ...]:
-    """The polynomial of each step: the minimax one on the interval that the singular values then lie in."""
-    low, high, found = SMALLEST, 1.0, []
+def quintics(steps: int, smallest: float) -> tuple[tuple[float, float, float], ...]:
+    """The polynomial of each step: the minimax one on the interval that the singular values then lie in.
+
+    Args:
+        steps: how many.
+        smallest: the interval at first is [smallest, 1].
+    """
+    low, high, found = smallest, 1.0, []
     for _ in range(steps):
         coefficients, error = _minimax_quintic(low, high)
         found.append(coefficients)

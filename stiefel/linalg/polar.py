@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from stiefel.linalg.inverse_root import inverse_root
-from stiefel.linalg.lyapunov import lyapunov, lyapunov_by_products
-from stiefel.linalg.msign import msign
+from stiefel.linalg.inverse_root import inverse_root, inverse_root_by_iteration
+from stiefel.linalg.lyapunov import lyapunov, lyapunov_by_doubling, lyapunov_by_products
 from stiefel.linalg.precision import full_precision, in_double
 from stiefel.linalg.tracing import is_traced
 
@@ -21,8 +19,6 @@ if TYPE_CHECKING:
 
 SMALL = 2**14
 """Total size b·p² of a batch's Gram matrices below which their eigendecompositions are faster (2 CPU cores)."""
-STEPS = 14
-"""Of the matrix sign where nothing can be read back: enough at condition number 1e4 and p = 512."""
 
 
 def polar(
@@ -48,8 +44,8 @@ def polar(
             ``"eigen"``: float64 by SVD, anything narrower by the eigenvalues of its Gram matrix in float64 (accurate to
             1e-8 for condition numbers up to 1e4, where a float32 Gram matrix loses everything). ``"products"``: float32
             on a CPU, :func:`inverse_root` and conjugate gradients, and ``"eigen"`` where V is ill-conditioned.
-            ``"iteration"``: float32 on a GPU, a fixed number of products that the host need not wait for
-            (:func:`msign`); accurate to 2e-6 in ‖XXᴴ − I‖_F/√p for condition numbers up to 1e4, with no ``eps``.
+            ``"iteration"``: float32 on a GPU, the same in double by a fixed number of products that the host need not
+            wait for, for condition numbers up to 1e4, without ``eps``.
 
     Returns:
         X in the dtype of ``v``. Autocast and TF32 are off inside.
@@ -78,11 +74,14 @@ def _by_products(v: Tensor, eps: float) -> Tensor:
     batch = v.reshape(-1, *v.shape[-2:])
     with full_precision(v.device):
         root = inverse_root(batch.detach())
-    return _by_eigenvalues(v, eps) if root is None else _PolarOfRoot.apply(batch, *root, eps).reshape(v.shape)
+    return _by_eigenvalues(v, eps) if root is None else _PolarOfRoot.apply(batch, *root, eps, True).reshape(v.shape)
 
 
 def _by_iteration(v: Tensor, eps: float) -> Tensor:
-    return _IteratedPolar.apply(v, eps)
+    batch = v.reshape(-1, *v.shape[-2:])
+    with full_precision(v.device):
+        root = inverse_root_by_iteration(batch.detach())
+    return _PolarOfRoot.apply(batch, *root, eps, False).reshape(v.shape)
 
 
 SOLVERS: dict[str, Callable[[Tensor, float], Tensor]] = {
@@ -144,50 +143,31 @@ class _Polar(torch.autograd.Function):
 
 
 class _PolarOfRoot(torch.autograd.Function):
-    """``X = Z V`` with Z = (VVᴴ)^{-1/2} and H = (VVᴴ)^{1/2} given; five products of p×n, and some of p×p."""
+    """``X = Z V`` with Z = (VVᴴ)^{-1/2} and H = (VVᴴ)^{1/2} given; five products of p×n, and some of p×p.
+
+    They are computed in the precision of Z and H. ``waits``: whether the host may read numbers back from the device.
+    """
 
     @staticmethod
-    def forward(ctx: Any, v: Tensor, z: Tensor, h: Tensor, eps: float) -> Tensor:
+    def forward(ctx: Any, v: Tensor, z: Tensor, h: Tensor, eps: float, waits: bool) -> Tensor:
         with full_precision(v.device):
-            x = torch.bmm(z, v)
-        ctx.eps = eps
+            x = (z @ v.to(z.dtype)).to(v.dtype)
+        ctx.eps, ctx.waits = eps, waits
         ctx.save_for_backward(v, z, h, x)
         return x
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         v, z, h, x = ctx.saved_tensors
-        g = grads[0].to(v.dtype)
         if torch.is_grad_enabled():
-            return _gradient_by_eigenvalues(v, g, ctx.eps), None, None, None
+            return _gradient_by_eigenvalues(v, grads[0].to(v.dtype), ctx.eps), None, None, None, None
         with full_precision(v.device):
-            a = torch.bmm(g, x.mH)
-            k = torch.baddbmm(lyapunov_by_products(h, a - a.mH), z, a, alpha=-1)
-            return torch.baddbmm(torch.bmm(z, g), k, x), None, None, None
-
-
-class _IteratedPolar(torch.autograd.Function):
-    """``X = msign(V)``. The derivative of the polar factor is self-adjoint, so the gradient is the derivative along G.
-
-    That is a second, coupled iteration, which stores nothing and decomposes nothing.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, v: Tensor, eps: float) -> Tensor:
-        ctx.eps = eps
-        ctx.save_for_backward(v)
-        with full_precision(v.device):
-            return msign(v, STEPS)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        (v,) = ctx.saved_tensors
-        g = grads[0].to(v.dtype)
-        if torch.is_grad_enabled():
-            return _gradient_by_eigenvalues(v, g, ctx.eps), None
-        with full_precision(v.device):
-            gradient = torch.func.jvp(partial(msign, steps=STEPS), (v,), (g,))[1]
-        return torch.where((v == 0).all(dim=(-2, -1), keepdim=True), g, gradient), None
+            g, x = grads[0].to(z.dtype), x.to(z.dtype)
+            a = g @ x.mH
+            c = a - a.mH
+            omega = lyapunov_by_products(h, c) if ctx.waits else lyapunov_by_doubling(h, z, c)
+            gradient = torch.baddbmm(z @ g, torch.baddbmm(omega, z, a, alpha=-1), x)
+        return gradient.to(v.dtype), None, None, None, None
 
 
 def _gradient_by_eigenvalues(v: Tensor, g: Tensor, eps: float) -> Tensor:

@@ -7,9 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from stiefel.linalg.inverse_root import inverse_root
-from stiefel.linalg.msign import msign
-from stiefel.linalg.polar import STEPS
+from stiefel.linalg.inverse_root import inverse_root, inverse_root_by_iteration
 from stiefel.linalg.precision import in_double
 from stiefel.linalg.tracing import is_traced
 
@@ -34,12 +32,10 @@ def nearest_orthonormal(v: Float[Tensor, "*batch p n"], *, exact: bool = True) -
     Source: Fan and Hoffman (1955); Higham, Functions of Matrices (2008), Theorem 8.4.
     """
     if not exact and v.dtype in (torch.float32, torch.complex64) and not is_traced():
-        if v.is_cuda:
-            return msign(v, STEPS)
         batch = v.reshape(-1, *v.shape[-2:])
-        root = inverse_root(batch)
+        root = inverse_root_by_iteration(batch) if v.is_cuda else inverse_root(batch)
         if root is not None:
-            return torch.bmm(root[0], batch).reshape(v.shape)
+            return (root[0] @ batch.to(root[0].dtype)).to(v.dtype).reshape(v.shape)
     u, _, vh = torch.linalg.svd(in_double(v), full_matrices=False)
     return (u @ vh).to(v.dtype)
 

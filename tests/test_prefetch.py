@@ -1,0 +1,418 @@
+"""Weights computed together when a forward pass begins: the same numbers, in every way that a model is used."""
+
+import copy
+import pickle
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.func import functional_call, grad, vmap
+from torch.nn.utils import parametrize
+from torch.utils.checkpoint import checkpoint
+
+import stiefel
+from stiefel.attach import deposits
+from stiefel.attach.prefetch import stop_prefetch
+from stiefel.constraint import Reparameterization
+from stiefel.methods import method_class
+
+MAPS = [name for name in stiefel.available() if issubclass(method_class(name), Reparameterization)]
+BATCHED_AT = 48
+"""Outputs of a layer at which three of them together are large enough for the solver that works by products."""
+
+
+class Block(nn.Module):
+    """Two equal layers, a convolution and its twin, and a branch that only some passes use."""
+
+    def __init__(self, width: int = BATCHED_AT) -> None:
+        super().__init__()
+        self.a, self.b, self.unused = (nn.Linear(width, width) for _ in range(3))
+        self.narrow = nn.Linear(width, 5)
+        self.c, self.d = nn.Conv2d(2, 3, 3, padding=1), nn.Conv2d(2, 3, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        image = x[:, :32].reshape(-1, 2, 4, 4)
+        return self.narrow(torch.tanh(self.b(torch.tanh(self.a(x))))).sum(1) + (self.c(image) * self.d(image)).mean(
+            (1, 2, 3)
+        )
+
+
+def block(method: str = "own", *, together: bool = True, dtype: torch.dtype = torch.float32, **options: Any) -> Block:
+    torch.manual_seed(0)
+    model = stiefel.constrain(Block().to(dtype), method, **options)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())).to(dtype))
+    if not together:
+        stop_prefetch(model)
+    return model
+
+
+def inputs(seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(6, BATCHED_AT, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor | None]:
+    return {name: None if p.grad is None else p.grad.clone() for name, p in model.named_parameters()}
+
+
+def assert_same(found: dict[str, Tensor | None], expected: dict[str, Tensor | None], eps: float) -> None:
+    assert found.keys() == expected.keys()
+    for name, g in expected.items():
+        assert (found[name] is None) == (g is None), name
+        if g is not None:
+            assert (found[name] - g).norm() <= 50 * eps * (1 + g.norm()), name
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """How many matrices each evaluation of OWN was given."""
+    seen: list[int] = []
+    forward = method_class("own").forward
+
+    def counted(self: Any, proxy: Tensor, *args: Any, **parts: Any) -> Tensor:
+        seen.append(len(proxy))
+        return forward(self, proxy, *args, **parts)
+
+    monkeypatch.setattr(method_class("own"), "forward", counted)
+    yield seen
+    assert not deposits._passes.stack  # whatever happened, no pass is left open
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("method", MAPS)
+def test_together_and_one_by_one_give_the_same(method: str, dtype: torch.dtype) -> None:
+    found = []
+    for together in (True, False):
+        model = block(method, together=together, dtype=dtype)
+        loss = model(inputs(dtype=dtype)).square().sum()
+        loss.backward()
+        found.append((loss.detach(), gradients(model)))
+    eps = torch.finfo(dtype).eps
+    assert abs(found[0][0] - found[1][0]) <= 50 * eps * (1 + abs(found[1][0]))
+    assert_same(found[0][1], found[1][1], eps * 10)
+
+
+@pytest.mark.parametrize("options", [{"scale": "learnable"}, {"scale": "relu"}, {"group_size": 1}, {"center": False}])
+def test_options_together(options: dict[str, Any]) -> None:
+    found = []
+    for together in (True, False):
+        model = block("own", together=together, dtype=torch.float64, layers=["a", "b", "unused"], **options)
+        model(inputs(dtype=torch.float64)).square().sum().backward()
+        found.append(gradients(model))
+    assert_same(*found, eps=1e-14)
+
+
+def test_equal_layers_are_computed_in_one_call(calls: list[int]) -> None:
+    model = block()
+    calls.clear()
+    model(inputs()).sum().backward()
+    assert sorted(calls) == [1, 2, 3]  # narrow; c and d; a, b and unused
+
+
+def test_a_layer_that_is_not_used_has_no_gradient() -> None:
+    model = block()
+    model(inputs()).sum().backward()
+    assert model.unused.parametrizations.weight.original.grad is None
+    assert model.a.parametrizations.weight.original.grad is not None
+
+
+class Branches(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = nn.Linear(BATCHED_AT, BATCHED_AT), nn.Linear(BATCHED_AT, BATCHED_AT)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        return self.left(x).square().sum(), self.right(x).square().sum()
+
+
+def branches(together: bool = True) -> nn.Module:
+    torch.manual_seed(0)
+    model = stiefel.constrain(Branches(), "own", center=False)
+    if not together:
+        stop_prefetch(model)
+    return model
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
+def test_losses_of_one_pass_may_have_backward_passes_of_their_own(order: tuple[int, int]) -> None:
+    found = []
+    for together in (True, False):
+        model = branches(together)
+        losses = model(inputs())
+        for k in order:
+            losses[k].backward()
+        found.append(gradients(model))
+    assert_same(*found, eps=1e-6)
+
+
+def test_a_graph_may_be_kept_for_a_second_backward_pass() -> None:
+    model = branches()
+    loss = sum(model(inputs()))
+    loss.backward(retain_graph=True)
+    once = gradients(model)
+    loss.backward()
+    assert_same(gradients(model), {name: 2 * g for name, g in once.items() if g is not None}, 1e-6)
+
+
+def test_a_step_between_two_backward_passes_is_told() -> None:
+    model = branches()
+    loss = sum(model(inputs()))
+    loss.backward(retain_graph=True)
+    torch.optim.SGD(model.parameters(), lr=0.1).step()
+    with pytest.raises(RuntimeError, match=r"changed in place|modified by an inplace"):
+        loss.backward()
+
+
+def test_second_derivatives() -> None:
+    found = []
+    for together in (True, False):
+        model = block(together=together, dtype=torch.float64)
+        wanted = [p for name, p in model.named_parameters() if "unused" not in name]
+        first = torch.autograd.grad(model(inputs(dtype=torch.float64)).square().sum(), wanted, create_graph=True)
+        sum(g.square().sum() for g in first).backward()
+        found.append(gradients(model))
+    assert_same(*found, eps=1e-12)
+
+
+def test_adversarial_training_with_two_forward_passes() -> None:
+    """Both passes of a discriminator, then each loss backward, and a generator's step through it."""
+    found = []
+    for together in (True, False):
+        model = block(together=together)
+        fake = inputs(1).requires_grad_()
+        real_loss, fake_loss = model(inputs(0)).mean(), -model(fake.detach()).mean()
+        real_loss.backward()
+        fake_loss.backward()
+        model(fake).mean().backward()
+        found.append({**gradients(model), "fake": fake.grad})
+    assert_same(*found, eps=1e-6)
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("whole", [False, True])
+def test_gradient_checkpointing(reentrant: bool, whole: bool) -> None:
+    class Checkpointed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(BATCHED_AT, BATCHED_AT), nn.Linear(BATCHED_AT, BATCHED_AT)
+            self.active = not whole
+
+        def part(self, x: Tensor) -> Tensor:
+            return torch.tanh(self.second(torch.tanh(self.first(x))))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return checkpoint(self.part, x, use_reentrant=reentrant) if self.active else self.part(x)
+
+    found = []
+    for use in (True, False):
+        torch.manual_seed(0)
+        model = stiefel.constrain(Checkpointed(), "own", center=False)
+        model.active = use and not whole
+        x = inputs().requires_grad_()
+        output = checkpoint(model, x, use_reentrant=reentrant) if use and whole else model(x)
+        output.square().sum().backward()
+        found.append(gradients(model))
+    assert_same(*found, eps=1e-6)
+
+
+def test_a_part_called_on_its_own(calls: list[int]) -> None:
+    model = block()
+    calls.clear()
+    model.a(inputs()).sum().backward()
+    assert calls == [1]
+    assert model.b.parametrizations.weight.original.grad is None
+
+
+def test_a_pass_that_fails_leaves_nothing_behind(calls: list[int]) -> None:
+    model = block()
+    with pytest.raises(RuntimeError):
+        model(torch.randn(3, 7))
+    assert not deposits._passes.stack
+    model(inputs()).sum().backward()
+
+
+def test_nested_roots_compute_once(calls: list[int]) -> None:
+    outer = nn.Sequential(nn.Linear(BATCHED_AT, BATCHED_AT), block())
+    stiefel.constrain(outer, "own", layers=["0"], center=False)
+    calls.clear()
+    outer(inputs()).sum().backward()
+    assert sum(calls) == 1 + 6
+
+
+def test_a_cell_in_a_loop_is_computed_once(calls: list[int]) -> None:
+    class Loop(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.cell = nn.RNNCell(4, 16)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = x.new_zeros(len(x), 16)
+            for k in range(x.shape[1]):
+                h = self.cell(x[:, k], h)
+            return h
+
+    torch.manual_seed(0)
+    model = stiefel.constrain(Loop(), "own", layers=["cell.weight_hh"], center=False)
+    alone = copy.deepcopy(model)
+    stop_prefetch(alone)
+    x = torch.randn(3, 20, 4, generator=torch.Generator().manual_seed(0))
+    calls.clear()
+    model(x).square().sum().backward()
+    assert calls == [1]
+    alone(x).square().sum().backward()
+    assert len(calls) == 21
+    assert_same(gradients(model), gradients(alone), 1e-6)
+
+
+@pytest.mark.parametrize("cls", [nn.RNN, nn.LSTM, nn.GRU])
+def test_recurrent_layers(cls: Any) -> None:
+    class Wrapped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rnn = cls(4, 16, batch_first=True)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.rnn(x)[0]
+
+    found = []
+    for together in (True, False):
+        torch.manual_seed(0)
+        model = stiefel.constrain(Wrapped(), "own", layers=["rnn.weight_hh_l0"], center=False)
+        if not together:
+            stop_prefetch(model)
+        model(torch.ones(2, 5, 4)).square().sum().backward()
+        found.append(gradients(model))
+        copy.deepcopy(model)
+    assert_same(*found, eps=1e-6)
+
+
+def test_copies_and_pickles_carry_no_deposits() -> None:
+    model = block()
+    model(inputs()).sum()
+    for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(nn.ModuleList([nn.Linear(2, 2)])))):
+        twin.train()
+    twin = copy.deepcopy(model)
+    with torch.no_grad():
+        twin.a.parametrizations.weight.original.mul_(torch.arange(1.0, BATCHED_AT + 1)[:, None])
+    model(inputs()).square().sum().backward()
+    twin(inputs()).square().sum().backward()
+    alone = copy.deepcopy(twin)
+    stop_prefetch(alone)
+    alone.zero_grad()
+    alone(inputs()).square().sum().backward()
+    assert_same(gradients(twin), gradients(alone), 1e-5)
+
+
+def test_threads_do_not_see_each_other() -> None:
+    model = block()
+    expected = model(inputs()).detach()
+    failures: list[BaseException] = []
+
+    def work(seed: int) -> None:
+        try:
+            for _ in range(5):
+                out = model(inputs())
+                torch.autograd.grad(out.sum(), [model.a.bias])
+                torch.testing.assert_close(out.detach(), expected)
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=work, args=(k,)) for k in range(4)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert not failures
+
+
+def test_transforms_go_one_by_one(calls: list[int]) -> None:
+    model = block(dtype=torch.float64)
+    parameters = {name: p.detach() for name, p in model.named_parameters()}
+    x = inputs(dtype=torch.float64)
+
+    def loss(values: dict[str, Tensor], row: Tensor) -> Tensor:
+        return functional_call(model, values, (row[None],)).sum()
+
+    per_sample = vmap(grad(loss), (None, 0))(parameters, x)
+    model(x).sum().backward()
+    for name, p in model.named_parameters():
+        if p.grad is not None:
+            torch.testing.assert_close(per_sample[name].sum(0), p.grad, rtol=1e-9, atol=1e-10)
+
+
+def test_fast_weights_that_are_no_leaves() -> None:
+    model = block(dtype=torch.float64)
+    factor = torch.tensor(1.1, dtype=torch.float64, requires_grad=True)
+    fast = {name: factor * p for name, p in model.named_parameters()}
+    functional_call(model, fast, (inputs(dtype=torch.float64),)).sum().backward()
+    assert factor.grad is not None
+    assert factor.grad.isfinite()
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # by torch._dynamo itself
+def test_compiled_models() -> None:
+    found = []
+    for compiled in (False, True):
+        model = block()
+        run: Callable[..., Tensor] = torch.compile(model, backend="aot_eager") if compiled else model
+        run(inputs()).square().sum().backward()
+        found.append(gradients(model))
+    assert_same(*found, eps=1e-5)
+
+
+def test_torchs_cache_still_works(calls: list[int]) -> None:
+    model = block()
+    with parametrize.cached():
+        model(inputs()).sum().backward()
+
+
+def test_frozen_layers_and_late_replacements() -> None:
+    model = block()
+    model.a.requires_grad_(False)
+    model.a.parametrizations.weight.requires_grad_(False)
+    model.b = nn.Linear(BATCHED_AT, BATCHED_AT)
+    model(inputs()).sum().backward()
+    assert model.a.parametrizations.weight.original.grad is None
+    assert model.b.weight.grad is not None
+
+
+def test_release_takes_the_hooks_off() -> None:
+    model = block()
+    out = model(inputs()).detach()
+    stiefel.release(model)
+    assert not model._forward_pre_hooks
+    assert not model._forward_hooks
+    torch.testing.assert_close(model(inputs()).detach(), out)
+
+
+def test_data_parallel_with_an_unused_branch(tmp_path: Any) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
+    try:
+        model = block()
+        alone = copy.deepcopy(model)
+        parallel = nn.parallel.DistributedDataParallel(model, find_unused_parameters=True)
+        for _ in range(2):
+            parallel(inputs()).sum().backward()
+            alone(inputs()).sum().backward()
+        found, expected = gradients(model), gradients(alone)
+        for name, g in expected.items():  # the reducer itself turns an unused gradient into zeros
+            if g is not None:
+                torch.testing.assert_close(found[name], g)
+    finally:
+        dist.destroy_process_group()
+
+
+def test_a_part_without_the_batch_dimension_is_refused() -> None:
+    cls = method_class("cayley")
+
+    class Shared(cls):  # type: ignore[misc, valid-type]
+        def start(self, x: Tensor, layout: Any) -> Any:
+            return x, {"temperature": torch.ones(())}
+
+    with pytest.raises(stiefel.StiefelError, match="'temperature' of shape"):
+        stiefel.constrain(nn.Linear(4, 3), Shared())

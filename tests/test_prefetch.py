@@ -354,7 +354,7 @@ def test_fast_weights_that_are_no_leaves() -> None:
     assert factor.grad.isfinite()
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # by torch._dynamo itself
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")  # by torch._dynamo itself
 def test_compiled_models() -> None:
     found = []
     for compiled in (False, True):

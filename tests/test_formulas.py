@@ -338,7 +338,7 @@ def test_penalties_by_hand():
 
 
 @every_shape
-@pytest.mark.parametrize("size", [1e-6, 1.0, 1e3])
+@pytest.mark.parametrize("size", [1e-6, 1.0, 1e3, 1e6])
 def test_penalties_equal_their_definitions(shape, size):
     """Bansal, Chen and Wang (2018), eqs. 1 (SO), 2 (DSO), 3 (MC), 4 (SRIP), with numpy; DSO with both Gram matrices."""
     x = size * gaussian(*shape)
@@ -1202,6 +1202,25 @@ def test_weights_do_not_depend_on_the_size_of_their_proxy(name, dtype, problem):
     v = spectrum(p, n, torch.linspace(0.3, 1.5, p), seed=seed)[None].to(dtype)
     x, y = (method.forward(f * v, Layout((p, n))) for f in (1.0, factor))
     assert close(x, y, 8 * torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("kind", stiefel.get("soft").tuning["kind"])
+@every_dtype
+@properties
+@given(problem=problems())
+def test_penalties_fall_along_their_gradient_at_any_size(kind, dtype, problem):
+    """A step of a millionth of the weight's length, in double; in single precision both are finite."""
+    (p, n), size, seed = problem
+    method, layout = stiefel.get("soft", kind=kind), Layout((p, n))
+    x = (size * gaussian(1, p, n, seed=seed)).to(dtype).requires_grad_()
+    value = method.penalty(x, layout).sum()
+    (gradient,) = torch.autograd.grad(value, x)
+    assert value >= 0
+    assert torch.isfinite(value)
+    assert torch.isfinite(gradient).all()
+    if dtype == torch.float64:
+        down = gradient / torch.linalg.norm(gradient) * torch.linalg.norm(x)
+        assert method.penalty(x - 1e-6 * down, layout).sum() <= value * (1 + 1e-14)
 
 
 @properties

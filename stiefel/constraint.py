@@ -49,7 +49,7 @@ class Claim:
     rates: tuple[float, float] = (0.0, math.inf)
     optimizers: tuple[str, ...] = ()
 
-    def allows(self, residual: float, dtype: torch.dtype, p: int = 1) -> bool:
+    def allows(self, residual: float, dtype: torch.dtype, p: int) -> bool:
         """Whether a residual ‖XXᵀ − I‖_F/√p of p rows is within the claim."""
         return residual <= self.bound / p**0.5 + ROUNDING * torch.finfo(dtype).eps
 

@@ -155,6 +155,26 @@ class Leaks(Step):
         return nearest_orthonormal(x + displacement / (1 + 100 * self.longest[0]))
 
 
+@rejected_by("late_gradient")
+class SharesHistory(Step):
+    """Keeps one momentum for all weights of a shape, so that a late one starts with the others' past."""
+
+    mean: ClassVar[dict[torch.Size, Tensor]] = {}
+
+    def step(self, x: Tensor, displacement: Tensor, lr: float) -> Tensor:
+        last = self.mean.get(x.shape[1:], torch.zeros_like(x[0]))
+        self.mean[x.shape[1:]] = 0.5 * (last + displacement.mean(0))
+        return nearest_orthonormal(x + displacement + last)
+
+
+@rejected_by("release")
+class Jitters(Map):
+    """Computes another weight each time, so that the one which release leaves is not the one last used."""
+
+    def forward(self, proxy: Tensor, layout: Layout) -> Tensor:
+        return polar(proxy * (1 + 1e-3 * torch.rand(proxy.shape[-1], dtype=torch.float64).to(proxy)))
+
+
 @rejected_by("seed", "resume", "copy")
 class NotReproducible(Step):
     """Draws from a generator of its own, which no seed reaches."""

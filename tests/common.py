@@ -1,9 +1,10 @@
 """What several test files share: layers with their layouts, the forms of a method, and one of a user's own."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
+from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -75,10 +76,17 @@ def compare(problem: Path, *arguments: str) -> int:
 
 
 def forms(name: str, **options: Any) -> list[stiefel.Constraint]:
-    """A method with these options, and with each other value of the options that its tuning space names by a word."""
-    first = stiefel.get(name, **options)
-    named = [(option, v) for option, values in first.tuning.items() for v in values if isinstance(v, str)]
-    return [first, *(replace(first, **{option: v}) for option, v in named if v != getattr(first, option))]
+    """A method with these options, first as it is, and with every combination of its options that take a word.
+
+    Those are the ones whose type is a ``Literal``, or for which its tuning space names words.
+    """
+    first, words = stiefel.get(name, **options), {}
+    hints = get_type_hints(type(first))
+    for option in (f.name for f in fields(first)):
+        literal = get_args(hints[option]) if get_origin(hints[option]) is Literal else ()
+        if values := [v for v in first.tuning.get(option, literal) if isinstance(v, str)]:
+            words[option] = sorted(values, key=lambda v: v != getattr(first, option))  # its own value comes first
+    return [replace(first, **dict(zip(words, choice, strict=True))) for choice in product(*words.values())]
 
 
 class Largest(TorchDispatchMode):

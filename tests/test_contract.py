@@ -1114,6 +1114,36 @@ def test_a_users_method_works_everywhere(users_method: str, choice: str) -> None
         assert stiefel.report(twin).worst < 1e-5
 
 
+TORCHS = {
+    name: cls
+    for name, cls in vars(torch.optim).items()
+    if isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer) and cls is not torch.optim.Optimizer
+}
+LIFTABLE = [name for name in TORCHS if name not in ("LBFGS", "Rprop", "SparseAdam")]
+
+
+@pytest.mark.parametrize("choice", LIFTABLE)
+@pytest.mark.parametrize("method", [m for m in METHODS if stiefel.get(m).lifts])
+def test_every_dense_optimizer_is_lifted(method: str, choice: str) -> None:
+    """All weights are 2-D, as torch's Muon asks; the one that no method holds moves as under the optimizer itself."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 4, bias=False), nn.Tanh(), nn.Linear(4, 4, bias=False)).double()
+    plain = copy.deepcopy(model)
+    stiefel.constrain(model, method, layers="0")
+    optimizer, base = stiefel.optimizer(model, TORCHS[choice], lr=0.05), TORCHS[choice](plain.parameters(), lr=0.05)
+    assert isinstance(optimizer, TORCHS[choice])
+    before, (found,) = model[0].weight.detach().clone(), constrained_weights(model)
+    for step in range(10):
+        g = [batch(4, 6, seed=step, dtype=torch.float64), batch(4, 4, seed=step, dtype=torch.float64)]
+        for m in (model, plain):
+            m[0].weight.grad, m[2].weight.grad = g[0].clone(), g[1].clone()
+        optimizer.step()
+        base.step()
+        assert found.allows(found.residual()), step
+    assert torch.equal(model[2].weight, plain[2].weight)
+    assert (model[0].weight - before).norm() > 1e-4
+
+
 @pytest.mark.parametrize("scale", [1.0, 2.5])
 def test_a_step_method_gets_the_base_optimizers_displacement(projection: str, scale: float) -> None:
     """With rate 0.1 and gradient G, X becomes polar(X − 0.1 G / s): displacements, not gradients, are divided."""

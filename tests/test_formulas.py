@@ -338,7 +338,7 @@ def test_penalties_by_hand():
 
 
 @every_shape
-@pytest.mark.parametrize("size", [1e-6, 1.0, 1e3])
+@pytest.mark.parametrize("size", [1e-6, 1.0, 1e3, 1e6])
 def test_penalties_equal_their_definitions(shape, size):
     """Bansal, Chen and Wang (2018), eqs. 1 (SO), 2 (DSO), 3 (MC), 4 (SRIP), with numpy; DSO with both Gram matrices."""
     x = size * gaussian(*shape)
@@ -1121,7 +1121,7 @@ def test_step_methods_keep_their_claim_at_any_length(name, options, dtype):
         u = min(size, farthest(method)) * u / torch.linalg.matrix_norm(u, keepdim=True)
         moved = stepped(method, orthonormal(12, *shape).to(dtype), u.to(dtype), min(lr, farthest(method)))
         worst = residual(moved).max().item() / shape[0] ** 0.5
-        if not method.claim.allows(worst, dtype):
+        if not method.claim.allows(worst, dtype, shape[0]):
             failed[shape, size] = worst
     assert not failed
 
@@ -1137,7 +1137,7 @@ def test_riemannian_retractions_keep_their_claim_at_any_length(retraction, metri
         u = min(size, farthest(method)) * u / torch.linalg.matrix_norm(u, keepdim=True)
         moved = method.manifold(Layout(shape)).retract(x, project_tangent(x, u.to(dtype)))
         worst = residual(moved).max().item() / shape[0] ** 0.5
-        if not method.claim.allows(worst, dtype):
+        if not method.claim.allows(worst, dtype, shape[0]):
             failed[shape, size] = worst
     assert not failed
 
@@ -1167,7 +1167,7 @@ def test_a_few_steps_of_any_length_stay_within_the_claim(name, options, problem)
         u = gaussian(4, p, n, seed=seed + step + 2)
         u = min(size, farthest(method)) * u / torch.linalg.matrix_norm(u, keepdim=True)
         x = stepped(method, x, u, 0.1)
-        assert method.claim.allows(residual(x).max().item() / p**0.5, torch.float64)
+        assert method.claim.allows(residual(x).max().item() / p**0.5, torch.float64, p)
 
 
 CLAIMED = [case for case in variants(Reparameterization) if stiefel.get(case.values[0], **case.values[1]).claim]
@@ -1187,7 +1187,7 @@ def test_reparameterized_weights_are_within_the_claim(name, options, dtype, prob
         size = min(size, farthest(method))
     proxy = (size * spectrum(p, n, torch.linspace(0.3, 1.5, p), seed=seed)[None]).to(dtype)
     worst = residual(method.forward(proxy, layout, **parts)).max().item() / p**0.5
-    assert method.claim.allows(worst, dtype)
+    assert method.claim.allows(worst, dtype, p)
 
 
 @pytest.mark.parametrize("name", SCALE_FREE)
@@ -1202,6 +1202,25 @@ def test_weights_do_not_depend_on_the_size_of_their_proxy(name, dtype, problem):
     v = spectrum(p, n, torch.linspace(0.3, 1.5, p), seed=seed)[None].to(dtype)
     x, y = (method.forward(f * v, Layout((p, n))) for f in (1.0, factor))
     assert close(x, y, 8 * torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("kind", stiefel.get("soft").tuning["kind"])
+@every_dtype
+@properties
+@given(problem=problems())
+def test_penalties_fall_along_their_gradient_at_any_size(kind, dtype, problem):
+    """A step of a millionth of the weight's length, in double; in single precision both are finite."""
+    (p, n), size, seed = problem
+    method, layout = stiefel.get("soft", kind=kind), Layout((p, n))
+    x = (size * gaussian(1, p, n, seed=seed)).to(dtype).requires_grad_()
+    value = method.penalty(x, layout).sum()
+    (gradient,) = torch.autograd.grad(value, x)
+    assert value >= 0
+    assert torch.isfinite(value)
+    assert torch.isfinite(gradient).all()
+    if dtype == torch.float64:
+        down = gradient / torch.linalg.norm(gradient) * torch.linalg.norm(x)
+        assert method.penalty(x - 1e-6 * down, layout).sum() <= value * (1 + 1e-14)
 
 
 @properties

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 import stiefel
+from stiefel.attach.binding import constrained_weights
 from stiefel.errors import OptionError
 from stiefel.measure import display
 from stiefel.measure import monitor as monitor_module
@@ -97,6 +98,43 @@ def test_a_monitor_changes_nothing_in_a_training(method: str) -> None:
     monitor.close()
     for (name, a), b in zip(plain.state_dict().items(), watched.state_dict().values(), strict=True):
         assert torch.equal(a, b), name
+
+
+SHORTENING = [m for m in stiefel.available() if stiefel.get(m).lifts and not stiefel.get(m).feasible]
+SHORTENING = [m for m in SHORTENING if stiefel.get(m).claim is not None]
+
+
+@pytest.mark.parametrize("cls", [torch.optim.SGD, torch.optim.Adam])
+@pytest.mark.parametrize("method", SHORTENING)
+def test_steps_shortened_at_any_rate_are_counted_in_report_and_rows(
+    method: str, cls: type[torch.optim.Optimizer]
+) -> None:
+    """Methods that shorten steps instead of leaving their tube say how often, and none where the rate is small."""
+    assert {"landing", "pogo"} <= set(SHORTENING)
+    counts = {}
+    for rate in [10.0**k for k in range(-6, 7)]:
+        model = network(method)
+        optimizer, monitor = stiefel.optimizer(model, cls, lr=rate), Monitor(model, every=1)
+        generator = torch.Generator().manual_seed(0)
+        for _ in range(10):
+            for p in model.parameters():
+                p.grad = torch.randn(p.shape, generator=generator)
+                p.grad /= p.grad.norm()
+            with monitor:
+                optimizer.step()
+            monitor.log()
+            assert all(found.allows(found.residual()) for found in constrained_weights(model)), rate
+        rows = stiefel.report(model).rows
+        counts[rate] = [row.shortened for row in rows]
+        assert monitor.rows[-1]["shortened"] == {row.name: row.shortened for row in rows}
+        totals = [sum(row["shortened"].values()) for row in monitor.rows]
+        assert totals == sorted(totals)
+        assert monitor.summary()["weights"][rows[0].name]["shortened"] == rows[0].shortened
+        if rows[0].shortened:
+            assert f"{rows[0].shortened} of 10" in str(stiefel.report(model))
+            assert f"{rows[0].shortened} of 10" in str(monitor)
+    assert counts[1e-6] == [0, 0]
+    assert all(9 <= n <= 10 for n in counts[1e6])
 
 
 def test_step_times_are_those_of_the_with() -> None:

@@ -1,4 +1,4 @@
-"""Known optima: every method that stays on the set finds the one that SVD or eigh gives, from ten seeds at once.
+"""Known optima: every method that holds a weight finds the one that SVD or eigh gives, from ten seeds at once.
 
 Procrustes: max ⟨X, T⟩ is the nuclear norm of T; on a square weight, within one component of O(n), less twice the
 smallest singular value where the determinant of T has the other sign. PCA: max tr(X C Xᵀ) is the sum of the p largest
@@ -14,7 +14,9 @@ import stiefel
 
 SEEDS = 10
 GAP = 1e-6
-METHODS = [m for name in stiefel.available() for m in conformance.variants(name) if m.feasible]
+OFF = 1e-7
+"""‖XXᵀ − I‖_F/√p at the optimum, of methods that approach the set instead of staying on it."""
+METHODS = [m for name in stiefel.available() for m in conformance.variants(name) if m.claim is not None]
 SHAPES = [(3, 8), (5, 5), (1, 6), (6, 7)]
 CONDITIONS = [2.0, 30.0]
 
@@ -27,14 +29,13 @@ def gaussian(*shape: int, seed: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def shortfalls(method: stiefel.Constraint, start: Tensor, value, best: Tensor, steps: int) -> Tensor:
-    """How far, relatively, plain SGD stays below ``best`` for each of a batch of weights."""
+def shortfalls(method: stiefel.Constraint, start: Tensor, value, best: Tensor, steps: int) -> tuple[Tensor, Tensor]:
+    """How far, relatively, each of a batch of weights is below ``best`` before and after plain SGD."""
     model = nn.Module()
     model.w = nn.Parameter(start.clone())
     stiefel.constrain(model, conformance.common(method), layers="w")
-    # A rotation of a share of the coordinates moves that much less far on average.
-    lr = 0.5 if method.coefficients is not None or method.step_length else 1.5
-    optimizer = stiefel.optimizer(model, torch.optim.SGD, lr=lr)
+    optimizer = stiefel.optimizer(model, torch.optim.SGD, lr=rate(method))
+    before = (best - value(model.w.detach())) / best
     torch.manual_seed(0)
     for k in range(steps):
         if method.step_length:
@@ -44,20 +45,31 @@ def shortfalls(method: stiefel.Constraint, start: Tensor, value, best: Tensor, s
         optimizer.step()
         if k % 50 == 49:
             gaps = (best - value(model.w.detach())) / best
-            if gaps.max() < GAP:
+            if gaps.max() < GAP and stiefel.report(model).worst < OFF:
                 break
-    assert stiefel.report(model).worst < 1e-12
-    return gaps
+    assert stiefel.report(model).worst < (1e-12 if method.feasible else OFF)
+    assert method.feasible or gaps.min() > -GAP  # no more than the set's best, for being off it
+    return before, gaps
+
+
+def rate(method: stiefel.Constraint) -> float:
+    """A rate at which the fastest of a method's directions moves as far as Euclidean Riemannian descent at 1/2."""
+    if method.coefficients is not None:
+        return 0.5 / max(method.coefficients)
+    # Of those without a law, one that rotates a share of the coordinates moves that much less far on average.
+    return 0.2 if method.caveat else 1.5
 
 
 @pytest.mark.parametrize("condition", CONDITIONS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("method", METHODS, ids=str)
 def test_procrustes(method: stiefel.Constraint, shape: tuple[int, int], condition: float) -> None:
-    check(method, procrustes(method, shape, condition, 800 if method.caveat else 3000))
+    check(method, *procrustes(method, shape, condition, 800 if method.caveat else 3000))
 
 
-def procrustes(method: stiefel.Constraint, shape: tuple[int, int], condition: float, steps: int) -> Tensor:
+def procrustes(
+    method: stiefel.Constraint, shape: tuple[int, int], condition: float, steps: int
+) -> tuple[Tensor, Tensor]:
     p, n = shape
     u, _, vh = torch.linalg.svd(gaussian(SEEDS, p, n, seed=1), full_matrices=False)
     s = spectrum(p, condition)
@@ -77,18 +89,17 @@ def test_pca(method: stiefel.Constraint, shape: tuple[int, int], condition: floa
     q, values = torch.linalg.qr(gaussian(SEEDS, n, n, seed=3))[0], spectrum(n, condition)
     c, best = (q * values) @ q.mT, values[:p].sum().expand(SEEDS)
     start = gaussian(SEEDS, p, n, seed=4)
-    check(
-        method, shortfalls(method, start, lambda w: ((w @ c) * w).sum((-2, -1)), best, 800 if method.caveat else 3000)
-    )
+    steps = 800 if method.caveat else 3000
+    check(method, *shortfalls(method, start, lambda w: ((w @ c) * w).sum((-2, -1)), best, steps))
 
 
-def check(method: stiefel.Constraint, gaps: Tensor) -> None:
+def check(method: stiefel.Constraint, before: Tensor, gaps: Tensor) -> None:
     if not method.caveat:
         # Below the optimum by no more than that; above it only by a jump to the square set's other component.
         assert gaps.max() < GAP, f"stops short by {gaps.max():.1e} in {int((gaps > GAP).sum())} of {SEEDS} runs"
     else:
-        assert gaps.max() < 1, "did not even come near"
-        assert torch.isfinite(gaps).all()
+        better = int((gaps < before).sum())  # one that jumps may end anywhere, now and then
+        assert better > SEEDS / 2, f"only {better} of {SEEDS} runs ended better than they began"
 
 
 @pytest.mark.parametrize("method", [m for m in METHODS if m.caveat], ids=str)
@@ -97,5 +108,5 @@ def test_a_caveat_is_true(method: stiefel.Constraint) -> None:
     worst = 0.0
     for shape in ((5, 5), (3, 8)):
         for condition in CONDITIONS:
-            worst = max(worst, procrustes(method, shape, condition, 800).max().item())
+            worst = max(worst, procrustes(method, shape, condition, 800)[1].max().item())
     assert worst > GAP

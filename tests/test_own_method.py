@@ -1,13 +1,14 @@
 """A method in a file of one's own, outside the package: known, tested, compared and listed like any other."""
 
 import importlib.util
+import os
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import conformance
 import pytest
-import torch
 from common import compare
 from test_readme import snippet
 
@@ -73,10 +74,22 @@ def test_it_is_in_the_catalogue_and_in_the_table(own_method: Path) -> None:
     assert "(1, 1)" in row
 
 
-@pytest.mark.parametrize("check", conformance.CHECKS)
-def test_it_goes_through_the_conformance_suite(own_method: Path, check: str) -> None:
-    for method in conformance.variants("my_tangent"):
-        conformance.run(method, check, torch.float64)
+def test_it_goes_through_the_conformance_suite(own_method: Path) -> None:
+    """As a user runs it: the file is imported before the tests are collected, and no test knows of it."""
+    tests = Path(conformance.__file__).parent
+    command = [sys.executable, "-m", "pytest", "-p", "my_method", "-p", "no:cacheprovider", "-k", "my_tangent"]
+    done = subprocess.run(
+        [*command, "-vv", str(tests / "test_conformance.py"), str(tests / "test_optima.py")],
+        cwd=tests.parent,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(own_method.parent), str(tests.parent)])},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stdout[-2000:]
+    for check in conformance.CHECKS:
+        assert f"test_conforms[{check}-my_tangent-cpu] PASSED" in done.stdout
+    assert "test_procrustes[my_tangent-(5, 5)-30.0] PASSED" in done.stdout
 
 
 def test_it_is_compared(own_method: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from stiefel.layout import Layout
 from stiefel.linalg import newton_schulz, spectral_radius
 from stiefel.methods import register
 
-BOUNDS = ("spectral", "frobenius")
+Bound = Literal["spectral", "frobenius"]
 
 
 @register
@@ -37,7 +37,7 @@ class ONI(Centred):
     """
 
     iterations: int = 12
-    bound: str = "spectral"
+    bound: Bound = "spectral"
 
     name = "oni"
     summary = "Newton-Schulz iterations of a proxy; their number is a dial"
@@ -47,7 +47,7 @@ class ONI(Centred):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.require_count("iterations")
-        self.require_one_of("bound", BOUNDS)
+        self.require_one_of("bound", get_args(Bound))
 
     @property
     def claim(self) -> Claim | None:  # type: ignore[override]

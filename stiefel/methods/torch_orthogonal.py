@@ -43,12 +43,18 @@ class TorchOrthogonal(Reparameterization):
     real_only = True
     claim = Claim(rates=(0, 1.0))
     thin = False
-    caveat = "a map from a fixed start: its derivative degenerates at rotations by π, where training slows or stops"
     tuning: ClassVar = {"map": MAPS}
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.require_one_of("map", MAPS)
+
+    @property
+    def caveat(self) -> str:  # type: ignore[override]
+        """Of the skew maps, and of reflections."""
+        if self.map == "householder":
+            return "reflections with a leading entry of 1 reach part of the set only at infinity"
+        return "a map from a fixed start: its derivative degenerates at rotations by π, where training slows or stops"
 
     @property
     def coefficients(self) -> tuple[float, float]:

@@ -110,7 +110,8 @@ def exp_euclidean(x: Float[Tensor, "*batch p n"], u: Float[Tensor, "*batch p n"]
     eye = torch.eye(p, dtype=x.dtype, device=x.device)
     block = torch.cat([torch.cat([a, c * eye], -1), torch.cat([-s, a], -1)], -2)
     top = torch.linalg.matrix_exp(block)[..., :p, :]
-    return torch.linalg.matrix_exp(-a) @ (top @ torch.cat([x, u / c], -2))
+    turned = torch.linalg.matrix_exp(-a) @ top
+    return turned[..., :p] @ x + (turned[..., p:] / c) @ u
 
 
 def exp_canonical(x: Float[Tensor, "*batch p n"], u: Float[Tensor, "*batch p n"]) -> Float[Tensor, "*batch p n"]:

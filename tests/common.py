@@ -125,12 +125,12 @@ def registered(cls: type[stiefel.Constraint]) -> Iterator[str]:
 
 
 class PeakMemory(TorchDispatchMode):
-    """Keeps the most bytes that tensors made inside held at one time, views counted once."""
+    """Keeps the most entries, and bytes, that tensors made inside held at one time, views counted once."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.bytes = 0
-        self._alive: dict[StorageWeakRef, int] = {}
+        self.bytes = self.entries = 0
+        self._alive: dict[StorageWeakRef, tuple[int, int]] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -140,6 +140,8 @@ class PeakMemory(TorchDispatchMode):
             if isinstance(leaf, Tensor):
                 ref = StorageWeakRef(leaf.untyped_storage())
                 if ref not in self._alive and ref not in given:
-                    self._alive[ref] = leaf.untyped_storage().nbytes()
-        self.bytes = max(self.bytes, sum(self._alive.values()))
+                    size = leaf.untyped_storage().nbytes()
+                    self._alive[ref] = size, size // leaf.element_size()
+        self.bytes = max(self.bytes, sum(size for size, _ in self._alive.values()))
+        self.entries = max(self.entries, sum(entries for _, entries in self._alive.values()))
         return result

@@ -21,6 +21,8 @@ def cayley_step(x: Float[Tensor, "*batch p n"], b: Float[Tensor, "*batch p n"]) 
 
         X⁺ = X + c · XU (I₂ₚ − (c/2) ZU)⁻¹ Z
 
+    Neither U nor Z is formed, and the solve is from the left: p right-hand sides instead of n.
+
     Without the balancing by c the 2p×2p system mixes entries of very different size, and float32 loses four digits. Any
     c gives the same point, so the derivative takes it as a constant, and is right at B = 0 too.
 
@@ -42,7 +44,14 @@ def cayley_step(x: Float[Tensor, "*batch p n"], b: Float[Tensor, "*batch p n"]) 
         return x + torch.linalg.solve(eye - 0.5 * a, x @ a, left=False)
     c = balance(b)
     b = b / c
-    u = torch.cat([x.mH, b.mH], dim=-1)
-    z = torch.cat([b, -x], dim=-2)
+    xu, zu = low_rank_blocks(x, b)
     eye = torch.eye(2 * p, dtype=x.dtype, device=x.device)
-    return x + c * ((x @ u) @ torch.linalg.solve(eye - (0.5 * c) * (z @ u), z))
+    w = c * torch.linalg.solve(eye - (0.5 * c) * zu, xu, left=False)
+    return x + w[..., :p] @ b - w[..., p:] @ x
+
+
+def low_rank_blocks(x: Float[Tensor, "*batch p n"], b: Float[Tensor, "*batch p n"]) -> tuple[Tensor, Tensor]:
+    """``XU`` (p×2p) and ``ZU`` (2p×2p) for ``U = [Xᴴ, Bᴴ]`` and ``Z = [B; −X]``, in three products."""
+    xx, xb, bb = x @ x.mH, x @ b.mH, b @ b.mH
+    xu = torch.cat([xx, xb], dim=-1)
+    return xu, torch.cat([torch.cat([xb.mH, bb], dim=-1), -xu], dim=-2)

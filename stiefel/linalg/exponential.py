@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from stiefel.linalg.cayley import low_rank_blocks
 from stiefel.linalg.products import balance, skew
 
 if TYPE_CHECKING:
@@ -33,9 +34,9 @@ def exponential_step(x: Float[Tensor, "*batch p n"], b: Float[Tensor, "*batch p 
         return x @ torch.linalg.matrix_exp(2 * skew(x.mH @ b))
     c = balance(b)
     b = b / c
-    u = torch.cat([x.mH, b.mH], dim=-1)
-    z = torch.cat([b, -x], dim=-2)
+    xu, zu = low_rank_blocks(x, b)
     eye = torch.eye(2 * p, dtype=x.dtype, device=x.device).expand(*x.shape[:-2], 2 * p, 2 * p)
-    top = torch.cat([c * (z @ u), eye], dim=-1)
+    top = torch.cat([c * zu, eye], dim=-1)
     phi = torch.linalg.matrix_exp(torch.cat([top, torch.zeros_like(top)], dim=-2))[..., : 2 * p, 2 * p :]
-    return x + c * ((x @ u) @ (phi @ z))
+    w = c * (xu @ phi)
+    return x + w[..., :p] @ b - w[..., p:] @ x

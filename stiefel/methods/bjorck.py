@@ -5,12 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+import torch
 from torch import Tensor
 
 from stiefel.constraint import Claim, Reparameterization
 from stiefel.errors import OptionError
 from stiefel.layout import Layout
-from stiefel.linalg import gram_residual
+from stiefel.linalg import gram_residual, spectral_map
 from stiefel.methods import register
 
 SERIES = (1 / 2, 3 / 8, 5 / 16, 35 / 128)
@@ -59,12 +60,16 @@ class Bjorck(Reparameterization):
     def forward(self, proxy: Tensor, layout: Layout) -> Tensor:
         """Bound the proxy's singular values, then iterate."""
         sizes = proxy.abs()
-        x = proxy / (sizes.sum(-1).amax(-1) * sizes.sum(-2).amax(-1)).sqrt()[..., None, None]
+        bound = (sizes.sum(-1).amax(-1) * sizes.sum(-2).amax(-1)).sqrt()[..., None, None]
+        return spectral_map(self.iterate, proxy / bound)
+
+    def iterate(self, x: Tensor) -> Tensor:
+        """The steps, each a truncated series of ``(XXᵀ)^{-1/2}`` at X."""
+        eye = torch.eye(x.shape[-2], dtype=x.dtype, device=x.device)
         for _ in range(self.iterations):
             q = -gram_residual(x)
-            term, step = x, x
-            for coefficient in SERIES[: self.order]:
-                term = q @ term
-                step = step + coefficient * term
-            x = step
+            series = SERIES[self.order - 1] * q
+            for coefficient in reversed(SERIES[: self.order - 1]):
+                series = coefficient * q + q @ series
+            x = (eye + series) @ x
         return x

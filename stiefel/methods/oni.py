@@ -11,7 +11,7 @@ from torch import Tensor
 from stiefel.centring import Centred
 from stiefel.constraint import Claim
 from stiefel.layout import Layout
-from stiefel.linalg import newton_schulz, spectral_radius
+from stiefel.linalg import spectral_map, spectral_radius
 from stiefel.methods import register
 
 Bound = Literal["spectral", "frobenius"]
@@ -64,7 +64,11 @@ class ONI(Centred):
         v = self.centred(proxy, layout)
         gram = v @ v.mH
         square = spectral_radius(gram, 16) if self.bound == "spectral" else torch.linalg.matrix_norm(gram)
-        x = v / square.sqrt()[..., None, None]
+        return spectral_map(self.iterate, v / square.sqrt()[..., None, None])
+
+    def iterate(self, x: Tensor) -> Tensor:
+        """T Newton-Schulz steps."""
+        eye = torch.eye(x.shape[-2], dtype=x.dtype, device=x.device)
         for _ in range(self.iterations):
-            x = newton_schulz(x)
+            x = (1.5 * eye - 0.5 * (x @ x.mH)) @ x
         return x

@@ -1,0 +1,39 @@
+"""Maps that act on singular values alone, differentiated without storing what they compute. Imports ``tracing``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from stiefel.linalg.tracing import is_traced
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
+
+def spectral_map(f: Callable[[Tensor], Tensor], x: Float[Tensor, "*batch p n"]) -> Float[Tensor, "*batch p n"]:
+    """``f(X)`` for an f that takes singular values to singular values, ``U diag(s) Wᴴ ↦ U diag(φ(s)) Wᴴ``.
+
+    Such a map is the gradient of ``Σ Φ(sᵢ)``, Φ' = φ, so that its derivative is symmetric: the gradient that is handed
+    back is the derivative along the gradient that came. It takes as many products as going backwards through f, and
+    keeps nothing of an iteration but its start.
+
+    Source: Lewis, Derivatives of spectral functions, 1996, for the scalar function.
+    """
+    return f(x) if is_traced() else _SpectralMap.apply(f, x)
+
+
+class _SpectralMap(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        ctx.f = f
+        ctx.save_for_backward(x)
+        return f(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, Tensor]:
+        (x,) = ctx.saved_tensors
+        return None, torch.func.jvp(ctx.f, (x,), (gradients[0],))[1]

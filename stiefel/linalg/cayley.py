@@ -41,13 +41,18 @@ def cayley_step(x: Float[Tensor, "*batch p n"], b: Float[Tensor, "*batch p n"]) 
         a = 2 * skew(x.mH @ b)
         eye = torch.eye(n, dtype=x.dtype, device=x.device)
         # X + XA (I − ½A)⁻¹; the right-hand solve is a solve with the transpose.
-        return x + torch.linalg.solve(eye - 0.5 * a, x @ a, left=False)
+        return x + _solve_from_the_right(eye - 0.5 * a, x @ a)
     c = balance(b)
     b = b / c
     xu, zu = low_rank_blocks(x, b)
     eye = torch.eye(2 * p, dtype=x.dtype, device=x.device)
-    w = c * torch.linalg.solve(eye - (0.5 * c) * zu, xu, left=False)
+    w = c * _solve_from_the_right(eye - (0.5 * c) * zu, xu)
     return x + w[..., :p] @ b - w[..., p:] @ x
+
+
+def _solve_from_the_right(a: Tensor, b: Tensor) -> Tensor:
+    """``B A⁻¹`` for an A that is never singular, so that a GPU's host need not wait to be told."""
+    return torch.linalg.solve_ex(a, b, left=False)[0]
 
 
 def low_rank_blocks(x: Float[Tensor, "*batch p n"], b: Float[Tensor, "*batch p n"]) -> tuple[Tensor, Tensor]:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from jaxtyping import Float
 
 
-SMALL = 2**14
+SMALL = 2**12
 """Total size b·p² of a batch's Gram matrices below which their eigendecompositions are faster (2 CPU cores)."""
 
 
@@ -63,7 +63,7 @@ def _fastest(v: Tensor) -> str:
         return "eigen"
     if v.is_cuda:
         return "iteration"
-    return "products" if v.numel() // v.shape[-1] * v.shape[-2] > SMALL else "eigen"
+    return "products" if v.numel() // v.shape[-1] * v.shape[-2] >= SMALL else "eigen"
 
 
 def _by_eigenvalues(v: Tensor, eps: float) -> Tensor:

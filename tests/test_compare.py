@@ -345,6 +345,39 @@ def test_a_corrupt_record_is_an_error_that_names_it(tmp_path):
     assert read(folder.path).summary == {"x": None}  # strict JSON has no infinity
 
 
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"status": "finished"}, "finished"),
+        ({"hash": "0" * 16}, "hash of its spec"),
+        ({"spec": spec().to_dict() | {"seed": 7}}, "hash of its spec"),
+        ({"spec": spec().to_dict() | {"fields": None}}, "hash of its spec"),
+        ({"summary": None}, "objects"),
+        ({"environment": "here"}, "objects"),
+        ({"summary": {"test_at_best": "0.9"}}, "test_at_best"),
+        ({"summary": {"step_seconds": {"method": {"median": []}}}}, "step_seconds"),
+        ({"wall_seconds": [1]}, "wall_seconds"),
+    ],
+)
+def test_json_that_no_run_wrote_is_corrupt(tmp_path, change, words):
+    folder = RunFolder(tmp_path, spec())
+    folder.start()
+    folder.finish({"status": "done", "reason": None, "summary": {"test_at_best": 0.9}}, {})
+    raw = json.loads((folder.path / "run.json").read_text())
+    assert read(folder.path).summary == {"test_at_best": 0.9}
+    (folder.path / "run.json").write_text(json.dumps(raw | change))
+    with pytest.raises(RecordError, match=f"corrupt.*{words}"):
+        read(folder.path)
+
+
+def test_a_cost_record_without_times_is_corrupt(tmp_path):
+    folder = RunFolder(tmp_path, spec(kind="cost"))
+    folder.start()
+    folder.finish({"status": "done", "reason": None, "summary": {"step_ratio": 2.0}}, {})
+    with pytest.raises(RecordError, match="corrupt.*step_seconds"):
+        read(folder.path)
+
+
 def test_a_changed_problem_is_another_problem(toy):
     before = load_problem(toy).digest()
     toy.write_text(FAULTY + "# a comment\n")

@@ -475,10 +475,15 @@ def test_curves_are_thinned_and_a_missing_one_costs_only_itself(root):
     row = rows_of(root)["own"]
     assert max(map(len, row.curves)) == 40
     assert (row.curves[0][0]["epoch"], row.curves[0][-1]["epoch"], row.ends[0]["epoch"]) == (0, 999, 999)
-    (root / run.hash / "metrics.jsonl").unlink()
-    row = rows_of(root)["own"]
-    assert (row.runs, len(row.curves)) == (5, 4)
-    page(root)
+    torn = "measurements cannot be read, and their curves are left out, of runs of own"
+    assert torn not in summary_of(root).notes
+    file = root / run.hash / "metrics.jsonl"
+    for damage in (lambda: file.write_text(file.read_text()[:-9]), lambda: file.write_text("[]\n"), file.unlink):
+        damage()
+        row = rows_of(root)["own"]
+        assert (row.runs, len(row.curves), len(row.ends)) == (5, 4, 4)
+        assert torn in summary_of(root).notes
+        page(root)
 
 
 def test_tables_are_written_as_csv_and_parquet(root):

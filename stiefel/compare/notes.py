@@ -1,4 +1,7 @@
-"""What a reader must know before believing a summary: where the protocol was not kept. Imports ``summary``."""
+"""What a reader must know before believing a summary: where the protocol was not kept.
+
+Imports ``summary`` and ``records``.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 
+from stiefel.compare.records import ENDED
 from stiefel.compare.rows import Row
 from stiefel.compare.summary import Setting, Summary, hardware
 
@@ -65,10 +69,14 @@ def _evidence(summary: Summary) -> Iterator[str]:
     def none(setting: Setting) -> str:
         return few(row.label for row in setting.rows if not row.runs and row.choice is not None)
 
+    def torn(setting: Setting) -> str:
+        return few(row.label for row in setting.rows if len(row.ends) < sum(r.status in ENDED for r in row.final))
+
     yield from _where(
         summary, seeds, f"only n = {{}} fresh seeds, the protocol asks for {FRESH_SEEDS}: intervals are too narrow"
     )
     yield from _where(summary, none, "no run with fresh seeds, so no score: {}")
+    yield from _where(summary, torn, "measurements cannot be read, and their curves are left out, of runs of {}")
     if not summary.cost:
         yield "there is no cost pass, so nothing is known of what a step costs"
     else:

@@ -366,7 +366,7 @@ def test_json_that_no_run_wrote_is_corrupt(tmp_path, change, words):
     raw = json.loads((folder.path / "run.json").read_text())
     assert read(folder.path).summary == {"test_at_best": 0.9}
     (folder.path / "run.json").write_text(json.dumps(raw | change))
-    with pytest.raises(RecordError, match=f"corrupt.*{words}"):
+    with pytest.raises(RecordError, match=rf"corrupt.*{words}"):
         read(folder.path)
 
 
@@ -374,7 +374,7 @@ def test_a_cost_record_without_times_is_corrupt(tmp_path):
     folder = RunFolder(tmp_path, spec(kind="cost"))
     folder.start()
     folder.finish({"status": "done", "reason": None, "summary": {"step_ratio": 2.0}}, {})
-    with pytest.raises(RecordError, match="corrupt.*step_seconds"):
+    with pytest.raises(RecordError, match=r"corrupt.*step_seconds"):
         read(folder.path)
 
 

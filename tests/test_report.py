@@ -253,6 +253,18 @@ def test_notes_tell_where_the_protocol_was_not_kept(tmp_path):
     assert "there is no cost pass" in notes
 
 
+def test_a_busy_machine_shows_in_the_controls_own_step(root):
+    def told():
+        return [note for note in summary_of(root).notes if "the machine was not left to them" in note]
+
+    assert not told()
+    control = {"median": 0.04, "q1": 0.03, "q3": 0.05, "n": 60}
+    run = spec(method="soft", lr=0.01, seed=FRESH, phase="final", kind="cost")
+    timed(root, run, 1.5, step_seconds={"method": control, "control": control})
+    assert len(told()) == 1
+    assert "took 10 to 40 ms" in told()[0]
+
+
 def test_versions_of_the_code_and_machines_are_told(root):
     other = CPU | {"commit": "def", "cpu": "another"}
     trained(root, spec(method="own", lr=0.1), 0.5, environment=other)

@@ -15,6 +15,8 @@ from stiefel.compare.summary import Setting, Summary, hardware
 
 DECADES, FRESH_SEEDS = 3.0, 5
 """What the protocol asks for: the span of the learning rates, and fresh seeds of each winner."""
+STEADY = 1.5
+"""How far the control's step time may vary between the cost runs of one point of the grid: its step is the same."""
 
 
 def notes(summary: Summary) -> tuple[str, ...]:
@@ -84,6 +86,20 @@ def _evidence(summary: Summary) -> Iterator[str]:
             summary,
             lambda setting: few(row.label for row in setting.rows if row.final and row.cost is None),
             "no cost run: {}",
+        )
+        yield from _restless(summary)
+
+
+def _restless(summary: Summary) -> Iterator[str]:
+    """Cost runs that did not have the machine to themselves, as the control's own step shows, timed in each."""
+    controls = defaultdict(list)
+    for cost in summary.cost:
+        controls[cost.setting, cost.hardware].append(cost.control["median"])
+    worst = max(controls.values(), key=lambda times: max(times) / min(times))
+    if max(worst) > STEADY * min(worst):
+        yield (
+            f"one and the same step of the control took {1e3 * min(worst):.3g} to {1e3 * max(worst):.3g} ms in different "
+            "cost runs: the machine was not left to them, and ratios of step times are rough"
         )
 
 

@@ -98,8 +98,8 @@ def _restless(summary: Summary) -> Iterator[str]:
     worst = max(controls.values(), key=lambda times: max(times) / min(times))
     if max(worst) > STEADY * min(worst):
         yield (
-            f"one and the same step of the control took {1e3 * min(worst):.3g} to {1e3 * max(worst):.3g} ms in different "
-            "cost runs: the machine was not left to them, and ratios of step times are rough"
+            f"one and the same step of the control took {1e3 * min(worst):.3g} to {1e3 * max(worst):.3g} ms in "
+            "different cost runs: the machine was not left to them, and ratios of step times are rough"
         )
 
 

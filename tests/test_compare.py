@@ -252,6 +252,27 @@ def test_cost_is_measured_beside_the_control_and_gpu_fields_are_null_with_a_reas
     assert "cuda" in summary["gpu_reason"].lower()
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # the compiler's own, in tracing
+def test_the_time_of_compiling_is_told_apart_from_that_of_the_steps(tmp_path):
+    """With a stand-in for a compiler's back end, which takes its time and leaves the graph as it is."""
+    source = FAULTY.replace("return nn.Sequential(", "return torch.compile(backend=slow, model=nn.Sequential(")
+    source = source.replace("nn.Linear(8, 2))", "nn.Linear(8, 2)))")
+    source = source.replace(
+        "@dataclass", "def slow(graph, inputs):\n    time.sleep(0.5)\n    return graph\n\n@dataclass"
+    )
+    for name, text in {"compiled": source, "eager": FAULTY}.items():
+        (tmp_path / f"{name}.py").write_text(text)
+    runs = {}
+    for name in ("compiled", "eager"):
+        problem = load_problem(tmp_path / f"{name}.py")()
+        folder = RunFolder(tmp_path, spec(problem=name))
+        folder.start()
+        runs[name] = run_quality(problem, folder.spec, folder)["summary"]
+    assert runs["eager"]["compile_seconds"] == 0
+    assert runs["compiled"]["compile_seconds"] >= 0.5
+    assert runs["compiled"]["seconds"] < 0.5, "without what the compiler slept"
+
+
 def test_a_layout_that_a_method_refuses_is_a_skipped_run(toy, tmp_path):
     skipped = spec(options={"scale": 1.0, "center": True})
     folder = RunFolder(tmp_path, skipped)

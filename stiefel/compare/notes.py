@@ -21,7 +21,7 @@ STEADY = 1.5
 
 def notes(summary: Summary) -> tuple[str, ...]:
     """One sentence for each thing, with the settings and methods that it concerns."""
-    return tuple(note for part in (_mixed, _tuning, _evidence) for note in part(summary))
+    return tuple(note for part in (_mixed, _tuning, _evidence, _compiled) for note in part(summary))
 
 
 def _mixed(summary: Summary) -> Iterator[str]:
@@ -61,6 +61,16 @@ def _tuning(summary: Summary) -> Iterator[str]:
         lambda setting: few(row.label for row in setting.rows if row.edge),
         "* the best learning rate is on the edge of the grid, a better one may lie outside: {}",
     )
+
+
+def _compiled(summary: Summary) -> Iterator[str]:
+    times = [r.summary.get("compile_seconds") or 0.0 for r in summary.records if r.spec.kind == "quality"]
+    compiled = [seconds for seconds in times if seconds > 0]
+    if compiled:
+        yield (
+            f"seconds are without the time that torch compiled: {min(compiled):.2g} to {max(compiled):.2g} s a run, in "
+            f"{len(compiled)} runs"
+        )
 
 
 def _evidence(summary: Summary) -> Iterator[str]:

@@ -252,7 +252,7 @@ def test_cost_is_measured_beside_the_control_and_gpu_fields_are_null_with_a_reas
     assert "cuda" in summary["gpu_reason"].lower()
 
 
-@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # the compiler's own, in tracing
+@pytest.mark.filterwarnings("default")  # what the compiler meets in tracing warns
 def test_the_time_of_compiling_is_told_apart_from_that_of_the_steps(tmp_path):
     """With a stand-in for a compiler's back end, which takes its time and leaves the graph as it is."""
     source = FAULTY.replace("return nn.Sequential(", "return torch.compile(backend=slow, model=nn.Sequential(")

@@ -534,6 +534,13 @@ def test_the_command_writes_the_report_and_every_figure(root, tmp_path, capsys):
     assert names == {"toy-sensitivity.png", "toy-defaults.png", "toy-scale-1.png"}
 
 
+def test_a_report_that_cannot_be_written_says_where_else(root, capsys):
+    assert cli.main(["report", str(root), "--html", "/proc/report.html"]) == 2
+    error = capsys.readouterr().err
+    assert "StorageError: /proc cannot be written" in error
+    assert "--html" in error
+
+
 def test_a_large_comparison_is_reported_fast_and_small(tmp_path):
     root = tmp_path / "runs"
     levels = {name: (0.97 - 0.02 * i, 10.0 ** -(i % 9)) for i, name in enumerate(stiefel.available())}

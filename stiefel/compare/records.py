@@ -33,17 +33,19 @@ _WORDS = ("metric", "gpu_reason", "flops_reason")
 """What a summary says in words; the rest of it are numbers."""
 
 
+_REMEDY = "the same command goes on when there is space and permission, or give another folder with --out"
+
+
 @contextlib.contextmanager
-def writing(folder: Path) -> Iterator[None]:
-    """Turn what the file system says while a folder of records is written into an error with its remedy."""
+def writing(folder: Path, remedy: str = _REMEDY) -> Iterator[None]:
+    """Turn what the file system says while a folder is written into an error with its remedy."""
     try:
         yield
     except StorageError:
         raise
     except OSError as error:
         raise StorageError(
-            f"{folder} cannot be written: {error.strerror or error}; what has finished is kept, and the same command "
-            "goes on when there is space and permission, or give another folder with --out"
+            f"{folder} cannot be written: {error.strerror or error}; what has finished is kept, and {remedy}"
         ) from error
 
 

@@ -252,6 +252,27 @@ def test_cost_is_measured_beside_the_control_and_gpu_fields_are_null_with_a_reas
     assert "cuda" in summary["gpu_reason"].lower()
 
 
+@pytest.mark.filterwarnings("default")  # what the compiler meets in tracing warns
+def test_the_time_of_compiling_is_told_apart_from_that_of_the_steps(tmp_path):
+    """With a stand-in for a compiler's back end, which takes its time and leaves the graph as it is."""
+    source = FAULTY.replace("return nn.Sequential(", "return torch.compile(backend=slow, model=nn.Sequential(")
+    source = source.replace("nn.Linear(8, 2))", "nn.Linear(8, 2)))")
+    source = source.replace(
+        "@dataclass", "def slow(graph, inputs):\n    time.sleep(0.5)\n    return graph\n\n@dataclass"
+    )
+    for name, text in {"compiled": source, "eager": FAULTY}.items():
+        (tmp_path / f"{name}.py").write_text(text)
+    runs = {}
+    for name in ("compiled", "eager"):
+        problem = load_problem(tmp_path / f"{name}.py")()
+        folder = RunFolder(tmp_path, spec(problem=name))
+        folder.start()
+        runs[name] = run_quality(problem, folder.spec, folder)["summary"]
+    assert runs["eager"]["compile_seconds"] == 0
+    assert runs["compiled"]["compile_seconds"] >= 0.5
+    assert runs["compiled"]["seconds"] < 0.5, "without what the compiler slept"
+
+
 def test_a_layout_that_a_method_refuses_is_a_skipped_run(toy, tmp_path):
     skipped = spec(options={"scale": 1.0, "center": True})
     folder = RunFolder(tmp_path, skipped)
@@ -343,6 +364,39 @@ def test_a_corrupt_record_is_an_error_that_names_it(tmp_path):
             read(folder.path)
     folder.finish({"status": "done", "reason": None, "summary": {"x": math.inf}}, {})
     assert read(folder.path).summary == {"x": None}  # strict JSON has no infinity
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"status": "finished"}, "finished"),
+        ({"hash": "0" * 16}, "hash of its spec"),
+        ({"spec": spec().to_dict() | {"seed": 7}}, "hash of its spec"),
+        ({"spec": spec().to_dict() | {"fields": None}}, "hash of its spec"),
+        ({"summary": None}, "objects"),
+        ({"environment": "here"}, "objects"),
+        ({"summary": {"test_at_best": "0.9"}}, "test_at_best"),
+        ({"summary": {"step_seconds": {"method": {"median": []}}}}, "step_seconds"),
+        ({"wall_seconds": [1]}, "wall_seconds"),
+    ],
+)
+def test_json_that_no_run_wrote_is_corrupt(tmp_path, change, words):
+    folder = RunFolder(tmp_path, spec())
+    folder.start()
+    folder.finish({"status": "done", "reason": None, "summary": {"test_at_best": 0.9}}, {})
+    raw = json.loads((folder.path / "run.json").read_text())
+    assert read(folder.path).summary == {"test_at_best": 0.9}
+    (folder.path / "run.json").write_text(json.dumps(raw | change))
+    with pytest.raises(RecordError, match=rf"corrupt.*{words}"):
+        read(folder.path)
+
+
+def test_a_cost_record_without_times_is_corrupt(tmp_path):
+    folder = RunFolder(tmp_path, spec(kind="cost"))
+    folder.start()
+    folder.finish({"status": "done", "reason": None, "summary": {"step_ratio": 2.0}}, {})
+    with pytest.raises(RecordError, match=r"corrupt.*step_seconds"):
+        read(folder.path)
 
 
 def test_a_changed_problem_is_another_problem(toy):

@@ -253,6 +253,18 @@ def test_notes_tell_where_the_protocol_was_not_kept(tmp_path):
     assert "there is no cost pass" in notes
 
 
+def test_a_busy_machine_shows_in_the_controls_own_step(root):
+    def told():
+        return [note for note in summary_of(root).notes if "the machine was not left to them" in note]
+
+    assert not told()
+    control = {"median": 0.04, "q1": 0.03, "q3": 0.05, "n": 60}
+    run = spec(method="soft", lr=0.01, seed=FRESH, phase="final", kind="cost")
+    timed(root, run, 1.5, step_seconds={"method": control, "control": control})
+    assert len(told()) == 1
+    assert "took 10 to 40 ms" in told()[0]
+
+
 def test_versions_of_the_code_and_machines_are_told(root):
     other = CPU | {"commit": "def", "cpu": "another"}
     trained(root, spec(method="own", lr=0.1), 0.5, environment=other)
@@ -475,10 +487,15 @@ def test_curves_are_thinned_and_a_missing_one_costs_only_itself(root):
     row = rows_of(root)["own"]
     assert max(map(len, row.curves)) == 40
     assert (row.curves[0][0]["epoch"], row.curves[0][-1]["epoch"], row.ends[0]["epoch"]) == (0, 999, 999)
-    (root / run.hash / "metrics.jsonl").unlink()
-    row = rows_of(root)["own"]
-    assert (row.runs, len(row.curves)) == (5, 4)
-    page(root)
+    torn = "measurements cannot be read, and their curves are left out, of runs of own"
+    assert torn not in summary_of(root).notes
+    file = root / run.hash / "metrics.jsonl"
+    for damage in (lambda: file.write_text(file.read_text()[:-9]), lambda: file.write_text("[]\n"), file.unlink):
+        damage()
+        row = rows_of(root)["own"]
+        assert (row.runs, len(row.curves), len(row.ends)) == (5, 4, 4)
+        assert torn in summary_of(root).notes
+        page(root)
 
 
 def test_tables_are_written_as_csv_and_parquet(root):
@@ -515,6 +532,13 @@ def test_the_command_writes_the_report_and_every_figure(root, tmp_path, capsys):
     assert (root / "report.html").stat().st_size > 10_000
     names = {path.name for path in (tmp_path / "png").glob("*.png")}
     assert names == {"toy-sensitivity.png", "toy-defaults.png", "toy-scale-1.png"}
+
+
+def test_a_report_that_cannot_be_written_says_where_else(root, capsys):
+    assert cli.main(["report", str(root), "--html", "/proc/report.html"]) == 2
+    error = capsys.readouterr().err
+    assert "StorageError: /proc cannot be written" in error
+    assert "--html" in error
 
 
 def test_a_large_comparison_is_reported_fast_and_small(tmp_path):

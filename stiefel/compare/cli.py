@@ -244,6 +244,7 @@ def _report(folders: list[Path], html: Path | None, only: set[str] | None = None
         unread = f", and {len(faults)} that cannot be read: {faults[0]}" if faults else ""
         raise ProblemError(f"no finished run in {', '.join(map(str, folders))}{unread}; run stiefel compare first")
     path = html or folders[0] / "report.html"
-    with writing(path.parent):
+    remedy = "give another place with stiefel report DIR --html FILE"
+    with writing(path.parent, remedy):
         publish(records, faults, html=path, figures=figures)
     return 1 if any(record.status in BROKEN for record in records) else 0

@@ -1,4 +1,7 @@
-"""What a reader must know before believing a summary: where the protocol was not kept. Imports ``summary``."""
+"""What a reader must know before believing a summary: where the protocol was not kept.
+
+Imports ``summary`` and ``records``.
+"""
 
 from __future__ import annotations
 
@@ -6,16 +9,19 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 
+from stiefel.compare.records import ENDED
 from stiefel.compare.rows import Row
 from stiefel.compare.summary import Setting, Summary, hardware
 
 DECADES, FRESH_SEEDS = 3.0, 5
 """What the protocol asks for: the span of the learning rates, and fresh seeds of each winner."""
+STEADY = 1.5
+"""How far the control's step time may vary between the cost runs of one point of the grid: its step is the same."""
 
 
 def notes(summary: Summary) -> tuple[str, ...]:
     """One sentence for each thing, with the settings and methods that it concerns."""
-    return tuple(note for part in (_mixed, _tuning, _evidence) for note in part(summary))
+    return tuple(note for part in (_mixed, _tuning, _evidence, _compiled) for note in part(summary))
 
 
 def _mixed(summary: Summary) -> Iterator[str]:
@@ -57,6 +63,16 @@ def _tuning(summary: Summary) -> Iterator[str]:
     )
 
 
+def _compiled(summary: Summary) -> Iterator[str]:
+    times = [r.summary.get("compile_seconds") or 0.0 for r in summary.records if r.spec.kind == "quality"]
+    compiled = [seconds for seconds in times if seconds > 0]
+    if compiled:
+        yield (
+            f"seconds are without the time that torch compiled: {min(compiled):.2g} to {max(compiled):.2g} s a run, in "
+            f"{len(compiled)} runs"
+        )
+
+
 def _evidence(summary: Summary) -> Iterator[str]:
     def seeds(setting: Setting) -> str:
         counts = [row.runs for row in setting.rows if row.runs]
@@ -65,10 +81,14 @@ def _evidence(summary: Summary) -> Iterator[str]:
     def none(setting: Setting) -> str:
         return few(row.label for row in setting.rows if not row.runs and row.choice is not None)
 
+    def torn(setting: Setting) -> str:
+        return few(row.label for row in setting.rows if len(row.ends) < sum(r.status in ENDED for r in row.final))
+
     yield from _where(
         summary, seeds, f"only n = {{}} fresh seeds, the protocol asks for {FRESH_SEEDS}: intervals are too narrow"
     )
     yield from _where(summary, none, "no run with fresh seeds, so no score: {}")
+    yield from _where(summary, torn, "measurements cannot be read, and their curves are left out, of runs of {}")
     if not summary.cost:
         yield "there is no cost pass, so nothing is known of what a step costs"
     else:
@@ -76,6 +96,20 @@ def _evidence(summary: Summary) -> Iterator[str]:
             summary,
             lambda setting: few(row.label for row in setting.rows if row.final and row.cost is None),
             "no cost run: {}",
+        )
+        yield from _restless(summary)
+
+
+def _restless(summary: Summary) -> Iterator[str]:
+    """Cost runs that did not have the machine to themselves, as the control's own step shows, timed in each."""
+    controls = defaultdict(list)
+    for cost in summary.cost:
+        controls[cost.setting, cost.hardware].append(cost.control["median"])
+    worst = max(controls.values(), key=lambda times: max(times) / min(times))
+    if max(worst) > STEADY * min(worst):
+        yield (
+            f"one and the same step of the control took {1e3 * min(worst):.3g} to {1e3 * max(worst):.3g} ms in "
+            "different cost runs: the machine was not left to them, and ratios of step times are rough"
         )
 
 

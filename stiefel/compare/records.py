@@ -29,19 +29,23 @@ NO_STORAGE = 74
 """What a run's process ends with where its folder cannot be written: EX_IOERR, which no crash of its own gives."""
 STATUSES = (*ENDED, "diverged", *BROKEN, "skipped")
 """Every status; ``skipped`` is a method that cannot hold a layer or be served by the optimizer, with the reason."""
+_WORDS = ("metric", "gpu_reason", "flops_reason")
+"""What a summary says in words; the rest of it are numbers."""
+
+
+_REMEDY = "the same command goes on when there is space and permission, or give another folder with --out"
 
 
 @contextlib.contextmanager
-def writing(folder: Path) -> Iterator[None]:
-    """Turn what the file system says while a folder of records is written into an error with its remedy."""
+def writing(folder: Path, remedy: str = _REMEDY) -> Iterator[None]:
+    """Turn what the file system says while a folder is written into an error with its remedy."""
     try:
         yield
     except StorageError:
         raise
     except OSError as error:
         raise StorageError(
-            f"{folder} cannot be written: {error.strerror or error}; what has finished is kept, and the same command "
-            "goes on when there is space and permission, or give another folder with --out"
+            f"{folder} cannot be written: {error.strerror or error}; what has finished is kept, and {remedy}"
         ) from error
 
 
@@ -117,11 +121,11 @@ def read(path: Path) -> Record | None:
                 f"{file} is of schema {raw['schema']}, this version reads schema {SCHEMA}; read it with the version "
                 "that wrote it, or run the comparison again into another folder"
             )
-        if raw["status"] not in STATUSES:
-            raise ValueError(f"status {raw['status']!r}")
+        spec = RunSpec.from_dict(raw["spec"])
+        _check(raw, spec)
         return Record(
             path=path,
-            spec=RunSpec.from_dict(raw["spec"]),
+            spec=spec,
             status=raw["status"],
             reason=raw["reason"],
             summary=raw["summary"],
@@ -138,6 +142,32 @@ def read(path: Path) -> Record | None:
         raise RecordError(
             f"{file} is corrupt ({type(error).__name__}: {error}); the comparison that wrote it will run it again"
         ) from error
+
+
+def _check(raw: dict[str, Any], spec: RunSpec) -> None:
+    """Raise where a record is JSON and yet not what a run wrote, before a report calculates with it."""
+    status, summary, environment = raw["status"], raw["summary"], raw["environment"]
+    if status not in STATUSES:
+        raise ValueError(f"status {status!r}")
+    if raw["hash"] != spec.hash:
+        raise ValueError(f"the hash of its spec is {spec.hash}, not {raw['hash']}")
+    if not (isinstance(summary, dict) and isinstance(environment, dict)):
+        raise TypeError("summary and environment must be objects")
+    numbers = {key: value for key, value in summary.items() if key not in _WORDS}
+    for key, value in (*numbers.items(), ("wall_seconds", raw.get("wall_seconds"))):
+        if not all(leaf is None or isinstance(leaf, (int, float)) for leaf in _leaves(value)):
+            raise TypeError(f"{key} is {value!r}, not a number")
+    if spec.kind == "cost" and status == "done":
+        steps = [summary["step_seconds"][who][what] for who in ("method", "control") for what in ("median", "q1", "q3")]
+        if None in (*steps, summary["step_ratio"], summary["constraint_share"]):
+            raise ValueError("it does not say how long a step took")
+
+
+def _leaves(value: Any) -> Iterator[Any]:
+    for item in value.values() if isinstance(value, dict) else ():
+        yield from _leaves(item)
+    if not isinstance(value, dict):
+        yield value
 
 
 def read_all(roots: Iterable[Path]) -> tuple[list[Record], list[str]]:

@@ -20,6 +20,7 @@ TOLERANCES = (1e-6, 1e-3)
 """Orthogonality errors ‖XXᵀ − I‖_F/√p, worst layer and moment, at which a method counts as feasible."""
 POINTS = 40
 """Points of a curve at most: more cannot be seen, and a report of many settings must stay small and fast."""
+_MEASURED = {"step", "seconds", "train_loss", "validation", "orthogonality"}
 
 
 def powers(tolerance: float) -> str:
@@ -220,16 +221,14 @@ class Row:
     @cached_property
     def curves(self) -> list[list[dict[str, Any]]]:
         """Measurements of each reported run that trained to its end, thinned evenly to what a curve can show."""
-        found = []
-        for lines in self._measured:
-            kept = np.unique(np.linspace(0, len(lines) - 1, POINTS).round().astype(int))
-            found.append([json.loads(lines[i]) for i in kept])
-        return found
+        kept = [np.unique(np.linspace(0, len(lines) - 1, POINTS).round().astype(int)) for lines in self._measured]
+        curves = [_parsed([lines[i] for i in at]) for lines, at in zip(self._measured, kept, strict=True)]
+        return [curve for curve in curves if curve]
 
     @cached_property
     def ends(self) -> list[dict[str, Any]]:
         """The last measurement of each reported run that trained to its end."""
-        return [json.loads(lines[-1]) for lines in self._measured]
+        return [row for lines in self._measured for row in _parsed(lines[-1:])]
 
     @property
     def redundancy(self) -> float | None:
@@ -237,6 +236,15 @@ class Row:
         layers = [list(end["redundancy"].values()) for end in self.ends if end.get("redundancy")]
         means = [float(np.mean(values)) for values in layers if None not in values]
         return float(np.median(means)) if means else None
+
+
+def _parsed(lines: list[str]) -> list[dict[str, Any]]:
+    """Measurements from their lines; none where one of them is torn, as a power cut leaves it."""
+    try:
+        rows = [json.loads(line) for line in lines]
+    except ValueError:
+        return []
+    return rows if all(isinstance(row, dict) and row.keys() >= _MEASURED for row in rows) else []
 
 
 def value(record: Record, key: str, missing: float = math.inf) -> float:

@@ -23,6 +23,7 @@ from stiefel.compare.problem import Data, Problem
 from stiefel.compare.records import RunFolder
 from stiefel.compare.spec import RunSpec
 from stiefel.errors import DivergenceError, LayoutError, OptimizerError, OptionError, WeightError
+from stiefel.measure.compilation import CompileClock
 from stiefel.measure.cost import (
     StepClock,
     as_dict,
@@ -142,7 +143,8 @@ def own_share(batch: Batch) -> Batch:
 def run_quality(problem: Problem, spec: RunSpec, folder: RunFolder) -> dict[str, Any]:
     """Train once and write a row of measurements per epoch.
 
-    The clock runs during training steps, projections, retractions and penalties included, and stops during evaluation.
+    The clock runs during training steps, projections, retractions and penalties included, and stops during evaluation
+    and while torch compiles, which is reported apart.
 
     Returns:
         The record's ``status``, ``reason`` and ``summary``.
@@ -154,14 +156,14 @@ def run_quality(problem: Problem, spec: RunSpec, folder: RunFolder) -> dict[str,
     except UNSUPPORTED as error:
         return {"status": "skipped", "reason": str(error), "summary": {}}
     schedule = problem.schedule(training.optimizer)
-    steps, seconds = 0, 0.0
+    steps, seconds, compiling = 0, 0.0, CompileClock()
     measured = [_measure(training, data, steps, 0, seconds, None, folder, signals=True)]
     diverged = None
     for epoch in range(1, problem.epochs + 1):
-        clock, losses = StepClock(device), []
+        clock, losses, compiled = StepClock(device), [], compiling.seconds
         try:
             for batch in map(own_share, data["train"].epoch()):
-                with clock:
+                with clock, compiling:
                     losses.append(training.step(batch))
                 steps += 1
         except (RuntimeError, ArithmeticError) as error:
@@ -175,14 +177,16 @@ def run_quality(problem: Problem, spec: RunSpec, folder: RunFolder) -> dict[str,
             )
         if schedule is not None:
             schedule.step()
-        seconds += clock.total()
+        seconds += clock.total() - (compiling.seconds - compiled)
         loss = torch.stack(losses).mean().item()
         if not (math.isfinite(loss) and training.finite()):
             diverged = f"loss or weights became non-finite in epoch {epoch}, by step {steps}"
             break
         last = epoch == problem.epochs
         measured.append(_measure(training, data, steps, epoch, seconds, loss, folder, signals=last))
-    return _conclude(problem, measured, steps, seconds, diverged, device)
+    outcome = _conclude(problem, measured, steps, seconds, diverged, device)
+    outcome["summary"]["compile_seconds"] = compiling.seconds
+    return outcome
 
 
 def _measure(

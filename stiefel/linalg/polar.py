@@ -166,7 +166,10 @@ class _PolarOfRoot(torch.autograd.Function):
             a = g @ x.mH
             c = a - a.mH
             omega = lyapunov_by_products(h, c) if ctx.waits else lyapunov_by_doubling(h, z, c)
-            gradient = torch.baddbmm(z @ g, torch.baddbmm(omega, z, a, alpha=-1), x)
+            if v.shape[-2] == v.shape[-1]:  # then I − XᴴX = 0
+                gradient = torch.bmm(omega, x)
+            else:
+                gradient = torch.baddbmm(z @ g, torch.baddbmm(omega, z, a, alpha=-1), x)
         return gradient.to(v.dtype), None, None, None, None
 
 

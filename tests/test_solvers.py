@@ -218,3 +218,31 @@ def test_memory_of_a_thin_polar_factor(solver: str) -> None:
     with PeakMemory() as peak:
         polar(v, solver=solver).backward(torch.ones(b, p, n))
     assert peak.entries <= 12 * b * p * n
+
+
+def test_a_batch_of_gradients() -> None:
+    v = torch.randn(2, 60, 100, generator=torch.Generator().manual_seed(19)).requires_grad_()
+    g = torch.randn(3, 2, 60, 100, generator=torch.Generator().manual_seed(20))
+    (together,) = torch.autograd.grad(polar(v, solver="products"), v, g, is_grads_batched=True)
+    for k in range(3):
+        (alone,) = torch.autograd.grad(polar(v, solver="products"), v, g[k])
+        assert distance(together[k], alone.double()) <= 1e-5
+
+
+@pytest.mark.parametrize("size", [1e-18, 1e-19, 1e-20, 1e-22])
+def test_denormal_gram_matrices_are_left_alone(size: float) -> None:
+    v, _, _ = with_singular_values(singular("even", 60, 2), 2, 100, torch.float32, seed=21)
+    assert residual(polar((size * v).float(), solver="products")) <= 2e-6
+
+
+@pytest.mark.parametrize(("smallest", "p", "n"), [(1 / 38, 512, 600), (1 / 27, 256, 300)])
+def test_qr_where_one_singular_value_is_small(smallest: float, p: int, n: int) -> None:
+    s = torch.ones(p, dtype=torch.float64)
+    s[0] = smallest
+    a, _, _ = with_singular_values(s, 1, n, torch.float32, seed=22)
+    assert residual(qf(a.float())) * p**0.5 <= 1e-5
+
+
+def test_empty_batches() -> None:
+    empty = torch.zeros(0, 3, 5)
+    assert nearest_in_step(empty).shape == polar(empty).shape == qf(empty).shape == empty.shape

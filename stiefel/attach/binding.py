@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Self
@@ -12,11 +11,12 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from stiefel.attach.deposits import deposited
+from stiefel.attach.snapshot import Snapshot, can_be_watched
 from stiefel.constraint import Constraint, Reparameterization
 from stiefel.errors import StiefelError, WeightError
 from stiefel.layout import Layout
 from stiefel.linalg import EXACT_DTYPES, full_precision, gram_residual, in_double, is_traced
-from stiefel.optim import Tally, steps_seen
+from stiefel.optim import Tally
 from stiefel.optim.buckets import stack, unstack
 
 _ATTRIBUTE = "_stiefel"
@@ -48,29 +48,14 @@ class Binding:
 
 
 class Kept:
-    """A weight computed where nothing needed its graph, and how to tell that it is still the right one.
+    """A weight computed where nothing needed its graph, and what it was computed from."""
 
-    In-place changes show in a tensor's version, but those of fused optimizers do not, so that the steps of all
-    optimizers are counted; those of ``weight.data`` show nowhere: after them, call :func:`stiefel.refresh`.
-    """
+    def __init__(self, snapshot: Snapshot, weight: Tensor) -> None:
+        self.snapshot, self.weight, self.version = snapshot, weight, weight._version
 
-    def __init__(self, weight: Tensor, tensors: tuple[Tensor, ...]) -> None:
-        self.weight, self.tensors, self.steps = weight, tensors, steps_seen()
-        self.inference = weight.is_inference()
-        self.states = [_state(t) for t in (weight, *tensors)]
-
-    def holds_for(self, tensors: tuple[Tensor, ...]) -> bool:
-        """Whether the weight is a function of these very tensors, at the values that they have now."""
-        if self.steps != steps_seen() or (self.inference and not torch.is_inference_mode_enabled()):
-            return False
-        if len(tensors) != len(self.tensors) or any(map(operator.is_not, tensors, self.tensors)):
-            return False
-        return list(map(_state, (self.weight, *tensors))) == self.states
-
-
-def _state(tensor: Tensor) -> tuple[int, int]:
-    # An inference tensor has no version, and cannot be changed outside of inference mode.
-    return (0 if tensor.is_inference() else tensor._version), tensor.data_ptr()
+    def holds_for(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether the weight is still a function of these tensors, and was not edited itself."""
+        return self.weight._version == self.version and self.snapshot.holds_for(tensors)
 
 
 class Reparametrized(nn.Module):
@@ -91,6 +76,7 @@ class Reparametrized(nn.Module):
             b, p, _ = binding.layout.matrix_shape
             self.gain = nn.Parameter(torch.ones(b * p, dtype=weight.dtype.to_real(), device=weight.device))
         proxy, parts = self._start(weight)
+        self.names = tuple(parts)  # a replica of a module (DataParallel) has no dictionary of its parameters
         for name, part in parts.items():
             if not part.ndim or len(part) != binding.layout.matrix_shape[0]:
                 raise StiefelError(
@@ -109,32 +95,35 @@ class Reparametrized(nn.Module):
         Raises:
             WeightError: the model was converted to a precision in which no weight is orthogonal.
         """
+        tensors = self.tensors(proxy)
         if is_traced():
-            return weights_of([self], self.tensors(proxy))[0]
-        found = deposited(self, proxy)
+            return weights_of([self], tensors)[0]
+        found = deposited(self, tensors)
         if found is not None:
             return found
-        tensors = self.tensors(proxy)
         if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
             self.kept = None
             return weights_of([self], tensors)[0]
-        if self.kept is None or not self.kept.holds_for(tensors):
-            self.kept = Kept(weights_of([self], tensors)[0], tensors)
-        return self.kept.weight
+        kept = self.kept
+        if kept is not None and kept.holds_for(tensors):
+            return kept.weight
+        if not can_be_watched(tensors):
+            return weights_of([self], tensors)[0]
+        snapshot = Snapshot(tensors)  # before the weight: another thread may change the proxy meanwhile
+        with torch.inference_mode(False), torch.no_grad():  # so that the weight has a version, and can be used anywhere
+            weight = weights_of([self], tensors)[0]
+        self.kept = Kept(snapshot, weight)
+        return weight
 
     def kept_weight(self, proxy: Tensor) -> Tensor | None:
-        """The weight kept from before, where it is still that of the proxy and no graph is asked for."""
+        """The weight kept from before, where it is still that of the proxy."""
         kept = self.kept
-        if kept is None or torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return None
-        return kept.weight if kept.holds_for(self.tensors(proxy)) else None
+        return kept.weight if kept is not None and kept.holds_for(self.tensors(proxy)) else None
 
     def tensors(self, proxy: Tensor) -> tuple[Tensor, ...]:
         """What the weight is a function of: the proxy, a learnable gain, and the method's parts, in this order."""
-        parts, gain = self._modules["parts"], self._parameters.get("gain")  # which is quicker than by attribute
-        assert parts is not None
-        gains = () if gain is None else (gain,)
-        return proxy, *gains, *parts._parameters.values(), *parts._buffers.values()
+        gains = () if self.gain is None else (self.gain,)
+        return proxy, *gains, *(getattr(self.parts, name) for name in self.names)
 
     def train(self, mode: bool = True) -> Self:
         """As for every module; a weight kept from before is computed anew."""
@@ -189,9 +178,8 @@ def weights_of(parametrizations: Sequence[Reparametrized], tensors: Sequence[Ten
                 "model in float32 and use torch.autocast, or stiefel.release(model) before converting it"
             )
     stacked = [o[0] if len(o) == 1 else torch.cat(list(o)) for o in others]
-    names = (*first.parts._parameters, *first.parts._buffers)
     with full_precision(proxies[0].device):
-        parts = dict(zip(names, stacked[len(stacked) - len(names) :], strict=True))
+        parts = dict(zip(first.names, stacked[len(stacked) - len(first.names) :], strict=True))
         x = method.forward(stack(layouts, proxies, scaled=True), layouts[0], **parts)
         if first.gain is not None:
             x = x * stacked[0].reshape(*x.shape[:2], 1)
@@ -262,11 +250,13 @@ def add_quick_access(owner: nn.Module, tensor: str) -> None:
 
     def weight(self: nn.Module) -> Tensor:
         """The weight kept from before, or what torch's property gives."""
-        listed: Any = self._modules["parametrizations"]._modules[tensor]  # type: ignore[union-attr]
-        if len(listed._modules) == 1:
-            kept = listed._modules["0"].kept_weight(listed._parameters["original"])
-            if kept is not None:
-                return kept
+        if not torch.is_grad_enabled() and not is_traced():
+            listed: Any = self._modules["parametrizations"]._modules[tensor]  # type: ignore[union-attr]
+            proxy = listed._parameters.get("original")
+            if proxy is not None and len(listed._modules) == 1:
+                kept = listed._modules["0"].kept_weight(proxy)
+                if kept is not None:
+                    return kept
         return torchs.fget(self)
 
     setattr(type(owner), tensor, property(weight, torchs.fset))

@@ -148,7 +148,7 @@ def refresh(module: nn.Module) -> nn.Module:
 
     Where no gradients are recorded a weight is computed once and kept until its proxy may have changed: after any
     optimizer step, ``train()``, ``eval()``, ``to()``, loading, and in-place changes of the proxy. Changes that go by
-    ``proxy.data`` leave no trace: call this after them.
+    ``proxy.data``, by numpy, or by a vector that the parameters are views of leave no trace: call this after them.
 
     Returns:
         ``module``.

@@ -1,23 +1,24 @@
-"""Weights that a thread's forward passes have computed ahead of the layers that use them. Imports only torch."""
+"""Weights that a thread's forward passes have computed ahead of their layers. Imports ``snapshot`` and torch."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from weakref import ref
 
 import torch
 from torch import Tensor, nn
 
+from stiefel.attach.snapshot import Snapshot
+
 
 @dataclass(frozen=True)
 class Deposit:
-    """A weight with its graph, and the parametrization and the proxy (with its version) that it belongs to."""
+    """A weight with its graph, the parametrization that it belongs to, and what it was computed from."""
 
     parametrization: nn.Module
-    proxy: Tensor
-    version: int
+    snapshot: Snapshot
     weight: Tensor
 
 
@@ -49,13 +50,13 @@ def forget(root: nn.Module) -> None:
         _passes.stack = [entry for entry in _passes.stack if entry[0]() is not root]
 
 
-def deposited(parametrization: nn.Module, proxy: Tensor) -> Tensor | None:
+def deposited(parametrization: nn.Module, tensors: Sequence[Tensor]) -> Tensor | None:
     """The weight computed ahead for a parametrization, where there is one that is valid here and now."""
     for _, deposits in reversed(_passes.stack):
         found = deposits.get(id(parametrization))
         if found is not None:
-            same = found.proxy is proxy and found.version == proxy._version
-            return found.weight if same and torch.is_grad_enabled() and not saved_elsewhere() else None
+            valid = torch.is_grad_enabled() and found.snapshot.holds_for(tensors) and not saved_elsewhere()
+            return found.weight if valid else None
     return None
 
 

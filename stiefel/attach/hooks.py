@@ -91,6 +91,8 @@ def _after_load(owner: nn.Module, incompatible_keys: Any) -> None:
     """
     for tensor, binding in bindings_of(owner).items():
         found = ConstrainedWeight(binding.label, owner, tensor, binding)
+        if isinstance(binding.constraint, Reparameterization):
+            owner.parametrizations[tensor][0].kept = None  # type: ignore[index, union-attr]
         take_over(found)
         if binding.constraint.claim is None or not found.can_leave:
             continue

@@ -17,8 +17,9 @@ from torch import Tensor, nn
 
 from stiefel.attach.binding import Reparametrized, constrained_weights, weights_of
 from stiefel.attach.deposits import Deposit, begin, deposited, end, forget, saved_elsewhere
+from stiefel.attach.snapshot import Snapshot
 from stiefel.constraint import Reparameterization
-from stiefel.linalg import is_traced
+from stiefel.linalg import full_precision, is_traced
 from stiefel.optim.buckets import bucket
 
 _places: WeakKeyDictionary[nn.Module, list[tuple[ref[nn.Module], str]]] = WeakKeyDictionary()
@@ -56,11 +57,9 @@ def _before_forward(root: nn.Module, args: Any) -> None:
     forget(root)
     deposits = []
     for members in bucket(_members(root), _computed_together):
+        snapshots = [Snapshot(m.tensors) for m in members]
         weights = _Together.apply([m.parametrization for m in members], *(t for m in members for t in m.tensors))
-        deposits += [
-            Deposit(m.parametrization, m.tensors[0], m.tensors[0]._version, w)
-            for m, w in zip(members, weights, strict=True)
-        ]
+        deposits += [Deposit(m.parametrization, s, w) for m, s, w in zip(members, snapshots, weights, strict=True)]
     begin(root, deposits)
 
 
@@ -84,7 +83,7 @@ def _members(root: nn.Module) -> list[_Member]:
             continue
         parametrization, proxy = parametrizations[tensor][0], parametrizations[tensor].original
         member = _Member(parametrization, parametrization.tensors(proxy))
-        if any(t.requires_grad for t in member.tensors) and deposited(parametrization, proxy) is None:
+        if any(t.requires_grad for t in member.tensors) and deposited(parametrization, member.tensors) is None:
             members.append(member)
     return members
 
@@ -106,15 +105,21 @@ class _Together(torch.autograd.Function):
     def forward(ctx: Any, parametrizations: list[Reparametrized], *tensors: Tensor) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
         ctx.parametrizations, ctx.tensors = parametrizations, tensors
-        ctx.versions = [t._version for t in tensors]
+        ctx.snapshot = Snapshot(tensors)
         ctx.graph = _graph(parametrizations, tensors)
         return tuple(w.detach() for w in ctx.graph[1])
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        with full_precision(ctx.tensors[0].device):
+            return None, *_Together.gradients(ctx, gradients)
+
+    @staticmethod
+    def gradients(ctx: Any, gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """Gradients of all tensors; None for those of weights that were not used."""
         used = [i for i, g in enumerate(gradients) if g is not None]
         twice = torch.is_grad_enabled()
-        if (twice or ctx.graph is None) and [t._version for t in ctx.tensors] != ctx.versions:
+        if (twice or ctx.graph is None) and not ctx.snapshot.holds_for(ctx.tensors):
             raise RuntimeError(
                 "a proxy parameter was changed in place between a forward pass and a second backward pass through it; "
                 "step the optimizer after the last backward pass"
@@ -141,7 +146,7 @@ class _Together(torch.autograd.Function):
         result: list[Tensor | None] = [None] * len(leaves)
         for k, gradient in zip(wanted, found, strict=True):
             result[k] = gradient
-        return None, *result
+        return result
 
 
 def _graph(parametrizations: Sequence[Reparametrized], tensors: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from stiefel.linalg.precision import in_double
 from stiefel.linalg.products import balance, skew
 
 if TYPE_CHECKING:
@@ -44,9 +45,10 @@ def cayley_step(x: Float[Tensor, "*batch p n"], b: Float[Tensor, "*batch p n"]) 
         return x + _solve_from_the_right(eye - 0.5 * a, x @ a)
     c = balance(b)
     b = b / c
-    xu, zu = low_rank_blocks(x, b)
-    eye = torch.eye(2 * p, dtype=x.dtype, device=x.device)
-    w = c * _solve_from_the_right(eye - (0.5 * c) * zu, xu)
+    # In double: for a direction of low rank ZU is singular, and float32 would lose eps · c².
+    xu, zu = low_rank_blocks(in_double(x), in_double(b))
+    eye = torch.eye(2 * p, dtype=xu.dtype, device=x.device)
+    w = (c * _solve_from_the_right(eye - (0.5 * c) * zu, xu)).to(x.dtype)
     return x + w[..., :p] @ b - w[..., p:] @ x
 
 

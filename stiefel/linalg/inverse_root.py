@@ -27,6 +27,7 @@ SPREAD = 40.0
 """Ratio of extreme eigenvalues that one coarse step brings well within NEAR of 1; it ends at about 100."""
 ITERATIONS, SMALLEST_ROOT = 12, 1e-5
 """Steps where nothing is read back, and the smallest singular value, of ‖VVᴴ‖_F^{1/2}, that they are made for."""
+SMALLEST_MEAN = 1e-28
 TRUNCATION = 2e-8
 """Largest error of a truncated series, below the rounding of float32."""
 
@@ -51,8 +52,11 @@ def inverse_root(v: Float[Tensor, "b p n"]) -> tuple[Float[Tensor, "b p p"], Flo
 
     Source: Higham, Functions of Matrices (2008), sections 4.2 and 4.4.3; Paterson and Stockmeyer (1973).
     """
+    if not v.numel():
+        return None
     gram = torch.bmm(v, v.mH)
     mean = _mean_eigenvalue(gram)
+    mean = torch.where(mean > SMALLEST_MEAN, mean, math.nan)  # below, entries of the Gram matrix are denormal
     powers, rho = _powers(_less_identity(gram / mean))
     if rho <= ACCURATE:
         z = _add_identity(_series(powers, rho)) * mean.rsqrt()

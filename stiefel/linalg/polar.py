@@ -63,6 +63,8 @@ def _fastest(v: Tensor) -> str:
         return "eigen"
     if v.is_cuda:
         return "iteration"
+    if v.dtype not in (torch.float32, torch.complex64):
+        return "eigen"
     return "products" if v.numel() // v.shape[-1] * v.shape[-2] >= SMALL else "eigen"
 
 
@@ -165,7 +167,9 @@ class _PolarOfRoot(torch.autograd.Function):
             g, x = grads[0].to(z.dtype), x.to(z.dtype)
             a = g @ x.mH
             c = a - a.mH
-            omega = lyapunov_by_products(h, c) if ctx.waits else lyapunov_by_doubling(h, z, c)
+            # A batch of gradients (is_grads_batched) has no single number to read.
+            waits = ctx.waits and not is_traced() and not torch._C._functorch.is_legacy_batchedtensor(g)
+            omega = lyapunov_by_products(h, c) if waits else lyapunov_by_doubling(h, z, c)
             if v.shape[-2] == v.shape[-1]:  # then I − XᴴX = 0
                 gradient = torch.bmm(omega, x)
             else:

@@ -1,4 +1,4 @@
-"""Symmetric and skew parts, the Gram residual, a safe norm, and one Newton-Schulz step. Imports only torch."""
+"""Symmetric and skew parts, the Gram residual, a safe norm, and one Newton-Schulz step. Imports ``precision``."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+from stiefel.linalg.precision import full_precision
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -58,9 +60,10 @@ class _SquaredResidual(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:
         x, delta = ctx.saved_tensors
-        if torch.is_grad_enabled():
-            delta = gram_residual(x)
-        return (4 * gradients[0][..., None, None] * delta) @ x
+        with full_precision(x.device):
+            if torch.is_grad_enabled():
+                delta = gram_residual(x)
+            return (4 * gradients[0][..., None, None] * delta) @ x
 
 
 def frobenius(b: Float[Tensor, "*batch p n"]) -> Float[Tensor, "*batch 1 1"]:

@@ -12,9 +12,10 @@ from stiefel.linalg.tracing import is_traced
 if TYPE_CHECKING:
     from jaxtyping import Float
 
-WELL_CONDITIONED = 4.0
-"""Mean of κ² up to which one Cholesky pass leaves no more than rounding, and MOST up to which a second one does."""
+WELL_CONDITIONED = 16.0
+"""κ² up to which one Cholesky pass leaves no more than rounding."""
 MOST = 1e3
+"""‖L‖_F² ‖L⁻¹‖_F²/p² up to which a second pass takes away what the first one leaves."""
 
 
 def qf(a: Float[Tensor, "*batch p n"]) -> Float[Tensor, "*batch p n"]:
@@ -53,7 +54,7 @@ def _near(a: Tensor) -> Tensor:
     if not spread <= MOST:
         return _by_reflections(a)
     q = inverse @ a
-    return q if spread <= WELL_CONDITIONED else _pass(q)
+    return q if spread <= 1 + (WELL_CONDITIONED - 1) / p else _pass(q)  # one small singular value may hide in a mean
 
 
 def _pass(a: Tensor) -> Tensor:

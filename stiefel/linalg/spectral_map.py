@@ -1,4 +1,4 @@
-"""Maps that act on singular values alone, differentiated without storing what they compute. Imports ``tracing``."""
+"""Maps that act on singular values alone, differentiated without storing what they compute. Imports ``linalg``."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from stiefel.linalg.precision import full_precision
 from stiefel.linalg.tracing import is_traced
 
 if TYPE_CHECKING:
@@ -23,7 +24,8 @@ def spectral_map(f: Callable[[Tensor], Tensor], x: Float[Tensor, "*batch p n"]) 
 
     Source: Lewis, Derivatives of spectral functions, 1996, for the scalar function.
     """
-    return f(x) if is_traced() else _SpectralMap.apply(f, x)
+    forward_mode = torch.autograd.forward_ad._current_level >= 0
+    return f(x) if forward_mode or is_traced() else _SpectralMap.apply(f, x)
 
 
 class _SpectralMap(torch.autograd.Function):
@@ -36,4 +38,5 @@ class _SpectralMap(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[None, Tensor]:
         (x,) = ctx.saved_tensors
-        return None, torch.func.jvp(ctx.f, (x,), (gradients[0],))[1]
+        with full_precision(x.device):
+            return None, torch.func.jvp(ctx.f, (x,), (gradients[0],))[1]

@@ -6,7 +6,7 @@ import torch
 
 
 def is_traced() -> bool:
-    """Whether torch.compile traces, or a torch.func transform runs: values cannot be read then, or not as numbers."""
-    if torch.compiler.is_compiling():
+    """Whether a compiler traces, or a torch.func transform runs: values cannot be read then, or not as numbers."""
+    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
         return True
     return torch._C._functorch.peek_interpreter_stack() is not None

@@ -14,6 +14,8 @@ from stiefel.methods import register
 
 LONGEST = 0.5
 """Largest ‖Ψ‖_F: one Newton-Schulz step then leaves at most 0.05, and diverges from about √3 on."""
+NOISE, NORMAL = 8.0, 0.01
+"""Bound of Ψ's rounding in epsilons of ‖U‖_F, and how much of it, which is not tangent, may go into a step."""
 
 
 @register
@@ -22,7 +24,7 @@ class POGO(StepMethod):
     """``M = X − Ψ``, ``X ← M + ½(M − M Mᵀ M)``, ``Ψ = −½(XXᵀU − XUᵀX)``, U the base optimizer's displacement.
 
     The step with fixed λ = ½. A tangent Ψ leaves a residual of about ¾‖Ψ‖₂⁴, so steps with ‖Ψ‖_F > ½ are shortened to
-    that, and counted in the report.
+    that, and counted in the report. So are those of a U so long and so nearly normal that Ψ is rounding.
 
     Args:
         polish: Newton-Schulz steps after each move. One is the published method; a second one takes a residual e to
@@ -53,7 +55,9 @@ class POGO(StepMethod):
         psi = torch.bmm(x @ displacement.mH, x)
         psi = torch.baddbmm(psi, x @ x.mH, displacement, beta=0.5, alpha=-0.5)
         length = frobenius(psi)
-        moved = torch.addcmul(x, psi, LONGEST / length.clamp_min(LONGEST), value=-1)
+        rounding = NOISE * torch.finfo(length.dtype).eps * frobenius(displacement)
+        kept = torch.minimum(LONGEST / length.clamp_min(LONGEST), NORMAL / rounding.clamp_min(NORMAL))
+        moved = torch.addcmul(x, psi, kept, value=-1)
         for _ in range(self.polish):
             moved = newton_schulz(moved)
-        return moved, length[..., 0, 0] > LONGEST
+        return moved, kept[..., 0, 0] < 1

@@ -37,7 +37,7 @@ def tell_later(finite: Tensor, message: str) -> None:
     value = torch.empty((), dtype=torch.bool, pin_memory=True)
     value.copy_(finite, non_blocking=True)
     arrived = torch.cuda.Event()
-    arrived.record()
+    arrived.record(torch.cuda.current_stream(finite.device))
     _flags.pending.append(_Flag(value, arrived, message))
 
 

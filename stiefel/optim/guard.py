@@ -65,7 +65,17 @@ def _watched(parameter: Tensor) -> Watched | None:
     return getattr(parameter, _ATTRIBUTE, None)
 
 
+_steps_seen = 0
+
+
+def steps_seen() -> int:
+    """A count that every optimizer step advances, any optimizer's, since the first weight was constrained."""
+    return _steps_seen
+
+
 def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Any:
+    global _steps_seen
+    _steps_seen += 1  # an optimizer's own hooks after its step run before the global one below
     if getattr(optimizer, "stepping", False):
         return None  # the base step inside a lifted one
     closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
@@ -133,14 +143,6 @@ def _refuse_divergence(optimizer: torch.optim.Optimizer, members: list[tuple[Ten
         f"the gradient of weight {labels} is NaN or infinite: the loss has diverged. This step changed no weight; "
         "lower the learning rate, or look at the loss before it"
     )
-
-
-_steps_seen = 0
-
-
-def steps_seen() -> int:
-    """How many optimizer steps have been taken since the first weight was constrained, by any optimizer."""
-    return _steps_seen
 
 
 def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:

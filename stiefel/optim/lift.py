@@ -127,6 +127,8 @@ class Lift(_Base):
             if not skipped(self):
                 for move in moves:
                     move.finish()
+                for move in moves:  # when no step can be taken back any more
+                    move.count()
         except BaseException:
             for move in moves:  # half a step would leave weights off their sets
                 move.undo()
@@ -153,6 +155,7 @@ class _Move:
         self.lr = float(members[0][1])
         self.layouts = [p.ownership.layout for p in self.parameters]
         self.before = stack(self.layouts, self.parameters, scaled=False, copy=True)
+        self.shortened: Tensor | None = None
 
     def finish(self) -> None:
         """Let the method move the weights, from where they were and by what the base step did."""
@@ -165,11 +168,16 @@ class _Move:
                 x, displacement = x / scale, displacement.div_(scale)
             x, shortened = _moved(self.parameters[0].ownership, x, displacement, self.lr)
         self._write(unstack(self.layouts, x, scaled=True))
-        if shortened is not None:
-            flags = shortened.split([layout.matrix_shape[0] for layout in self.layouts])
-            for p, flag in zip(self.parameters, flags, strict=True):
-                tally = p.ownership.tally
-                tally.shortened = flag.any() + (0 if tally.shortened is None else tally.shortened)
+        self.shortened = shortened
+
+    def count(self) -> None:
+        """Note for each weight whether its step was shortened."""
+        if self.shortened is None:
+            return
+        flags = self.shortened.split([layout.matrix_shape[0] for layout in self.layouts])
+        for p, flag in zip(self.parameters, flags, strict=True):
+            tally = p.ownership.tally
+            tally.shortened = flag.any() + (0 if tally.shortened is None else tally.shortened)
 
     def undo(self) -> None:
         """Put the weights back."""
@@ -182,6 +190,8 @@ class _Move:
         labels = ", ".join(f"'{p.ownership.label}'" for p in self.parameters)
         told = f"the optimizer's step of weight {labels} is NaN or infinite. {{change}}lower the learning rate"
         finite = torch.isfinite(displacement.sum())  # a NaN or an infinity anywhere shows in the sum
+        if displacement.is_cuda and torch.cuda.is_current_stream_capturing():
+            return
         if displacement.is_cuda:
             displacement.masked_fill_(~finite, 0)
             tell_later(finite, told.format(change="It was left where it was; "))

@@ -38,19 +38,31 @@ def maps() -> list[Candidate]:
     for name in ("own", "oni", "bjorck", "own_pca", "cayley", "matrix_exp", "householder"):
         of_proxy = not _from_start(name)
         found += [
-            Candidate(name, "ours", partial(layers, name=name), conditioned=of_proxy),
-            Candidate(f"{name}, function", "ours", partial(function, name=name), conditioned=of_proxy),
+            Candidate(name, "ours", partial(layers, name=name), conditioned=of_proxy, short=name != "own_pca"),
+            Candidate(f"{name}, function", "ours", partial(function, name=name), conditioned=of_proxy, short=False),
         ]
     found += [conditioned(f"own, {solver}", "ours", partial(solved, solver=solver)) for solver in SOLVERS]
     found += [
-        Candidate(f"torch {kind}", "torch", partial(torch_orthogonal, kind=kind), per_layer=True)
+        Candidate(
+            f"torch {kind}", "torch", partial(torch_orthogonal, kind=kind), per_layer=True, short=kind != "householder"
+        )
         for kind in ("matrix_exp", "cayley", "householder")
     ]
     found += [
-        Candidate(f"geotorch {kind}", "geotorch", partial(geotorch_orthogonal, kind=kind), "geotorch", True)
+        Candidate(
+            f"geotorch {kind}",
+            "geotorch",
+            partial(geotorch_orthogonal, kind=kind),
+            needs="geotorch",
+            per_layer=True,
+            short=kind == "expm",
+        )
         for kind in ("expm", "cayley")
     ]
-    return [*found, conditioned("orthogonium Björck", "orthogonium", bjorck_layers, "orthogonium", True)]
+    return [
+        *found,
+        conditioned("orthogonium Björck", "orthogonium", bjorck_layers, needs="orthogonium", per_layer=True),
+    ]
 
 
 def differentiated(compute: Callable[[], list[Tensor]], inputs: Iterable[Tensor], gradients: list[Tensor]) -> Work:

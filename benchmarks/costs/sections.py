@@ -44,12 +44,17 @@ class Form:
     counts: tuple[int, ...] = (1, 10, 100, 1000, 10_000)
     sizes: tuple[int, ...] = (16, 32, 64, 128, 256, 512)
     rest: tuple[int, ...] = (128, 1024)
+    everybody: bool = True
+
+    def kept(self, candidates: list[Candidate]) -> list[Candidate]:
+        """Those that the form has."""
+        return [c for c in candidates if self.everybody or c.short]
 
 
 FORMS = {
     "full": Form(Effort(rounds=50, seconds=1.0, longest=60.0, energy=3.0)),
     "short": Form(
-        Effort(rounds=20, seconds=0.15, longest=1.5),
+        Effort(rounds=20, seconds=0.15, longest=2.0),
         ill=((8, 128, 128), (16, 64, 576)),
         widths=(128, 512),
         batches=(1024,),
@@ -57,6 +62,7 @@ FORMS = {
         methods=("own", "riemannian", "pogo", "soft"),
         counts=(1, 10, 100, 1000),
         sizes=(16, 64, 256),
+        everybody=False,
     ),
     "tiny": Form(
         Effort(rounds=3, seconds=0.01, longest=60.0),
@@ -175,9 +181,9 @@ class Bench:
 
 def _maps(bench: Bench) -> None:
     for shape in bench.form.shapes:
-        bench.compare({"section": "maps", "condition": 2.0}, bench.case(*shape), maps())
+        bench.compare({"section": "maps", "condition": 2.0}, bench.case(*shape), bench.form.kept(maps()))
     for shape in bench.form.ill:
-        kept = [c for c in maps() if c.conditioned or c.name == PRODUCT]
+        kept = [c for c in bench.form.kept(maps()) if c.conditioned or c.name == PRODUCT]
         bench.compare({"section": "maps", "condition": ILL}, bench.case(*shape, ILL), kept)
 
 

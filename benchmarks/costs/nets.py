@@ -115,19 +115,18 @@ AT_REST: dict[str, Callable[[nn.Linear], Any]] = {
     "torch cayley": partial(orthogonal, orthogonal_map="cayley"),
 }
 """A layer made ready for evaluation, by name; the first is what the others are compared with."""
-WIDTH = 512
 ACCESSES = 50
 
 
-def _rested(name: str, device: torch.device, dtype: torch.dtype) -> nn.Linear:
+def _rested(name: str, width: int, device: torch.device, dtype: torch.dtype) -> nn.Linear:
     torch.manual_seed(0)
-    return AT_REST[name](nn.Linear(WIDTH, WIDTH).to(device, dtype)).eval()
+    return AT_REST[name](nn.Linear(width, width).to(device, dtype)).eval()
 
 
-def layer_at_rest(name: str, batch: int, device: torch.device, dtype: torch.dtype) -> Work:
+def layer_at_rest(name: str, width: int, batch: int, device: torch.device, dtype: torch.dtype) -> Work:
     """A call of a layer that is not trained."""
-    layer = _rested(name, device, dtype)
-    x = torch.randn(batch, WIDTH, device=device, dtype=dtype)
+    layer = _rested(name, width, device, dtype)
+    x = torch.randn(batch, width, device=device, dtype=dtype)
 
     @torch.no_grad()
     def call() -> None:
@@ -136,9 +135,9 @@ def layer_at_rest(name: str, batch: int, device: torch.device, dtype: torch.dtyp
     return Work(call)
 
 
-def accesses(name: str, device: torch.device, dtype: torch.dtype) -> Work:
+def accesses(name: str, width: int, device: torch.device, dtype: torch.dtype) -> Work:
     """``ACCESSES`` times ``layer.weight``, as a loop over an RNN's steps asks for it."""
-    layer = _rested(name, device, dtype)
+    layer = _rested(name, width, device, dtype)
 
     @torch.no_grad()
     def call() -> None:

@@ -44,6 +44,7 @@ class Form:
     counts: tuple[int, ...] = (1, 10, 100, 1000, 10_000)
     sizes: tuple[int, ...] = (16, 32, 64, 128, 256, 512)
     rest: tuple[int, ...] = (128, 1024)
+    width: int = 512
     everybody: bool = True
 
     def kept(self, candidates: list[Candidate]) -> list[Candidate]:
@@ -74,6 +75,7 @@ FORMS = {
         counts=(1, 4),
         sizes=(4, 8),
         rest=(8,),
+        width=16,
     ),
 }
 
@@ -215,11 +217,12 @@ def _scales(form: Form) -> Iterator[tuple[str, list[tuple[int, int, int]]]]:
 
 def _rest(bench: Bench) -> None:
     names = dict.fromkeys(nets.AT_REST, "ours") | {"plain": "torch", "torch cayley": "torch"}
+    width = bench.form.width
     for batch in bench.form.rest:
-        works = {name: nets.layer_at_rest(name, batch, bench.device, bench.dtype) for name in names}
-        case = f"layer {nets.WIDTH}×{nets.WIDTH}, batch {batch}"
+        works = {name: nets.layer_at_rest(name, width, batch, bench.device, bench.dtype) for name in names}
+        case = f"layer {width}×{width}, batch {batch}"
         bench.measure({"section": "rest", "case": case, "batch": batch}, works, {}, names, "plain")
-    works = {name: nets.accesses(name, bench.device, bench.dtype) for name in names}
+    works = {name: nets.accesses(name, width, bench.device, bench.dtype) for name in names}
     about = {"section": "rest", "case": "access of a weight"}
     bench.measure(about, works, {}, names, "plain", per_call=nets.ACCESSES)
 

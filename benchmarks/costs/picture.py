@@ -126,7 +126,7 @@ def _mark(name: str, who: str, i: int) -> dict[str, Any]:
 
 def _log(axis: mpl.axis.Axis) -> None:
     low, high = axis.get_view_interval()
-    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if high < 50 * low else (1.0,), numticks=12))
+    axis.set_major_locator(LogLocator(subs=(1.0, 1.5, 2.0, 3.0, 5.0) if high < 20 * low else (1.0,), numticks=12))
     axis.set_major_formatter(_PLAIN)
     axis.set_minor_formatter(NullFormatter())
 

@@ -53,7 +53,7 @@ class Form:
 
 
 FORMS = {
-    "full": Form(Effort(rounds=50, seconds=1.0, longest=60.0, energy=3.0)),
+    "full": Form(Effort(rounds=40, seconds=0.6, longest=30.0, energy=3.0)),
     "short": Form(
         Effort(rounds=20, seconds=0.15, longest=2.0),
         ill=((8, 128, 128), (16, 64, 576)),

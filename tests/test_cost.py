@@ -154,6 +154,14 @@ def test_orthogoniums_weight_is_that_of_the_reference():
     assert torch.allclose(ours.result()[0], theirs.result()[0], rtol=0, atol=2e-6)
 
 
+def test_errors_are_of_the_weights_as_they_are_timed():
+    """Together, layers are large enough for another solver than one by one, and its error is the one to report."""
+    case = Case(8, 64, 96)
+    layers, function, eigen = (ready(name, maps(), case).error() for name in ("own", "own, function", "own, eigen"))
+    assert layers == function
+    assert layers != eigen
+
+
 @pytest.mark.parametrize("name", ["own_pca", "cayley", "matrix_exp", "householder"])
 def test_layers_and_functions_are_the_same_map(name):
     layers, function = ready(name, maps()), ready(f"{name}, function", maps())

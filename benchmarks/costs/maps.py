@@ -70,7 +70,7 @@ def differentiated(compute: Callable[[], list[Tensor]], inputs: Iterable[Tensor]
     leaves = list(inputs)
 
     def result() -> list[Tensor]:
-        with torch.no_grad():
+        with torch.enable_grad():  # as when timed: at rest layers compute their weights one by one, by another solver
             return [torch.cat([w.reshape(-1, *w.shape[-2:]) for w in compute()])]
 
     return Work(lambda: torch.autograd.grad(compute(), leaves, gradients), result)

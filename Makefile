@@ -1,4 +1,5 @@
 # make compare   set up .venv, compare four methods on digits, print where the report is (a short form: see COMPARE)
+# make cost      what the methods cost beside other packages (a short form: make cost COST=--full for all of it)
 # make test      set up .venv, run the tests
 # make lint      formatting, lint, types
 # make docs      regenerate the README's method table and the notebook's outputs
@@ -7,12 +8,16 @@ PYTHON ?= python3
 BIN := .venv/bin
 METHODS ?= own riemannian soft unconstrained
 COMPARE ?= --seeds 3 --trials 7
+COST ?= --short
 ARGS ?=
 
-.PHONY: compare test lint docs clean
+.PHONY: compare cost test lint docs clean
 
 compare: .venv/.installed
 	$(BIN)/stiefel compare benchmarks/omdsm.py --methods $(METHODS) $(COMPARE) $(ARGS)
+
+cost: .venv/.installed
+	$(BIN)/python benchmarks/cost.py $(COST) $(ARGS)
 
 test: .venv/.installed
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 $(ARGS)
@@ -31,7 +36,7 @@ docs: .venv/.installed
 	  || { echo "stiefel needs Python 3.11 or newer; name one with: make PYTHON=/path/to/python"; exit 1; }
 	@echo "installing into .venv (some minutes the first time: torch is large)"
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[compare,notebooks,dev]"
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[compare,bench,notebooks,dev]"
 	@touch $@
 
 clean:

@@ -201,17 +201,16 @@ def _check_free(target: Target) -> None:
 
 def _merge_ties(modules: dict[str, nn.Module], targets: list[Target], left_out: set[tuple[int, str]]) -> list[Target]:
     """Make each parameter one target, which knows the other layers that share it."""
+    places: dict[int, list[Target]] = {}
+    for prefix, owner in modules.items():
+        for tensor, p in owner._parameters.items():
+            places.setdefault(id(p), []).append(Target(_join(prefix, tensor), owner, tensor))
     merged: dict[int, Target] = {}
     for target in targets:
         parameter = target.parameter
         if id(parameter) in merged:
             continue
-        shared = {
-            tie.key: tie
-            for prefix, owner in modules.items()
-            for tensor, p in owner._parameters.items()
-            if p is parameter and (tie := Target(_join(prefix, tensor), owner, tensor)).key != target.key
-        }
+        shared = {tie.key: tie for tie in places[id(parameter)] if tie.key != target.key}
         for tie in shared.values():
             _check_free(tie)
             if tie.key in left_out:

@@ -65,6 +65,19 @@ def measured(epoch: int, value: float, error: float, *, metric="accuracy", layer
     }
 
 
+def diagnosed(layers: int, level: float) -> dict:
+    """What a row says of the layers of a network: each by its depth, dependence by distance and level."""
+    names = [f"l{k}" for k in range(layers)]
+    turn = [[(1 + level) * 0.5 ** abs(n - m) for m in range(layers)] for n in range(layers)]
+    return {
+        "energy": {name: {"forward": 0.9**k, "backward": 1.1**k} for k, name in enumerate(names)},
+        "variance": {name: 0.5**k for k, name in enumerate(names)},
+        "redundancy": dict.fromkeys(names, level),
+        "effective_rate": dict.fromkeys(names, 1 - level / 4),
+        "dependence": {"layers": names, "turn": turn, "gradient": [0.1] * layers, "length": 0.01},
+    }
+
+
 def timed(root: Path, run: RunSpec, ratio: float, spread=0.1, environment=CPU, **changes):
     """The record of a cost run."""
     control = {"median": 0.01, "q1": 0.0099, "q3": 0.0102, "n": 60}
@@ -120,8 +133,10 @@ def comparison(
                             rows.append(measured(epoch, now, error * (1 + epoch / 9), layers=layers))
                             rows[-1]["train_loss"] = None if epoch == 0 else float(2 * np.exp(-4 * epoch / epochs))
                         if signals:
-                            ways = {f"l{k}": {"forward": 0.9**k, "backward": 1.1**k} for k in range(layers)}
-                            rows[-1] |= {"energy": ways, "redundancy": dict.fromkeys(ways, 0.1 * (i + 1))}
+                            for row in rows[:: max(1, epochs // 5)]:
+                                row["effective_rate"] = {f"l{k}": 0.99 ** (i * row["epoch"]) for k in range(layers)}
+                            rows[0] |= diagnosed(layers, 0.0)
+                            rows[-1] |= diagnosed(layers, 0.1 * (i + 1))
                         steps = None if value < 0.5 else int(200 * (1.2 - level) + 5 * i)
                         trained(root, run, float(value), error, steps, environment=environment, rows=rows)
                 if scale == scales[-1] and not (faults and i == len(methods) - 1):

@@ -13,7 +13,7 @@ from records import CPU, GPU, comparison, measured, spec, timed, trained, write
 from rich.console import Console
 
 import stiefel
-from stiefel.compare import cli, figures, read_report
+from stiefel.compare import cli, read_report
 from stiefel.compare.plan import FRESH, Choice
 from stiefel.compare.profile import profile
 from stiefel.compare.recommend import candidates, in_setting, overall, reference
@@ -464,21 +464,6 @@ def test_failures_are_listed_with_their_traceback_and_folder(root):
     assert "<details><summary>traceback</summary><pre>Traceback" in text
     assert path.name in text
     assert str(path) in shown(root, width=200)
-
-
-def test_signals_are_drawn_where_they_were_recorded(tmp_path):
-    comparison(tmp_path / "with", LEVELS, signals=True)
-    comparison(tmp_path / "without", LEVELS)
-    assert figures.energy(summary_of(tmp_path / "without"), summary_of(tmp_path / "without").settings[0]) is None
-    summary = summary_of(tmp_path / "with")
-    forward, backward = figures.energy(summary, summary.settings[0]).axes
-    assert forward.lines[0].get_ydata().tolist() == pytest.approx([0.9**k for k in range(4)])
-    assert backward.lines[0].get_ydata().tolist() == pytest.approx([1.1**k for k in range(4)])
-    assert {row.label: row.redundancy for row in summary.settings[0].rows} == pytest.approx(
-        {name: 0.1 * (i + 1) for i, name in enumerate(LEVELS)}
-    )
-    assert "redundancy" in page(tmp_path / "with")
-    assert "redundancy" not in page(tmp_path / "without")
 
 
 def test_curves_are_thinned_and_a_missing_one_costs_only_itself(root):

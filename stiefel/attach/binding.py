@@ -210,6 +210,14 @@ class ConstrainedWeight:
         return self.owner._parameters[self.tensor]  # type: ignore[return-value]
 
     @property
+    def gains(self) -> Tensor | None:
+        """The learnable factors of its rows, ``(b, p, 1)``, where its scale is learnable: what points are without."""
+        if self.binding.constraint.scale != "learnable":
+            return None
+        gain = self.owner.parametrizations[self.tensor][0].gain  # type: ignore[index, union-attr]
+        return gain.reshape(*self.binding.layout.matrix_shape[:2], 1)
+
+    @property
     def can_leave(self) -> bool:
         """Whether values written from outside can put the weight off its set: a proxy alone cannot."""
         if isinstance(self.binding.constraint, Reparameterization):

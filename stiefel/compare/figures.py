@@ -87,26 +87,6 @@ def curves(summary: Summary, setting: Setting) -> Figure:
     return figure
 
 
-def energy(summary: Summary, setting: Setting) -> Figure | None:
-    """Energy of activations and of gradients through the depth of the network, at the end; None where not recorded."""
-    found = []
-    for row in setting.rows:
-        runs = [end["energy"] for end in row.ends if end.get("energy")]
-        found += [(row, runs)] if runs else []
-    if not found:
-        return None
-    styles = _styles(highlighted(summary), summary.controls, summary.labels)
-    with mpl.rc_context(STYLE):
-        figure, axes = _grid(1, 2, (4.6, 2.5), legend=min(len(summary.labels), HIGHLIGHTS + 2))
-        for ax, way in zip(axes.flat, ("forward", "backward"), strict=True):
-            for row, runs in found:
-                values = [[_number(layer.get(way)) for layer in run.values()] for run in runs]
-                _depth(ax, values, styles[row.label])
-            _axis(ax, f"{way} energy", "layer", log=True)
-        _legend(figure, styles)
-    return figure
-
-
 def sensitivity(summary: Summary) -> Figure:
     """Best validation metric against the learning rate at default knobs: a panel per method, a line per setting.
 

@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any
 import jinja2
 
 import stiefel
-from stiefel.compare import figures, words
+from stiefel.compare import figures, why_figures, words
 from stiefel.compare.notes import skips
 from stiefel.compare.recommend import Candidate, Recommendation, candidates, in_setting, overall, reference
 from stiefel.compare.records import Record
 from stiefel.compare.summary import Setting, Summary
+from stiefel.compare.why import Why
 
 if TYPE_CHECKING:
     from stiefel.compare.report import Report
@@ -110,11 +111,19 @@ class Section:
         """Figure."""
         return figures.svg(figures.defaults(self.summary))
 
-    def drawn(self) -> Iterator[tuple[Setting, str, str]]:
-        """The settings with their curves, and their energies where recorded."""
+    def drawn(self) -> Iterator[tuple[Setting, str]]:
+        """The settings with their curves."""
         for setting in self.summary.settings[: self.curves]:
-            energy = figures.energy(self.summary, setting)
-            yield setting, figures.svg(figures.curves(self.summary, setting)), figures.svg(energy) if energy else ""
+            yield setting, figures.svg(figures.curves(self.summary, setting))
+
+    def why(self) -> Iterator[tuple[Setting, str, str, list[dict[str, Any]], list[str]]]:
+        """The settings whose layers are known: through depth, dependence where known, a row per method, what failed."""
+        for setting in self.summary.settings[: self.curves]:
+            why = Why(setting)
+            depth, heat = why_figures.depth(self.summary, why), why_figures.heat(self.summary, why)
+            if depth is not None:
+                shown = figures.svg(depth), figures.svg(heat) if heat else ""
+                yield setting, *shown, why.methods.to_dict("records"), why.reasons  # type: ignore[misc]
 
 
 def write_html(report: Report, path: Path) -> None:

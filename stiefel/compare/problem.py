@@ -72,6 +72,10 @@ class Problem(ABC):
     """Batches per epoch at most; needed where the training data are an iterable that never ends."""
     evaluation_batch: ClassVar[int] = 4096
     """Examples evaluated at a time where the data are tensors."""
+    dependent_layers: ClassVar[int] = 12
+    """Constrained layers, evenly spread, between which reported runs measure at their start and end how far a step of
+    one turns the gradient of another; a gradient of one batch for each. 0: neither that nor effective rates, for models
+    that are too slow or cannot be copied."""
     scales: ClassVar[tuple[float | str, ...]] = (1.0, "relu")
     grid: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
     """Values of factors that a comparison spans unless told otherwise; other factors keep their default."""

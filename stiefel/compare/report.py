@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from stiefel.compare import figures
+from stiefel.compare import figures, why, why_figures
 from stiefel.compare.profile import Unit, profile, times
 from stiefel.compare.recommend import in_setting, overall
 from stiefel.compare.records import Record, frame, read_all
@@ -117,6 +117,21 @@ class Report:
         where = pd.DataFrame(known, index=rows.index)
         return rows.assign(**{str(name): where[name] for name in where})
 
+    def layers(self) -> pd.DataFrame:
+        """A row per problem, setting, method, moment (start, end) and layer: energies, variance, redundancy, rate."""
+        return pd.concat([why.frames(summary, "layers") for summary in self.problems], ignore_index=True)
+
+    def dependence(self) -> pd.DataFrame:
+        """A row per problem, setting, method, moment and pair of layers: how far one's step turns the other's gradient.
+
+        ``degrees`` for a step of 1 % of the weight's length, ``degrees_per_step`` for an SGD step at the method's rate.
+        """
+        return pd.concat([why.frames(summary, "dependence") for summary in self.problems], ignore_index=True)
+
+    def rates(self) -> pd.DataFrame:
+        """A row per problem, setting, method, training step and layer: the effective rate."""
+        return pd.concat([why.frames(summary, "rates") for summary in self.problems], ignore_index=True)
+
     def times(self, unit: Unit = "steps", device: str | None = None) -> pd.DataFrame:
         """Median steps or seconds to the target, cases × methods, of one device (that of the newest problem)."""
         return times(self._on(device), unit)
@@ -154,9 +169,13 @@ def problem_figures(summary: Summary) -> Iterable[tuple[str, Figure]]:
     yield "defaults", figures.defaults(summary)
     for setting in summary.settings:
         yield setting.title, figures.curves(summary, setting)
-        energy = figures.energy(summary, setting)
-        if energy is not None:
-            yield f"{setting.title} energy", energy
+        layers = why.Why(setting)
+        for name, figure in (
+            ("why", why_figures.depth(summary, layers)),
+            ("dependence", why_figures.heat(summary, layers)),
+        ):
+            if figure is not None:
+                yield f"{setting.title} {name}", figure
 
 
 def table(summary: Summary) -> pd.DataFrame:
@@ -244,7 +263,7 @@ def publish(
     for summary in reversed(report.problems):  # the newest last, where a terminal shows it
         for shown in terminal.terminal_tables(summary):
             console.print(shown)
-        for note in (*summary.notes, *terminal.failure_lines(summary)):
+        for note in (*summary.notes, *why.line(summary), *terminal.failure_lines(summary)):
             console.print(f"· {note}", highlight=False, markup=False)
     for note in report.notes:
         console.print(f"· {note}", highlight=False, markup=False)

@@ -230,6 +230,12 @@ class Row:
         """The last measurement of each reported run that trained to its end."""
         return [row for lines in self._measured for row in _parsed(lines[-1:])]
 
+    @cached_property
+    def diagnoses(self) -> list[list[dict[str, Any]]]:
+        """The measurements of each reported run that say why: those with energies or with effective rates."""
+        marks = ('"energy"', '"effective_rate"')
+        return [[json.loads(line) for line in lines if any(m in line for m in marks)] for lines in self._measured]
+
     @property
     def redundancy(self) -> float | None:
         """Mean over layers at the end of training, median over runs; None where it was not recorded."""

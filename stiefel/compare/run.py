@@ -33,13 +33,18 @@ from stiefel.measure.cost import (
     peak_allocated_bytes,
     peak_resident_bytes,
 )
+from stiefel.measure.dependence import dependence
 from stiefel.measure.orthogonality import errors
+from stiefel.measure.rate import effective_rates
 from stiefel.measure.signal import preservation, redundancy
+from stiefel.measure.variance import activation_variance
 from stiefel.methods import control, get
 
 WARMUP, REPEATS = 20, 60
 SIGNAL_BATCH = 256
-"""Examples on which energy preservation is measured."""
+"""Examples on which signals and gradients are measured."""
+RATES = 10
+"""Epochs of a reported run, evenly spread, after which effective rates are measured; tuning runs measure none."""
 UNSUPPORTED = (LayoutError, OptimizerError, OptionError, WeightError)
 """A method that cannot hold a layer, or be served by the optimizer, is skipped with the reason: nothing has failed."""
 
@@ -79,16 +84,36 @@ class Training:
             self.model.train()
 
     def signals(self, batch: Batch) -> dict[str, Any]:
-        """Energy preservation of each layer, forward and backward, on a batch, and redundancy of its filters."""
+        """Energy preservation and variance of each layer on a batch, and redundancy of its filters."""
         self.model.eval()
         try:
             layers = preservation(self.model, lambda: self.problem.loss(self.model, batch))
+            variance = activation_variance(self.model, lambda: self.problem.loss(self.model, batch))
         finally:
             self.model.train()
         energy = {
             name: {key: value for key, value in asdict(s).items() if key != "calls"} for name, s in layers.items()
         }
-        return {"energy": energy, "redundancy": redundancy(self.model)}
+        return {"energy": energy, "variance": variance, "redundancy": redundancy(self.model)}
+
+    def gradients(self, batch: Batch, *, pairs: bool) -> dict[str, Any]:
+        """Effective rates of the layers on a batch, and of each pair of them how far one's step turns the other's.
+
+        What copies of a model cannot do costs these fields, with the reason, and not the run.
+        """
+        most = self.problem.dependent_layers
+        if not most:
+            return {}
+        try:
+            found: dict[str, Any] = {
+                "effective_rate": effective_rates(self.model, lambda m: self.problem.loss(m, batch))
+            }
+            if pairs:
+                turns = dependence(self.model, lambda m: self.problem.loss(m, batch), most=most)
+                found["dependence"] = turns.to_dict()
+        except Exception as error:
+            return {"gradients_reason": f"{type(error).__name__}: {error}"}
+        return found
 
     def finite(self) -> bool:
         """Whether every parameter still is."""
@@ -157,7 +182,8 @@ def run_quality(problem: Problem, spec: RunSpec, folder: RunFolder) -> dict[str,
         return {"status": "skipped", "reason": str(error), "summary": {}}
     schedule = problem.schedule(training.optimizer)
     steps, seconds, compiling = 0, 0.0, CompileClock()
-    measured = [_measure(training, data, steps, 0, seconds, None, folder, signals=True)]
+    reported = spec.phase == "final"
+    measured = [_measure(training, data, steps, 0, seconds, None, folder, signals=True, gradients=reported)]
     diverged = None
     for epoch in range(1, problem.epochs + 1):
         clock, losses, compiled = StepClock(device), [], compiling.seconds
@@ -182,8 +208,11 @@ def run_quality(problem: Problem, spec: RunSpec, folder: RunFolder) -> dict[str,
         if not (math.isfinite(loss) and training.finite()):
             diverged = f"loss or weights became non-finite in epoch {epoch}, by step {steps}"
             break
-        last = epoch == problem.epochs
-        measured.append(_measure(training, data, steps, epoch, seconds, loss, folder, signals=last))
+        last, every = epoch == problem.epochs, math.ceil(problem.epochs / RATES)
+        gradients = reported and (last or epoch % every == 0)
+        measured.append(
+            _measure(training, data, steps, epoch, seconds, loss, folder, signals=last, gradients=gradients)
+        )
     outcome = _conclude(problem, measured, steps, seconds, diverged, device)
     outcome["summary"]["compile_seconds"] = compiling.seconds
     return outcome
@@ -199,6 +228,7 @@ def _measure(
     folder: RunFolder,
     *,
     signals: bool = False,
+    gradients: bool = False,
 ) -> dict[str, Any]:
     with parametrize.cached():  # the weights do not change meanwhile: compute them once
         layers = errors(training.model)
@@ -213,6 +243,8 @@ def _measure(
         }
         if signals:
             row |= training.signals(next(data["validation"].all(SIGNAL_BATCH)))
+    if gradients:  # of copies, for which torch's cache of weights must be off
+        row |= training.gradients(next(data["validation"].all(SIGNAL_BATCH)), pairs=signals)
     if not distributed.is_initialized() or distributed.get_rank() == 0:
         folder.append(row)
     return row

@@ -12,6 +12,7 @@ the question of Vorontsov, Trabelsi, Kadoury and Pal (ICML 2017).
 
     stiefel compare benchmarks/rnn.py --budget small --methods own riemannian soft unconstrained
     stiefel compare benchmarks/rnn.py --budget paper --device cuda --cell rnn lstm gru
+    stiefel compare benchmarks/rnn.py --budget paper --device cuda --task copying --delay 200 1000
 """
 
 import math
@@ -62,7 +63,7 @@ class Recurrent(Problem):
         "small": {},
         "paper": {
             "hidden": (128,),
-            "delay": (200, 1000),
+            "delay": (200,),
             "steps": (400,),
             "epochs": (25,),
             "batch_size": (128,),

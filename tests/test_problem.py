@@ -12,11 +12,13 @@ from common import compare
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+import stiefel
+from stiefel.attach import constrained_weights
 from stiefel.compare import Data, Problem, Regression, cli, load_problem
 from stiefel.compare.batches import Batches, examples, mover, share
 from stiefel.compare.check import check
 from stiefel.compare.records import RunFolder, read_all
-from stiefel.compare.run import run_quality
+from stiefel.compare.run import Training, run_quality
 from stiefel.compare.spec import RunSpec
 from stiefel.errors import ProblemError
 
@@ -123,6 +125,54 @@ def test_nested_batches_move_and_split():
 # --- problems ---
 
 
+def test_a_problem_may_train_in_its_own_way(tmp_path):
+    """Two steps a batch where the problem says so, with the method's penalty; by default one step down the loss."""
+
+    class Twice(Classes):
+        def train_step(self, model, optimizer, batch):
+            super().train_step(model, optimizer, batch)
+            return super().train_step(model, optimizer, batch)
+
+    def weights(problem, batches, method):
+        training = Training(problem, spec(method=method), torch.device("cpu"))
+        losses = [training.step(batch) for batch in batches]
+        assert not any(loss.requires_grad for loss in losses)
+        return [w.value for w in constrained_weights(training.model)]
+
+    batch, other = (X[:5], Y[:5]), (X[5:10], Y[5:10])
+    for method in ("own", "soft", "retraction"):
+        once = weights(Classes(), [batch, batch, other, other], method)
+        for a, b in zip(once, weights(Twice(), [batch, other], method), strict=True):
+            assert torch.equal(a, b), method
+    status, summary = quality(Twice(), tmp_path)
+    assert (status, summary["steps"]) == ("done", 8)
+
+
+def test_the_default_step_goes_down_the_loss_and_the_penalties_and_tells_the_loss():
+    model = stiefel.constrain(Classes().make_model(), "soft", strength=1.0)
+    with torch.no_grad():
+        model[0].weight.mul_(2)
+    optimizer = stiefel.optimizer(model, torch.optim.SGD, lr=0.1)
+    before = [p.detach().clone() for p in model.parameters()]
+    loss = Classes().loss(model, (X, Y))
+    gradients = torch.autograd.grad(loss + stiefel.penalty(model), list(model.parameters()))
+    assert Classes().train_step(model, optimizer, (X, Y)) == loss.item()
+    for p, old, gradient in zip(model.parameters(), before, gradients, strict=True):
+        assert torch.allclose(p, old - 0.1 * gradient, atol=1e-6)
+
+
+def test_a_run_keeps_what_its_problem_writes(tmp_path):
+    class Keeper(Classes):
+        def keep(self, model, folder):
+            assert not model.training
+            assert not torch.is_grad_enabled()
+            (folder / "weights.txt").write_text(str(model(X).sum().item()))
+
+    status, _ = quality(Keeper(), tmp_path)
+    assert status == "done"
+    assert float((tmp_path / spec().hash / "weights.txt").read_text())
+
+
 def test_the_mean_over_batches_is_the_mean_over_examples():
     problem, model = Classes(), Classes().make_model()
     whole = problem.evaluate(model, (X, Y))
@@ -216,6 +266,9 @@ def once():
         ({"loss": lambda self, model, batch: model(batch[0])}, r"must return a scalar tensor .* shape \(5, 2\)"),
         ({"loss": lambda self, model, batch: 0.5}, "must return a scalar tensor .* got float"),
         ({"loss": lambda self, model, batch: torch.tensor(1.0)}, "without a graph"),
+        ({"train_step": lambda self, model, optimizer, batch: self.loss(model, batch)}, "with a graph"),
+        ({"train_step": lambda self, model, optimizer, batch: None}, r"train_step\(\) must return the loss"),
+        ({"train_step": lambda self, model, optimizer, batch: model.nothing}, r"train_step\(\) fails: AttributeError"),
         ({"evaluate": lambda self, model, batch: {"loss": 1.0}}, "must return the metric 'accuracy', got 'loss' alone"),
         ({"measure": lambda self, model, batches: 0.3}, "must return a dictionary of numbers, got float"),
         (

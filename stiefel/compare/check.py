@@ -67,6 +67,10 @@ def check(problem: Problem) -> None:
     expect(problem.metric in measures, "evaluate()", f"return the metric {problem.metric!r}", f"{known} alone")
     for key, value in measures.items():
         expect(isinstance(value, (int, float)), f"evaluate()[{key!r}]", "be a number (use .item())", _shape(value))
+    model.train()
+    loss = attempt("train_step()", lambda: problem.train_step(model, optimizer, batch))
+    scalar = isinstance(loss, Tensor) and loss.ndim == 0 and not loss.requires_grad
+    expect(scalar, "train_step()", "return the loss as a scalar tensor without a graph (use .detach())", _shape(loss))
     target = problem.target
     valid = target is None or (isinstance(target, (int, float)) and math.isfinite(target))
     expect(valid, "target", "be a number or None", repr(target))
@@ -106,6 +110,6 @@ def _few(batches: Iterable[Batch], most: int = 256) -> list[Batch]:
 
 def _shape(value: Any) -> str:
     if isinstance(value, Tensor):
-        grown = "" if value.requires_grad else " without a graph"
+        grown = " with a graph" if value.requires_grad else " without a graph"
         return f"a tensor of shape {tuple(value.shape)}{grown}"
     return type(value).__name__

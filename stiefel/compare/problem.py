@@ -1,4 +1,4 @@
-"""What a problem is, and how it is loaded from a file. Imports ``batches``, the errors and torch."""
+"""What a problem is, and how it is loaded from a file. Imports ``batches``, ``attach``, the errors and torch."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from stiefel.attach import penalty
 from stiefel.compare.batches import Batch, Part, examples
 from stiefel.errors import ProblemError
 
@@ -104,6 +105,20 @@ class Problem(ABC):
         """The training loss of a batch, a scalar, without penalties. Default: cross-entropy."""
         return F.cross_entropy(model(batch[0]), batch[1])
 
+    def train_step(self, model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch) -> Tensor:
+        """One training step on a batch; returns the loss to be recorded, without penalties and without a graph.
+
+        Default: one step down :meth:`loss` and the methods' penalties. Training that is more than that overrides it:
+        networks that are updated in turn, or several times a batch. Each of its backward passes that reaches a
+        constrained weight adds ``stiefel.penalty(model)``; parameters whose gradient is None are not stepped. The
+        whole of it is timed. Under ``torchrun`` ``model`` is wrapped, and only what its own call returns is averaged.
+        """
+        optimizer.zero_grad()
+        loss = self.loss(model, batch)
+        (loss + penalty(model)).backward()
+        optimizer.step()
+        return loss.detach()
+
     def evaluate(self, model: nn.Module, batch: Batch) -> dict[str, float]:
         """``{metric: ..., ...}``, means over the examples of a batch. Default: cross-entropy and accuracy."""
         logits = model(batch[0])
@@ -124,6 +139,12 @@ class Problem(ABC):
                 sums[name] = sums.get(name, 0.0) + size * value
             count += size
         return {name: total / count for name, total in sums.items()}
+
+    def keep(self, model: nn.Module, folder: Path) -> None:  # noqa: B027  may be left as it is
+        """Write files that show what was learned, such as pictures, into the run's folder. Default: none.
+
+        It is called once, when a run has trained to its end, with the model in evaluation mode and without gradients.
+        """
 
     def schedule(self, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler | None:
         """A learning-rate schedule stepped once per epoch, or None."""

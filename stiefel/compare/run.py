@@ -6,10 +6,13 @@ Under ``torchrun`` the processes of a run train one model on their shares of eac
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
+from collections.abc import Iterator
 from dataclasses import asdict
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,10 +20,10 @@ from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrize
 
-from stiefel.attach import constrain, constrained_weights, optimizer, penalty, release
+from stiefel.attach import constrain, constrained_weights, optimizer, release
 from stiefel.compare.batches import Batch, Batches, mover, seed_everything, share, size_of
 from stiefel.compare.problem import Data, Problem
-from stiefel.compare.records import RunFolder
+from stiefel.compare.records import RunFolder, writing
 from stiefel.compare.spec import RunSpec
 from stiefel.errors import DivergenceError, LayoutError, OptimizerError, OptionError, WeightError
 from stiefel.measure.compilation import CompileClock
@@ -67,30 +70,26 @@ class Training:
         self.network: nn.Module = DistributedDataParallel(self.model) if distributed.is_initialized() else self.model
 
     def step(self, batch: Batch) -> Tensor:
-        """One training step; returns the loss without penalties, on the device."""
-        self.optimizer.zero_grad()
-        loss = self.problem.loss(self.network, batch)
-        (loss + penalty(self.model)).backward()
-        self.optimizer.step()
-        return loss.detach()
+        """One training step of the problem; returns the loss without penalties, on the device."""
+        return self.problem.train_step(self.network, self.optimizer, batch)
 
     @torch.no_grad()
     def evaluate(self, part: Batches) -> dict[str, float]:
         """The problem's measures on a part of the data."""
-        self.model.eval()
-        try:
+        with self._evaluation():
             return self.problem.measure(self.model, part.all(self.problem.evaluation_batch))
-        finally:
-            self.model.train()
+
+    @torch.no_grad()
+    def keep(self, folder: Path) -> None:
+        """Write what the problem wants to show of the trained model."""
+        with self._evaluation():
+            self.problem.keep(self.model, folder)
 
     def signals(self, batch: Batch) -> dict[str, Any]:
         """Energy preservation and variance of each layer on a batch, and redundancy of its filters."""
-        self.model.eval()
-        try:
+        with self._evaluation():
             layers = preservation(self.model, lambda: self.problem.loss(self.model, batch))
             variance = activation_variance(self.model, lambda: self.problem.loss(self.model, batch))
-        finally:
-            self.model.train()
         energy = {
             name: {key: value for key, value in asdict(s).items() if key != "calls"} for name, s in layers.items()
         }
@@ -114,6 +113,15 @@ class Training:
         except Exception as error:
             return {"gradients_reason": f"{type(error).__name__}: {error}"}
         return found
+
+    @contextlib.contextmanager
+    def _evaluation(self) -> Iterator[None]:
+        """The model in evaluation mode."""
+        self.model.eval()
+        try:
+            yield
+        finally:
+            self.model.train()
 
     def finite(self) -> bool:
         """Whether every parameter still is."""
@@ -213,6 +221,9 @@ def run_quality(problem: Problem, spec: RunSpec, folder: RunFolder) -> dict[str,
         measured.append(
             _measure(training, data, steps, epoch, seconds, loss, folder, signals=last, gradients=gradients)
         )
+    if not diverged and _first():
+        with writing(folder.path):
+            training.keep(folder.path)
     outcome = _conclude(problem, measured, steps, seconds, diverged, device)
     outcome["summary"]["compile_seconds"] = compiling.seconds
     return outcome
@@ -245,9 +256,14 @@ def _measure(
             row |= training.signals(next(data["validation"].all(SIGNAL_BATCH)))
     if gradients:  # of copies, for which torch's cache of weights must be off
         row |= training.gradients(next(data["validation"].all(SIGNAL_BATCH)), pairs=signals)
-    if not distributed.is_initialized() or distributed.get_rank() == 0:
+    if _first():
         folder.append(row)
     return row
+
+
+def _first() -> bool:
+    """Whether this is a run's only process, or the one that writes."""
+    return not distributed.is_initialized() or distributed.get_rank() == 0
 
 
 def _conclude(

@@ -41,7 +41,7 @@ class AsReleased(StepMethod):
 
     @cached_property
     def rates(self) -> list[float]:
-        """The learning rates of the steps taken."""
+        """The learning rate of the first step, once that is taken."""
         return []
 
     def nearest(self, points: Tensor, layout: Layout) -> Tensor:
@@ -50,7 +50,8 @@ class AsReleased(StepMethod):
 
     def step(self, x: Tensor, displacement: Tensor, lr: float) -> Tensor:
         """Add up the gradient, and step along the sum, as columns."""
-        self.rates.append(lr)
+        if not self.rates:
+            self.rates.append(lr)
         total = self.sums[x.shape] = self.sums.get(x.shape, 0) - displacement / lr
         if _square(x):
             return self.move(x, total, self.rates[0])

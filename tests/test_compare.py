@@ -457,6 +457,15 @@ def test_default_options_do_not_make_another_variant():
     assert Variant.parse("own:center=True") != Variant.parse("own")
 
 
+def test_a_knob_that_is_given_is_held_also_at_its_default():
+    variants = parse_variants(["riemannian:metric=euclidean,retraction=qr", "riemannian"])
+    plan = Plan("toy", "d", ({},), variants, (1.0,), (0.1, 1.0), seeds=1, trials=5)
+    tuned = [Record(Path("."), s, "done", None, {"best_validation": s.lr}, {}) for s in plan.tuning()]
+    knobs = {(s.label, key) for s in plan.refinement(tuned, higher_is_better=True) for key in s.knobs}
+    assert knobs == {("riemannian", "metric"), ("riemannian", "retraction")}
+    assert {s.label for s in plan.cells()} == {"riemannian:metric=euclidean,retraction=qr", "riemannian"}
+
+
 def test_an_optimizer_that_a_method_cannot_have_is_a_skipped_run(toy, tmp_path):
     toy.write_text(FAULTY.replace("target = 0.1", "target = 0.1\n    optimizer = torch.optim.AdamW"))
     run = spec(method="riemannian")

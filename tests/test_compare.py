@@ -1,14 +1,17 @@
 """The comparison engine: specs, plans, problems, data, isolation of runs, resuming, reports."""
 
 import gzip
+import hashlib
 import json
 import math
+import pickle
 import re
 import signal
 import struct
 import subprocess
 import sys
 import time
+import types
 import urllib.error
 from pathlib import Path
 
@@ -148,8 +151,8 @@ def write_idx(path, array):
 
 
 @pytest.fixture
-def fashion(tmp_path):
-    """A folder in the form of Fashion-MNIST, small: one training part plain, the rest gzipped."""
+def fashion(tmp_path, monkeypatch):
+    """A folder in the form of Fashion-MNIST, small: one training part plain, the rest gzipped; with its checksums."""
     rng = np.random.default_rng(0)
     folder = tmp_path / "fashion"
     folder.mkdir()
@@ -157,6 +160,10 @@ def fashion(tmp_path):
     write_idx(folder / "train-labels-idx1-ubyte.gz", rng.integers(0, 10, 10_020))
     write_idx(folder / "t10k-images-idx3-ubyte.gz", rng.integers(0, 256, (7, 28, 28)))
     write_idx(folder / "t10k-labels-idx1-ubyte.gz", rng.integers(0, 10, 7))
+    for path in folder.iterdir():
+        raw = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+        key = f"fashion-mnist/{path.name.removesuffix('.gz')}"
+        monkeypatch.setitem(datasets.CHECKSUMS, key, hashlib.sha256(raw).hexdigest())
     return folder
 
 
@@ -171,7 +178,79 @@ def test_fashion_mnist_from_idx_files(fashion):
     assert torch.allclose(image[2:30, 2:30].flatten() - background, torch.tensor(list(raw[:784])) / 255, atol=1e-6)
 
 
-@pytest.mark.parametrize("damage", ["missing", "truncated", "not gzip", "not idx", "other length"])
+def test_a_part_of_it(fashion):
+    """The first of each part, so that more examples only add to what fewer have; less the mean of what trains."""
+    whole, part = datasets.load("fashion-mnist", fashion), datasets.load("fashion-mnist", fashion, examples=8)
+    assert [len(y) for _, y in (part.train, part.validation, part.test)] == [8, 2, 2]
+    for few, all_ in ((part.train, whole.train), (part.validation, whole.validation), (part.test, whole.test)):
+        assert torch.equal(few[1], all_[1][: len(few[1])])
+        difference = few[0] - all_[0][: len(few[1])]
+        assert torch.allclose(difference, difference[0, 0], atol=1e-6)
+    assert abs(part.train[0].mean().item()) < 1e-6
+
+
+def test_the_environment_says_where_data_are(fashion, tmp_path, monkeypatch):
+    root = tmp_path / "root"
+    root.mkdir()
+    fashion.rename(root / "fashion-mnist")
+    monkeypatch.setenv(datasets.VARIABLE, str(root))
+    monkeypatch.setattr(datasets, "DEBIAN", tmp_path / "nowhere")
+    assert len(datasets.load("fashion-mnist").test[1]) == 7
+
+
+@pytest.mark.parametrize(("name", "remedy"), [("mnist", "idx files"), ("cifar-10", "cifar-10-python.tar.gz")])
+def test_data_that_nothing_downloads_say_where_to_get_them(name, remedy, tmp_path, monkeypatch):
+    monkeypatch.setenv(datasets.VARIABLE, str(tmp_path))
+    monkeypatch.setattr(datasets, "DEBIAN", tmp_path / "nowhere")
+    with pytest.raises(stiefel.DataError, match=remedy):
+        datasets.load(name)
+
+
+def test_cifar_from_its_own_files_and_no_other_pickle_is_loaded(tmp_path, monkeypatch):
+    rng, stems = np.random.default_rng(0), {"train": 5_004, "test": 3}
+    batches = {}
+    for stem, count in stems.items():
+        batch = {b"data": rng.integers(0, 256, (count, 3072), dtype=np.uint8), b"fine_labels": [7] * count}
+        batches[stem] = pickle.dumps(batch)
+        (tmp_path / stem).write_bytes(batches[stem])
+        digest = hashlib.md5(batches[stem]).hexdigest()
+        monkeypatch.setitem(datasets.CHECKSUMS, f"cifar-100-python/{stem}", digest)
+    data = datasets.load("cifar-100", tmp_path)
+    assert [x.shape for x, _ in (data.train, data.validation, data.test)] == [(4, 3072), (5_000, 3072), (3, 3072)]
+    assert set(data.train[1].tolist()) == {7}
+
+    class Trap:
+        def __reduce__(self):
+            return exec, ("raise AssertionError('it was loaded')",)
+
+    (tmp_path / "test").write_bytes(pickle.dumps(Trap()))
+    with pytest.raises(stiefel.DataError, match=r"test is corrupt, or another file of that name: its md5"):
+        datasets.load("cifar-100", tmp_path)
+
+
+def test_faces_are_averaged_and_told_before_they_are_fetched(monkeypatch, capsys):
+    import sklearn.datasets
+
+    def fetch(data_home=None, download_if_missing=True):
+        if not download_if_missing:
+            raise OSError("Data not found and `download_if_missing` is False")
+        assert "4 MB" in capsys.readouterr().err
+        images = np.arange(400 * 64 * 64, dtype=np.float32).reshape(400, 64, 64) % 7 / 7
+        return types.SimpleNamespace(images=images, target=np.arange(400) // 10)
+
+    monkeypatch.setattr(sklearn.datasets, "fetch_olivetti_faces", fetch)
+    data = datasets.load("olivetti")
+    assert [x.shape for x, _ in (data.train, data.validation, data.test)] == [(240, 1024), (80, 1024), (80, 1024)]
+
+    def offline(data_home=None, download_if_missing=True):
+        raise urllib.error.URLError("no route")
+
+    monkeypatch.setattr(sklearn.datasets, "fetch_olivetti_faces", offline)
+    with pytest.raises(stiefel.DataError, match=r"olivetti_py3\.pkz"):
+        datasets.load("olivetti")
+
+
+@pytest.mark.parametrize("damage", ["missing", "truncated", "not gzip", "not idx", "other length", "one bit"])
 def test_missing_or_corrupt_files_name_the_file_and_the_remedy(fashion, damage):
     path = fashion / "train-labels-idx1-ubyte.gz"
     raw = path.read_bytes()
@@ -179,6 +258,10 @@ def test_missing_or_corrupt_files_name_the_file_and_the_remedy(fashion, damage):
         path.unlink()
     elif damage == "other length":
         write_idx(path, np.zeros(5))
+    elif damage == "one bit":
+        content = bytearray(gzip.decompress(raw))
+        content[-1] ^= 1
+        path.write_bytes(gzip.compress(bytes(content)))
     else:
         path.write_bytes({"truncated": raw[:40], "not gzip": b"hello" * 9, "not idx": gzip.compress(b"x" * 99)}[damage])
     with pytest.raises(stiefel.DataError, match="train-labels-idx1-ubyte") as caught:
@@ -193,7 +276,8 @@ def test_offline_without_files_says_what_to_do(monkeypatch, tmp_path, capsys):
         raise urllib.error.URLError("no route")
 
     monkeypatch.setattr(sklearn.datasets, "fetch_openml", offline)
-    monkeypatch.setattr(datasets, "FASHION_MNIST", tmp_path / "nowhere")
+    monkeypatch.setattr(datasets, "DEBIAN", tmp_path / "nowhere")
+    monkeypatch.delenv(datasets.VARIABLE, raising=False)
     with pytest.raises(stiefel.DataError, match="OpenML is out of reach") as caught:
         datasets.load("fashion-mnist")
     assert "30 MB" in capsys.readouterr().err  # told before anything is downloaded
@@ -201,7 +285,7 @@ def test_offline_without_files_says_what_to_do(monkeypatch, tmp_path, capsys):
 
 
 def test_unknown_data():
-    with pytest.raises(stiefel.DataError, match="known: 'digits', 'fashion-mnist'"):
+    with pytest.raises(stiefel.DataError, match="did you mean 'mnist'"):
         datasets.load("mnist1d")
 
 
@@ -209,9 +293,10 @@ def test_unknown_data():
 
 
 def test_every_method_starts_from_the_same_network_and_sees_the_same_batches(tmp_path):
+    methods = stiefel.available()  # the problem brings some that start elsewhere
     problem = load_problem(OMDSM)(depth=3, epochs=1)
     weights = {}
-    for method in stiefel.available():
+    for method in methods:
         options = {**stiefel.methods.method_class(method).comparison, "scale": "relu"}
         training = Training(problem, spec(method=method, options=options), torch.device("cpu"))
         weights[method] = [training.model.get_submodule(f"hidden{i}").weight.detach() for i in (1, 2, 3)]
@@ -424,6 +509,15 @@ def test_a_scale_given_with_a_method_is_that_variants_only_one():
 def test_default_options_do_not_make_another_variant():
     assert Variant.parse("own:eps=None") == Variant.parse("own")
     assert Variant.parse("own:center=True") != Variant.parse("own")
+
+
+def test_a_knob_that_is_given_is_held_also_at_its_default():
+    variants = parse_variants(["riemannian:metric=euclidean,retraction=qr", "riemannian"])
+    plan = Plan("toy", "d", ({},), variants, (1.0,), (0.1, 1.0), seeds=1, trials=5)
+    tuned = [Record(Path("."), s, "done", None, {"best_validation": s.lr}, {}) for s in plan.tuning()]
+    knobs = {(s.label, key) for s in plan.refinement(tuned, higher_is_better=True) for key in s.knobs}
+    assert knobs == {("riemannian", "metric"), ("riemannian", "retraction")}
+    assert {s.label for s in plan.cells()} == {"riemannian:metric=euclidean,retraction=qr", "riemannian"}
 
 
 def test_an_optimizer_that_a_method_cannot_have_is_a_skipped_run(toy, tmp_path):

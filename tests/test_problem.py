@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import sys
 from dataclasses import dataclass
 
 import numpy as np
@@ -323,3 +324,22 @@ def test_new_problem_never_writes_over_a_file(tmp_path, capsys):
     assert "must end in .py" in capsys.readouterr().err
     assert cli.main(["new-problem", str(tmp_path / "no" / "mine.py")]) == 2
     assert "cannot be written" in capsys.readouterr().err
+
+
+def test_the_digest_covers_what_is_imported_from_beside_the_file(tmp_path):
+    problem, net, part = tmp_path / "p.py", tmp_path / "p_net.py", tmp_path / "p_part.py"
+    assert cli.main(["new-problem", str(problem)]) == 0
+    alone = load_problem(problem).digest()
+    problem.write_text("import p_net\n" + problem.read_text())
+    net.write_text("from p_part import width  # this one\nimport p_net, torch\n")
+    part.write_text("width = 3\n")
+    try:
+        first = load_problem(problem).digest()
+        net.write_text(net.read_text().replace("this", "that"))
+        assert load_problem(problem).digest() == first != alone
+        part.write_text("width = 4\n")
+        assert load_problem(problem).digest() != first
+    finally:
+        sys.path.remove(str(tmp_path))
+        for name in ("p_net", "p_part"):
+            sys.modules.pop(name, None)

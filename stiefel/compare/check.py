@@ -9,12 +9,11 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from stiefel.attach import constrain
 from stiefel.compare.batches import Batch, Batches, examples, mover, size_of
 from stiefel.compare.problem import Data, Problem
 from stiefel.compare.run import load_data, seed_everything
 from stiefel.errors import DataError, ProblemError
-from stiefel.methods import control
+from stiefel.methods import control, get
 
 T = TypeVar("T")
 
@@ -43,7 +42,7 @@ def check(problem: Problem) -> None:
     seed_everything(0)
     model = attempt("make_model()", problem.make_model)
     expect(isinstance(model, nn.Module), "make_model()", "return a torch.nn.Module", type(model).__name__)
-    attempt("layers, exclude", lambda: constrain(model, control(), layers=problem.layers, exclude=problem.exclude))
+    attempt("layers, exclude", lambda: problem.constrain(model, get(control())))
     data = attempt("make_data()", lambda: load_data(problem))
     expect(isinstance(data, Data), "make_data()", "return a stiefel.compare.Data", type(data).__name__)
     for part in ("train", "validation", "test"):

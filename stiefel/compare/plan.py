@@ -35,6 +35,8 @@ class Variant:
     def parse(cls, text: str) -> Variant:
         """Read ``name`` or ``name:option=value,option=value``; a scale given here is this variant's only one.
 
+        A knob given here, also at its default, is not turned by tuning.
+
         Raises:
             UnknownMethodError, OptionError: as :func:`stiefel.get` raises them, or where an option has no value.
         """
@@ -47,7 +49,8 @@ class Variant:
             options[key] = literal(value)
         method = get(name, **options)
         usual = {f.name: f.default for f in fields(method)}
-        return cls(name, tuple(sorted((k, v) for k, v in options.items() if k == "scale" or v != usual[k])))
+        kept = {"scale", *method.tuning}
+        return cls(name, tuple(sorted((k, v) for k, v in options.items() if k in kept or v != usual[k])))
 
 
 def literal(text: str) -> Any:

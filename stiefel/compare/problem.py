@@ -17,8 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from stiefel.attach import penalty
+from stiefel.attach import constrain, penalty
 from stiefel.compare.batches import Batch, Part, examples
+from stiefel.constraint import Constraint
 from stiefel.errors import ProblemError
 
 
@@ -101,6 +102,13 @@ class Problem(ABC):
     def make_data(self) -> Data:
         """The data, the same for every run: the generators are seeded with a constant before."""
 
+    def constrain(self, model: nn.Module, method: Constraint) -> nn.Module:
+        """Put a method on the model, in place. Default: as it is, on ``layers`` without ``exclude``.
+
+        A problem that constrains different layers differently (groups of other sizes, say) overrides this one.
+        """
+        return constrain(model, method, layers=self.layers, exclude=self.exclude)
+
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """The training loss of a batch, a scalar, without penalties. Default: cross-entropy."""
         return F.cross_entropy(model(batch[0]), batch[1])
@@ -152,9 +160,12 @@ class Problem(ABC):
 
     @classmethod
     def digest(cls) -> str:
-        """12 hexadecimal digits that change with the problem's source; comments and layout apart."""
-        source = Path(inspect.getfile(cls)).read_text(encoding="utf-8")
-        return hashlib.sha256(ast.unparse(ast.parse(source)).encode()).hexdigest()[:12]
+        """12 hexadecimal digits that change with the problem's source and that of what it imports from its folder.
+
+        Comments and layout apart.
+        """
+        trees = _sources(Path(inspect.getfile(cls)), {}).values()
+        return hashlib.sha256("".join(map(ast.unparse, trees)).encode()).hexdigest()[:12]
 
     @property
     def name(self) -> str:
@@ -197,6 +208,19 @@ class Regression(Problem):
 
 
 _PREFIX = "stiefel_problem_"
+
+
+def _sources(path: Path, found: dict[Path, ast.Module]) -> dict[Path, ast.Module]:
+    """A file's syntax tree, and those of the files beside it that it imports."""
+    found[path] = ast.parse(path.read_text(encoding="utf-8"))
+    for node in ast.walk(found[path]):
+        imported = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        imported += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+        for name in imported:
+            beside = path.parent / f"{name.partition('.')[0]}.py"
+            if beside not in found and beside.is_file():
+                _sources(beside, found)
+    return found
 
 
 def load_problem(path: str | Path) -> type[Problem]:

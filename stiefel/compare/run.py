@@ -20,7 +20,7 @@ from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.utils import parametrize
 
-from stiefel.attach import constrain, constrained_weights, optimizer, release
+from stiefel.attach import constrained_weights, optimizer, release
 from stiefel.compare.batches import Batch, Batches, mover, seed_everything, share, size_of
 from stiefel.compare.problem import Data, Problem
 from stiefel.compare.records import RunFolder, writing
@@ -63,9 +63,8 @@ class Training:
         self.problem, self.device = problem, device
         seed_everything(spec.seed)
         model = problem.make_model().to(device, getattr(torch, spec.dtype))
-        where = {"layers": problem.layers, "exclude": problem.exclude}
-        release(constrain(model, control(), **where, **control_options(spec.options)))
-        self.model = constrain(model, get(spec.method, **spec.method_options), **where)
+        release(problem.constrain(model, get(control(), **control_options(spec.options))))
+        self.model = problem.constrain(model, get(spec.method, **spec.method_options))
         self.optimizer = optimizer(self.model, problem.optimizer, lr=spec.lr, **problem.hyper)
         self.network: nn.Module = DistributedDataParallel(self.model) if distributed.is_initialized() else self.model
 

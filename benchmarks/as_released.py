@@ -1,0 +1,130 @@
+"""The Riemannian baselines as the code released with the paper has them, faults and all; imported for their names.
+
+Read from github.com/huangleiBuaa/OthogonalWN (``module/Linear_Weight_{ST,ST_CN,CayT,QR}.lua`` and
+``models/MLP/model_WN_debug.lua``). In each of its layers
+
+- ``gradPWeight`` is added to in every step and zeroed in none: the step uses the sum of all gradients so far;
+- the start is uniform in ±1/√fan-in, off the set until the first QR factor is taken;
+- the learning rate is the one at construction: a schedule does not reach it.
+
+Its square matrices have orthonormal columns where the package's have orthonormal rows: the same set, but other formulas
+off it, and other QR factors. Biases and the last layer train as everywhere. Its runs were at scale 1 only; here the
+sum, the start and the step are in units of X = W/s at other scales.
+
+A method of these is the memory of one model: make a new one for each, and step it with plain SGD.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from stiefel import StepMethod, register
+from stiefel.layout import Layout
+from stiefel.linalg import cayley_step, nearest_orthonormal, qf, sym
+
+
+@dataclass(frozen=True, kw_only=True)
+class AsReleased(StepMethod):
+    """``S ← S + G``, then a step from X along S at the first learning rate; of plain SGD, ``G = −U/lr``."""
+
+    reference = "Huang et al., AAAI 2018, released code"
+
+    @cached_property
+    def sums(self) -> dict[torch.Size, Tensor]:
+        """S of the weights of each shape, which are stepped together."""
+        return {}
+
+    @cached_property
+    def rates(self) -> list[float]:
+        """The learning rate of the first step, once that is taken."""
+        return []
+
+    def nearest(self, points: Tensor, layout: Layout) -> Tensor:
+        """Not the nearest point: a new one with entries uniform in ±1/√fan-in, in general on no set at all."""
+        return torch.empty_like(points).uniform_(-1, 1) / layout.fan_in**0.5
+
+    def step(self, x: Tensor, displacement: Tensor, lr: float) -> Tensor:
+        """Add up the gradient, and step along the sum, as columns."""
+        if not self.rates:
+            self.rates.append(lr)
+        total = self.sums[x.shape] = self.sums.get(x.shape, 0) - displacement / lr
+        if _square(x):
+            return self.move(x, total, self.rates[0])
+        return self.move(x.mT, total.mT, self.rates[0]).mT
+
+    @abstractmethod
+    def move(self, w: Tensor, g: Tensor, lr: float) -> Tensor:
+        """The step of ``(b, n, p)`` matrices W with orthonormal columns, where the gradient is G."""
+
+
+def _square(x: Tensor) -> bool:
+    return x.shape[-2] == x.shape[-1]
+
+
+def _q(w: Tensor) -> Tensor:
+    """Q of the QR factorization with R's diagonal positive."""
+    return qf(w.mT).mT
+
+
+@register
+@dataclass(frozen=True, kw_only=True)
+class EIQR(AsReleased):
+    """``W ← qf(W − lr (G − W sym(WᵀG)))``, G the sum."""
+
+    name = "ei_qr_as_released"
+    summary = "gradient in the Euclidean metric, QR; sum of gradients, frozen rate"
+
+    def move(self, w: Tensor, g: Tensor, lr: float) -> Tensor:
+        """The step."""
+        return _q(w - lr * (g - w @ sym(w.mT @ g)))
+
+
+@register
+@dataclass(frozen=True, kw_only=True)
+class CIQR(AsReleased):
+    """``W ← qf(W − lr (G − W GᵀW))``, G the sum."""
+
+    name = "ci_qr_as_released"
+    summary = "gradient in the canonical metric, QR; sum of gradients, frozen rate"
+
+    def move(self, w: Tensor, g: Tensor, lr: float) -> Tensor:
+        """The step."""
+        return _q(w - lr * (g - w @ (g.mT @ w)))
+
+
+@register
+@dataclass(frozen=True, kw_only=True)
+class QR(AsReleased):
+    """``W ← qf(W − lr G)``, G the sum."""
+
+    name = "qr_as_released"
+    summary = "QR factor after each step; sum of gradients, frozen rate"
+
+    def move(self, w: Tensor, g: Tensor, lr: float) -> Tensor:
+        """The step."""
+        return _q(w - lr * g)
+
+
+@register
+@dataclass(frozen=True, kw_only=True)
+class CayT(EIQR):
+    """The Cayley transform ``W ← (I + lr/2 A)⁻¹ (I − lr/2 A) W``, ``A = GWᵀ − WGᵀ``, in the first layer; else EI+QR.
+
+    The first layer is here the one that is not square. It starts on the set, which the transform could not reach.
+    """
+
+    name = "cayt_as_released"
+    summary = "Cayley transform in the first layer, EI+QR in the others; sum of gradients, frozen rate"
+
+    def nearest(self, points: Tensor, layout: Layout) -> Tensor:
+        """The common start for the first layer; a new point off the set for the others."""
+        return super().nearest(points, layout) if _square(points) else nearest_orthonormal(points)
+
+    def move(self, w: Tensor, g: Tensor, lr: float) -> Tensor:
+        """The step of either kind of layer."""
+        return super().move(w, g, lr) if _square(w) else cayley_step(w.mT, -lr * g.mT).mT

@@ -1,0 +1,20 @@
+"""What holds for every test."""
+
+import sys
+from collections.abc import Iterator
+
+import pytest
+
+import stiefel
+
+
+@pytest.fixture(autouse=True)
+def _catalogue() -> Iterator[None]:
+    """Take methods out of the catalogue again that a test has registered, as by loading a problem that brings some."""
+    catalogue = stiefel.methods._CATALOGUE
+    before = dict(catalogue)
+    yield
+    for name in catalogue.keys() - before.keys():
+        module = catalogue.pop(name).__module__
+        if module == "as_released":
+            sys.modules.pop(module, None)  # so that the next problem that imports it registers them again

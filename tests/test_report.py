@@ -1,5 +1,6 @@
 """The reporting side of the comparison, on made-up records: scores, ranks, recommendations, notes, profiles, files."""
 
+import gc
 import io
 import math
 import re
@@ -481,6 +482,21 @@ def test_signals_are_drawn_where_they_were_recorded(tmp_path):
     assert "redundancy" not in page(tmp_path / "without")
 
 
+def test_cost_runs_alone_are_reported(tmp_path):
+    for method, ratio in (("unconstrained", 1.0), ("own", 1.5)):
+        timed(tmp_path / "runs", spec(method=method, phase="final", kind="cost", seed=FRESH), ratio)
+    text, said = page(tmp_path / "runs"), shown(tmp_path / "runs", width=300)
+    assert '<td data-v="1.5">1.50×</td>' in text
+    for what in ("<h3>Results", "<h3>Default", "<h3>Learning-rate", "<h3>Curves", "<svg"):
+        assert what not in text
+    assert "cost runs alone" in said
+    assert "no method has a score" in said
+    assert "reaches the target" not in said
+    report = read_report(tmp_path / "runs")
+    assert (report.figures(), len(report.table()), len(report.runs())) == ({}, 0, 2)
+    assert cli.main(["report", str(tmp_path / "runs"), "--figures", str(tmp_path / "png")]) == 0
+
+
 def test_curves_are_thinned_and_a_missing_one_costs_only_itself(root):
     run = spec(method="own", phase="final", lr=1.0, seed=FRESH)
     trained(root, run, 0.9, rows=[measured(epoch, 0.5, 1e-8) for epoch in range(1000)])
@@ -532,6 +548,17 @@ def test_the_command_writes_the_report_and_every_figure(root, tmp_path, capsys):
     assert (root / "report.html").stat().st_size > 10_000
     names = {path.name for path in (tmp_path / "png").glob("*.png")}
     assert names == {"toy-sensitivity.png", "toy-defaults.png", "toy-scale-1.png"}
+
+
+def test_the_command_looks_for_garbage_rarely_while_it_reports(root, monkeypatch):
+    from stiefel.compare import report
+
+    usual, during = gc.get_threshold(), []
+    monkeypatch.setattr(report, "publish", lambda *args, **kwargs: during.append(gc.get_threshold()))
+    assert cli.main(["report", str(root)]) == 0
+    assert during[0][0] > 10 * usual[0]
+    assert cli.main(["report", str(root / "missing")]) == 2
+    assert gc.get_threshold() == usual
 
 
 def test_a_report_that_cannot_be_written_says_where_else(root, capsys):

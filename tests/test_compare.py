@@ -348,7 +348,8 @@ def test_dry_run_estimates_from_what_has_ended(toy, capsys):
     folder.finish({"status": "done", "reason": None, "summary": {"best_validation": 0.9}, "wall_seconds": 60.0}, {})
     capsys.readouterr()
     assert cli.main([*arguments, "--dry-run", "--jobs", "2", "--no-cost"]) == 0
-    assert "about 3 min 30 s" in capsys.readouterr().out  # (2 + 5) runs of a minute, two at a time
+    said = capsys.readouterr().out  # (2 + 5) runs of a minute, two at a time, of which one has ended
+    assert "from nothing about 3 min 30 s, about 3 min 00 s of it left; judged by 1 training runs" in said
 
 
 # --- records and reports ---

@@ -208,6 +208,7 @@ def _compare(args: argparse.Namespace, problem: Any) -> int:
     comparison = Comparison(plan, settings, means, cost=not args.no_cost, extend=args.extend)
     print(comparison.describe(args.out))
     if args.dry_run:
+        print(comparison.estimate())
         return 0
     comparison.check()
     writable(args.out)

@@ -2,10 +2,13 @@
 
 import gc
 import io
+import json
 import math
 import re
 import shutil
+import subprocess
 import time
+from urllib.parse import unquote
 
 import numpy as np
 import pandas as pd
@@ -437,6 +440,52 @@ def test_the_page_is_one_file_without_the_network(root):
     assert ">0.01<" in text  # the numbers of the axes are not shortened with the coordinates
     assert 'aria-sort="none"' in text
     assert "nan" not in re.sub(r"isNaN", "", text)
+
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+CLICKS = """<script>
+const found = [...document.querySelectorAll("table.sortable")].map(table => [...table.tHead.rows[0].cells].map(head =>
+  ["ascending", "descending"].map(way => {
+    head.querySelector("button").click();
+    const rows = [...table.tBodies[0].rows].map(row => [...row.cells]), text = cell => cell.textContent;
+    return [head.ariaSort, rows.map(row => row[head.cellIndex]).map(cell => cell.dataset.v ?? text(cell)),
+      rows.map(row => text(row[0]))];
+  })));
+document.body.innerHTML = "<pre>" + encodeURIComponent(JSON.stringify(found)) + "</pre>";
+</script>"""
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+def test_a_click_on_a_heading_sorts_its_table(root, tmp_path):
+    for lr in (0.01, 0.1):
+        write(root, spec(method="cayley", lr=lr), "skipped", "no tall weights")
+    trained(root, spec(method="pogo", phase="final", lr=1.0, seed=FRESH), 0.9, status="diverged")
+    (tmp_path / "clicked.html").write_text(page(root).replace("</body>", CLICKS + "</body>"))
+    browser = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
+    dumped = subprocess.run(
+        [*browser, "--dump-dom", (tmp_path / "clicked.html").as_uri()], capture_output=True, text=True, timeout=120
+    )
+    tables = json.loads(unquote(re.search("<pre>(.*)</pre>", dumped.stdout)[1]))
+
+    def key(text):
+        try:
+            return 0, float(text), ""
+        except ValueError:
+            return 1, 0.0, text
+
+    assert len(tables) == 4  # results, cost, default beside tuned, runs without a result
+    for columns in tables:
+        for ways in columns:
+            for way, values, names in ways:
+                known = [value for value in values if value]
+                order = sorted(known, key=key, reverse=way == "descending")
+                assert values == order + [""] * (len(values) - len(known)), "nothing comes last both ways"
+                assert sorted(names) == sorted(columns[0][0][2]), "no row is lost"
+            assert [way for way, _, _ in ways] == ["ascending", "descending"]
+    _, values, names = tables[0][2][1]  # results by test metric, best first
+    rows = rows_of(root)
+    assert names == ["unconstrained", "soft", "own", "pogo", "cayley"]
+    assert [float(value) for value in values[:-1]] == [rows[name].test.value for name in names[:-1]]
 
 
 def test_what_records_say_is_text_and_not_markup(root):

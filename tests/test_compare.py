@@ -430,10 +430,11 @@ def test_dry_run_estimates_from_what_has_ended(toy, capsys):
                 (0.1, 1.0), seeds=5)  # fmt: skip
     folder = RunFolder(out, plan.tuning()[0])
     folder.start()
-    folder.finish({"status": "done", "reason": None, "summary": {}, "wall_seconds": 60.0}, {})
+    folder.finish({"status": "done", "reason": None, "summary": {"best_validation": 0.9}, "wall_seconds": 60.0}, {})
     capsys.readouterr()
     assert cli.main([*arguments, "--dry-run", "--jobs", "2", "--no-cost"]) == 0
-    assert "about 3 min 30 s" in capsys.readouterr().out  # (2 + 5) runs of a minute, two at a time
+    said = capsys.readouterr().out  # (2 + 5) runs of a minute, two at a time, of which one has ended
+    assert "from nothing about 3 min 30 s, about 3 min 00 s of it left; judged by 1 training runs" in said
 
 
 # --- records and reports ---
@@ -447,8 +448,8 @@ def test_a_corrupt_record_is_an_error_that_names_it(tmp_path):
         (folder.path / "run.json").write_text(text)
         with pytest.raises(RecordError):
             read(folder.path)
-    folder.finish({"status": "done", "reason": None, "summary": {"x": math.inf}}, {})
-    assert read(folder.path).summary == {"x": None}  # strict JSON has no infinity
+    folder.finish({"status": "done", "reason": None, "summary": {"best_validation": 0.9, "x": math.inf}}, {})
+    assert read(folder.path).summary == {"best_validation": 0.9, "x": None}  # strict JSON has no infinity
 
 
 @pytest.mark.parametrize(
@@ -460,20 +461,30 @@ def test_a_corrupt_record_is_an_error_that_names_it(tmp_path):
         ({"spec": spec().to_dict() | {"fields": None}}, "hash of its spec"),
         ({"summary": None}, "objects"),
         ({"environment": "here"}, "objects"),
-        ({"summary": {"test_at_best": "0.9"}}, "test_at_best"),
-        ({"summary": {"step_seconds": {"method": {"median": []}}}}, "step_seconds"),
+        ({"summary": {"best_validation": 0.9, "test_at_best": "0.9"}}, "test_at_best"),
+        ({"summary": {"best_validation": 0.9, "step_seconds": {"method": {"median": []}}}}, "step_seconds"),
+        ({"summary": {"test_at_best": 0.9}}, "no best_validation"),
+        ({"summary": {"best_validation": None}}, "no best_validation"),
+        ({"summary": {}, "status": "target missed"}, "no best_validation"),
         ({"wall_seconds": [1]}, "wall_seconds"),
     ],
 )
 def test_json_that_no_run_wrote_is_corrupt(tmp_path, change, words):
     folder = RunFolder(tmp_path, spec())
     folder.start()
-    folder.finish({"status": "done", "reason": None, "summary": {"test_at_best": 0.9}}, {})
+    folder.finish({"status": "done", "reason": None, "summary": {"best_validation": 0.9}}, {})
     raw = json.loads((folder.path / "run.json").read_text())
-    assert read(folder.path).summary == {"test_at_best": 0.9}
+    assert read(folder.path).summary == {"best_validation": 0.9}
     (folder.path / "run.json").write_text(json.dumps(raw | change))
     with pytest.raises(RecordError, match=rf"corrupt.*{words}"):
         read(folder.path)
+
+
+def test_a_run_that_did_not_end_needs_no_validation(tmp_path):
+    folder = RunFolder(tmp_path, spec())
+    folder.start()
+    folder.finish({"status": "diverged", "reason": "NaN", "summary": {}}, {})
+    assert read(folder.path).status == "diverged"
 
 
 def test_a_cost_record_without_times_is_corrupt(tmp_path):

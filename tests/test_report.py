@@ -1,10 +1,14 @@
 """The reporting side of the comparison, on made-up records: scores, ranks, recommendations, notes, profiles, files."""
 
+import gc
 import io
+import json
 import math
 import re
 import shutil
+import subprocess
 import time
+from urllib.parse import unquote
 
 import numpy as np
 import pandas as pd
@@ -438,6 +442,52 @@ def test_the_page_is_one_file_without_the_network(root):
     assert "nan" not in re.sub(r"isNaN", "", text)
 
 
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+CLICKS = """<script>
+const found = [...document.querySelectorAll("table.sortable")].map(table => [...table.tHead.rows[0].cells].map(head =>
+  ["ascending", "descending"].map(way => {
+    head.querySelector("button").click();
+    const rows = [...table.tBodies[0].rows].map(row => [...row.cells]), text = cell => cell.textContent;
+    return [head.ariaSort, rows.map(row => row[head.cellIndex]).map(cell => cell.dataset.v ?? text(cell)),
+      rows.map(row => text(row[0]))];
+  })));
+document.body.innerHTML = "<pre>" + encodeURIComponent(JSON.stringify(found)) + "</pre>";
+</script>"""
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium")
+def test_a_click_on_a_heading_sorts_its_table(root, tmp_path):
+    for lr in (0.01, 0.1):
+        write(root, spec(method="cayley", lr=lr), "skipped", "no tall weights")
+    trained(root, spec(method="pogo", phase="final", lr=1.0, seed=FRESH), 0.9, status="diverged")
+    (tmp_path / "clicked.html").write_text(page(root).replace("</body>", CLICKS + "</body>"))
+    browser = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
+    dumped = subprocess.run(
+        [*browser, "--dump-dom", (tmp_path / "clicked.html").as_uri()], capture_output=True, text=True, timeout=120
+    )
+    tables = json.loads(unquote(re.search("<pre>(.*)</pre>", dumped.stdout)[1]))
+
+    def key(text):
+        try:
+            return 0, float(text), ""
+        except ValueError:
+            return 1, 0.0, text
+
+    assert len(tables) == 4  # results, cost, default beside tuned, runs without a result
+    for columns in tables:
+        for ways in columns:
+            for way, values, names in ways:
+                known = [value for value in values if value]
+                order = sorted(known, key=key, reverse=way == "descending")
+                assert values == order + [""] * (len(values) - len(known)), "nothing comes last both ways"
+                assert sorted(names) == sorted(columns[0][0][2]), "no row is lost"
+            assert [way for way, _, _ in ways] == ["ascending", "descending"]
+    _, values, names = tables[0][2][1]  # results by test metric, best first
+    rows = rows_of(root)
+    assert names == ["unconstrained", "soft", "own", "pogo", "cayley"]
+    assert [float(value) for value in values[:-1]] == [rows[name].test.value for name in names[:-1]]
+
+
 def test_what_records_say_is_text_and_not_markup(root):
     reason = "<script>alert(1)</script> [rank0]: [bold]"
     write(root, spec(method="own", lr=0.3), "error", reason)
@@ -464,6 +514,21 @@ def test_failures_are_listed_with_their_traceback_and_folder(root):
     assert "<details><summary>traceback</summary><pre>Traceback" in text
     assert path.name in text
     assert str(path) in shown(root, width=200)
+
+
+def test_cost_runs_alone_are_reported(tmp_path):
+    for method, ratio in (("unconstrained", 1.0), ("own", 1.5)):
+        timed(tmp_path / "runs", spec(method=method, phase="final", kind="cost", seed=FRESH), ratio)
+    text, said = page(tmp_path / "runs"), shown(tmp_path / "runs", width=300)
+    assert '<td data-v="1.5">1.50×</td>' in text
+    for what in ("<h3>Results", "<h3>Default", "<h3>Learning-rate", "<h3>Curves", "<svg"):
+        assert what not in text
+    assert "cost runs alone" in said
+    assert "no method has a score" in said
+    assert "reaches the target" not in said
+    report = read_report(tmp_path / "runs")
+    assert (report.figures(), len(report.table()), len(report.runs())) == ({}, 0, 2)
+    assert cli.main(["report", str(tmp_path / "runs"), "--figures", str(tmp_path / "png")]) == 0
 
 
 def test_curves_are_thinned_and_a_missing_one_costs_only_itself(root):
@@ -517,6 +582,17 @@ def test_the_command_writes_the_report_and_every_figure(root, tmp_path, capsys):
     assert (root / "report.html").stat().st_size > 10_000
     names = {path.name for path in (tmp_path / "png").glob("*.png")}
     assert names == {"toy-sensitivity.png", "toy-defaults.png", "toy-scale-1.png"}
+
+
+def test_the_command_looks_for_garbage_rarely_while_it_reports(root, monkeypatch):
+    from stiefel.compare import report
+
+    usual, during = gc.get_threshold(), []
+    monkeypatch.setattr(report, "publish", lambda *args, **kwargs: during.append(gc.get_threshold()))
+    assert cli.main(["report", str(root)]) == 0
+    assert during[0][0] > 10 * usual[0]
+    assert cli.main(["report", str(root / "missing")]) == 2
+    assert gc.get_threshold() == usual
 
 
 def test_a_report_that_cannot_be_written_says_where_else(root, capsys):

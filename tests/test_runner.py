@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from statistics import median
 
 import pytest
 import torch
@@ -120,7 +121,7 @@ def test_a_claimed_run_is_left_to_its_owner_and_its_record_used(problem):
     time.sleep(0.5)
     assert not records
     folder = RunFolder(mine.root, mine.spec)
-    folder.finish({"status": "done", "reason": "by the other driver", "summary": {}}, {})
+    folder.finish({"status": "done", "reason": "by the other driver", "summary": {"best_validation": 0.9}}, {})
     claim.close()
     waiting.join(20)
     assert [r.reason for r in records] == ["by the other driver"]
@@ -242,7 +243,9 @@ def test_each_run_sees_its_own_device_and_gives_it_back(problem, monkeypatch):
         time.sleep(0.02)
         busy.discard(job.visible)
         seen.append(job.visible)
-        RunFolder(job.root, job.spec).finish({"status": "done", "reason": None, "summary": {}}, {})
+        RunFolder(job.root, job.spec).finish(
+            {"status": "done", "reason": None, "summary": {"best_validation": 0.9}}, {}
+        )
         return read(job.root / job.spec.hash)
 
     monkeypatch.setattr(runner, "execute", execute)
@@ -264,16 +267,53 @@ def test_torchrun_trains_one_model_on_the_shares_of_each_batch(problem):
     assert [row["epoch"] for row in two.metrics()] == [0, 1, 2], "one process writes"
 
 
-def test_the_driver_pays_little_for_a_run(problem):
-    """A fork of the preloaded server, its claim, its record: 0.2 s for the start and 0.05 s for the rest are allowed,
-    four times that here, where other tests run beside."""
+def test_a_process_starts_fast_and_the_driver_pays_little_for_a_run(problem, monkeypatch):
+    """0.2 s from the fork to the first line of the problem's file, 50 ms of the driver's own: medians over 20 runs.
+
+    Both in time of the processor, which other processes of the machine do not touch, and as the fastest on the clock.
+    """
+    problem.write_text(FAULTY + "\nprint('started', time.monotonic(), time.process_time(), flush=True)\n")
+    begun, ended, between = {}, {}, []
+    start, execute, watch = runner.start, runner.execute, runner.Stop.watch
+
+    def noting_start(job, claim, *, forked):
+        begun[job.spec.hash] = time.monotonic()
+        return start(job, claim, forked=forked)
+
+    def noting_watch(stop, process, seconds):
+        found = watch(stop, process, seconds)
+        ended[process._process.name] = time.monotonic()
+        return found
+
+    def noting_execute(job, again, stop):
+        called = time.monotonic()
+        record = execute(job, again, stop)
+        between.append(time.monotonic() - called - (ended[job.spec.hash] - begun[job.spec.hash]))
+        return record
+
+    monkeypatch.setattr(runner, "start", noting_start)
+    monkeypatch.setattr(runner.Stop, "watch", noting_watch)
+    monkeypatch.setattr(runner, "execute", noting_execute)
     with ThreadPoolExecutor(1) as pool:
         runner.run_all([job(problem)], pool, lambda record: None)  # the server's imports
-        start = time.monotonic()
-        records = runner.run_all([job(problem, seed=1 + s) for s in range(10)], pool, lambda record: None)
-    overhead = (time.monotonic() - start) / 10 - sum(r.wall_seconds for r in records) / 10
-    print(f"{overhead:.3f} s a run beyond the run itself")
-    assert overhead < 1.0
+        between.clear()
+        clocks = time.monotonic(), time.process_time()
+        records = runner.run_all([job(problem, seed=1 + s) for s in range(20)], pool, lambda record: None)
+        whole, spent = time.monotonic() - clocks[0], time.process_time() - clocks[1]
+    names = [record.spec.hash for record in records]
+    said = [(record.path / "output.txt").read_text().split() for record in records]
+    starts = [float(words[1]) - begun[name] for words, name in zip(said, names, strict=True)]
+    starts_cpu = [float(words[2]) for words in said]
+    alive = sum(ended[name] - begun[name] for name in names)
+    print(
+        f"start {median(starts):.3f} s, fastest {min(starts):.3f} s, CPU {median(starts_cpu):.3f} s; driver "
+        f"{1e3 * (whole - alive) / 20:.1f} ms a run, median {1e3 * median(between):.1f} ms, fastest "
+        f"{1e3 * min(between):.1f} ms, CPU {1e3 * spent / 20:.1f} ms"
+    )
+    assert median(starts_cpu) < 0.2
+    assert min(starts) < 0.2
+    assert spent / 20 < 0.05
+    assert min(between) < 0.05
 
 
 # --- engines ---

@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import statistics
 import time
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from stiefel.compare import executors, runner
+from stiefel.compare import estimate, executors, runner
 from stiefel.compare.job import Job
 from stiefel.compare.plan import Plan
 from stiefel.compare.problem import Problem
 from stiefel.compare.process import start_server
 from stiefel.compare.progress import Progress
-from stiefel.compare.records import Record, read_all
+from stiefel.compare.records import BROKEN, Record, read_all
 from stiefel.compare.runner import duration, elapsed
 from stiefel.compare.spec import RunSpec
 
@@ -83,7 +81,7 @@ class Comparison:
             check(problem)
 
     def describe(self, out: Path) -> str:
-        """The plan in words, and how long it may take where runs of this problem have ended before."""
+        """The plan in words."""
         plan, means = self.plan, self.means
         cells = len(list(plan.cells()))
         trials = cells * (plan.trials or len(plan.rates)) * plan.tuning_seeds
@@ -96,39 +94,25 @@ class Comparison:
             f"{trials} tuning runs ({len(plan.rates)} learning rates, {plan.trials or len(plan.rates)} trials each)"
             f"{beyond}, then {finals} with fresh seeds, {costs} for cost",
             f"{means.jobs} at a time{where}, {threads} each; records in {out}/",
-            self._estimate(trials + finals, costs),
         ]
         return "\n".join(lines)
 
-    def _estimate(self, runs: int, costs: int) -> str:
-        """From the median time of what has ended, per method where there is any of it."""
-        found = read_all([self.means.root])[0] if self.means.root.is_dir() else []
-        timed: dict[tuple[str, str | None], list[float]] = defaultdict(list)
-        ended = set()
-        for record in found:
-            spec = record.spec
-            if (spec.problem, spec.digest, spec.device) != (self.plan.problem, self.plan.digest, self.plan.device):
-                continue
-            ended.add(spec.hash)
-            if record.wall_seconds is not None:
-                timed[spec.kind, spec.label].append(record.wall_seconds)
-                timed[spec.kind, None].append(record.wall_seconds)
-        if not timed["quality", None]:
+    def estimate(self) -> str:
+        """How long the whole may take, and what is left of it, where runs of this problem have ended before."""
+        plan, means = self.plan, self.means
+        records = {
+            record.spec.hash: record
+            for record in (read_all([means.root])[0] if means.root.is_dir() else [])
+            if (record.spec.problem, record.spec.digest, record.spec.device) == (plan.problem, plan.digest, plan.device)
+        }
+        pace = estimate.Pace(records.values())
+        if not pace.quality:
             return "no run of this problem has ended here, so there is no estimate yet: it appears with the first runs"
-        cells = list(self.plan.cells())
-
-        def expected(kind: str, label: str) -> float:
-            sample = timed[kind, label] or timed[kind, None] or timed["quality", None]
-            return statistics.median(sample)
-
-        each = runs / len(cells)
-        quality = sum(each * expected("quality", cell.label) for cell in cells) / self.means.jobs
-        cost = sum(expected("cost", cell.label) for cell in self.plan.timed()) if costs else 0.0
-        known = sum(run.hash in ended for run in self.plan.tuning())
-        return (
-            f"from nothing about {duration(quality + cost)}, judged by {len(timed['quality', None])} runs that have "
-            f"ended ({known} of the {len(self.plan.tuning())} of the grid)"
-        )
+        valid = {k: r for k, r in records.items() if not (means.retry_failed and r.status in BROKEN)}
+        left = estimate.left(plan, valid, self.higher_is_better, cost=self.cost, extend=self.extend)
+        whole = pace.seconds(estimate.whole(plan, cost=self.cost), means.jobs)
+        rest = f"about {duration(pace.seconds(left, means.jobs))} of it left" if left else "nothing of it left"
+        return f"from nothing about {duration(whole)}, {rest}; judged by {pace.ended} training runs that have ended"
 
     def run(self) -> list[Record]:
         """Run what is missing, stage by stage; returns the records of all."""

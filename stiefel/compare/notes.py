@@ -84,6 +84,8 @@ def _evidence(summary: Summary) -> Iterator[str]:
     def torn(setting: Setting) -> str:
         return few(row.label for row in setting.rows if len(row.ends) < sum(r.status in ENDED for r in row.final))
 
+    if not summary.settings:
+        yield "these are cost runs alone, so nothing is known of how the methods train"
     yield from _where(
         summary, seeds, f"only n = {{}} fresh seeds, the protocol asks for {FRESH_SEEDS}: intervals are too narrow"
     )

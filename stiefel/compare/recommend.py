@@ -150,7 +150,7 @@ def recommend(candidates: Iterable[Candidate], higher_is_better: bool, target: b
         found.append(_choose(requirement, within, by_score, same_score, missing, lambda c: ""))
     found.append(_choose("best metric", known, by_score, same_score, "no method has a score", lambda c: ""))
     reaching = [c for c in known if c.reached] if target else known
-    missed = "" if reaching else "no method reaches the target in its median run"
+    missed = "" if reaching else "no method reaches the target in its median run" if known else "no method has a score"
     found.append(
         _choose(
             "cheapest step that reaches the target" if target else "cheapest step",

@@ -157,6 +157,8 @@ def _check(raw: dict[str, Any], spec: RunSpec) -> None:
     for key, value in (*numbers.items(), ("wall_seconds", raw.get("wall_seconds"))):
         if not all(leaf is None or isinstance(leaf, (int, float)) for leaf in _leaves(value)):
             raise TypeError(f"{key} is {value!r}, not a number")
+    if spec.kind == "quality" and status in ENDED and summary.get("best_validation") is None:
+        raise ValueError("it has no best_validation")
     if spec.kind == "cost" and status == "done":
         steps = [summary["step_seconds"][who][what] for who in ("method", "control") for what in ("median", "q1", "q3")]
         if None in (*steps, summary["step_ratio"], summary["constraint_share"]):

@@ -165,8 +165,9 @@ _WHERE = ("commit", "cpu", "cores", "threads", "gpu", "torch")
 
 def problem_figures(summary: Summary) -> Iterable[tuple[str, Figure]]:
     """The figures of one problem with their names."""
-    yield "sensitivity", figures.sensitivity(summary)
-    yield "defaults", figures.defaults(summary)
+    if summary.settings:  # cost runs alone have none
+        yield "sensitivity", figures.sensitivity(summary)
+        yield "defaults", figures.defaults(summary)
     for setting in summary.settings:
         yield setting.title, figures.curves(summary, setting)
         layers = why.Why(setting)
@@ -271,7 +272,7 @@ def publish(
     write_html(report, html)
     written = {"report": [html], "tables": write_tables(report, html.parent)}
     if figures is not None:
-        written["figures"] = write_png(report, figures)
+        written |= {"figures": found} if (found := write_png(report, figures)) else {}
     for what, files in written.items():
         names = ", ".join(file.name for file in files[1:4]) + (" …" if len(files) > 4 else "")
         line = f"{what}: {files[0].resolve()}" + (f", {names}" if names else "")

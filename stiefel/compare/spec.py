@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from typing import Any
 
 from stiefel.methods import available, method_class
@@ -54,7 +55,7 @@ class RunSpec:
         """Inverse of :meth:`to_dict`."""
         return cls(**{key: value for key, value in data.items() if key != "schema"})
 
-    @property
+    @cached_property
     def hash(self) -> str:
         """16 hexadecimal digits of the SHA-256 of the canonical JSON."""
         canonical = json.dumps(_canonical(self.to_dict()), sort_keys=True, separators=(",", ":"))

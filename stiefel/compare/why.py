@@ -129,6 +129,8 @@ class Why:
 def frames(summary: Summary, what: str) -> pd.DataFrame:
     """One of the frames of :class:`Why` over all settings of a problem."""
     found = [getattr(Why(setting), what).assign(setting=setting.title) for setting in summary.settings]
+    if not found:  # cost runs alone have no setting to report
+        return pd.DataFrame(columns=["setting", "problem"])
     whole = pd.concat(found, ignore_index=True)
     return whole[["setting", *(name for name in whole if name != "setting")]].assign(problem=summary.problem)
 

@@ -416,3 +416,83 @@ def test_a_part_without_the_batch_dimension_is_refused() -> None:
 
     with pytest.raises(stiefel.StiefelError, match="'temperature' of shape"):
         stiefel.constrain(nn.Linear(4, 3), Shared())
+
+
+class Inner(nn.Module):
+    """A pass in which something happens to the layer before it is used; ``happen`` is what."""
+
+    def __init__(self, happen: Callable[["Inner"], object]) -> None:
+        super().__init__()
+        self.layer, self.happen = nn.Linear(BATCHED_AT, BATCHED_AT), happen
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.happen(self)
+        return self.layer(x)
+
+
+def fused_steps(model: Inner) -> None:
+    optimizer = stiefel.optimizer(model.layer, torch.optim.Adam, lr=0.1, fused=True)
+    for _ in range(3):
+        optimizer.zero_grad()
+        (model.layer(inputs(2)) ** 3).sum().backward()
+        optimizer.step()
+    model.zero_grad()
+
+
+EVENTS: dict[str, Callable[[Inner], object]] = {
+    "fused steps": fused_steps,  # which no tensor's version shows
+    "gain": lambda m: nn.init.constant_(m.layer.parametrizations.weight[0].gain, 2.0),
+    "frozen": lambda m: m.layer.requires_grad_(False),
+}
+
+
+@pytest.mark.parametrize("event", EVENTS)
+def test_what_happens_within_a_pass_is_seen(event: str) -> None:
+    found = []
+    for together in (True, False):
+        torch.manual_seed(0)
+        model = stiefel.constrain(Inner(EVENTS[event]), "own", scale="learnable", center=False)
+        if not together:
+            stop_prefetch(model)
+        output = model(inputs())
+        if output.requires_grad:
+            output.square().sum().backward()
+        found.append({**gradients(model), "output": output.detach()})
+    assert_same(*found, eps=1e-6)
+
+
+def test_an_interrupted_pass_does_not_freeze_the_layer() -> None:
+    def interrupt(model: Inner) -> None:
+        raise KeyboardInterrupt
+
+    model = stiefel.constrain(Inner(interrupt), "own", center=False)
+    with pytest.raises(KeyboardInterrupt):  # for which torch runs no hooks
+        model(inputs())
+    try:
+        before = model.layer.weight.detach().clone()
+        fused_steps(model)
+        assert (model.layer.weight.detach() - before).norm() > 0.1
+    finally:
+        deposits._passes.stack.clear()
+
+
+@pytest.mark.parametrize("method", ["own", "weight_norm", "cayley"])
+@pytest.mark.parametrize("scale", [1.0, "learnable"])
+def test_replicas_of_data_parallel(method: str, scale: Any) -> None:
+    """What nn.DataParallel makes of a module: shallow copies whose parameters are plain attributes."""
+    if method == "weight_norm" and scale == "learnable":
+        pytest.skip("weight_norm has a gain of its own")
+    model = stiefel.constrain(nn.Linear(6, 4), method, scale=scale)
+
+    def replica(module: nn.Module) -> nn.Module:
+        twin = module._replicate_for_data_parallel()
+        for name, child in module._modules.items():
+            twin._modules[name] = None if child is None else replica(child)
+        for name, p in module._parameters.items():
+            setattr(twin, name, None if p is None else p * 1.0)
+        return twin
+
+    x = torch.randn(3, 6, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(replica(model)(x), model(x))
+    with torch.no_grad():
+        torch.testing.assert_close(replica(model)(x), model(x))

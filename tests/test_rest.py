@@ -148,6 +148,39 @@ def test_threads_of_one_model_agree() -> None:
         assert all(pool.map(access, range(100)))
 
 
+def test_an_optimizers_own_hook_sees_the_weight_after_its_step() -> None:
+    model = layer()
+    optimizer = stiefel.optimizer(model, torch.optim.Adam, lr=0.1, fused=True)
+    seen: list[Tensor] = []
+
+    def look(*_: Any) -> None:
+        with torch.no_grad():
+            seen.append(model[0].weight)
+
+    look()
+    optimizer.register_step_post_hook(look)
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    torch.testing.assert_close(seen[1], refreshed(model), rtol=0, atol=0)
+    assert not torch.equal(seen[1], seen[0])
+
+
+def test_a_model_made_in_inference_mode_is_computed_every_time() -> None:
+    with torch.inference_mode():
+        model = layer()
+        before = model[0].weight.clone()
+        proxy(model).copy_(torch.randn(8, 12))
+        assert not torch.equal(model[0].weight, before)
+
+
+def test_a_model_shared_with_other_processes_is_computed_every_time() -> None:
+    model = layer().share_memory()
+    with torch.no_grad():
+        before = model[0].weight
+        assert model[0].weight is not before
+
+
 def test_access_is_quick() -> None:
     """A few microseconds, against tens to thousands for computing it; a generous bound, for machines are shared."""
     model = layer().eval()

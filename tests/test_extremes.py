@@ -1,0 +1,53 @@
+"""Steps at the ends of what methods promise: long, normal to the set, or of rank one."""
+
+import pytest
+import torch
+from torch import Tensor
+
+import stiefel
+from stiefel.linalg import gram_residual, nearest_orthonormal
+
+SHAPES = [(1, 10), (2, 7), (8, 64), (32, 32), (16, 100)]
+
+
+def point(p: int, n: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return nearest_orthonormal(torch.randn(3, p, n, generator=generator, dtype=dtype))
+
+
+def residual(x: Tensor) -> float:
+    wide = x.to(torch.promote_types(x.dtype, torch.float64))
+    return torch.linalg.matrix_norm(gram_residual(wide)).max().item()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.complex64])
+@pytest.mark.parametrize(("p", "n"), SHAPES)
+@pytest.mark.parametrize("size", [1e-6, 1.0, 1e4, 1e6, 1e7, 1e10, 1e18])
+@pytest.mark.parametrize("name", ["pogo", "landing"])
+def test_tubes_hold_for_long_steps_normal_to_the_set(
+    name: str, size: float, p: int, n: int, dtype: torch.dtype
+) -> None:
+    """A normal displacement has no tangent part: what is left of it is rounding, which is tangent to nothing."""
+    method, x = stiefel.get(name), point(p, n, dtype)
+    generator = torch.Generator().manual_seed(1)
+    assert isinstance(method, stiefel.StepMethod)
+    assert method.claim is not None
+    for k in range(40):
+        s = torch.randn(3, p, p, generator=generator, dtype=dtype)
+        u = (s + s.mH) @ x if k % 3 else torch.randn(x.shape, generator=generator, dtype=dtype)
+        x = method.step(x, size * u / torch.linalg.matrix_norm(u, keepdim=True), 1.0)[0]
+        assert residual(x) <= method.claim.bound + 64 * torch.finfo(dtype).eps * p**0.5
+
+
+@pytest.mark.parametrize("rate", [1.0, 100.0, 300.0, 1000.0])
+@pytest.mark.parametrize(("p", "n"), SHAPES)
+@pytest.mark.parametrize("map_name", ["qr", "polar", "cayley"])
+def test_retractions_hold_for_gradients_of_rank_one(map_name: str, p: int, n: int, rate: float) -> None:
+    method, x = stiefel.get("retraction", map=map_name), point(p, n, torch.float32)
+    assert isinstance(method, stiefel.StepMethod)
+    assert method.claim is not None
+    generator = torch.Generator().manual_seed(2)
+    for _ in range(60):
+        g = torch.randn(3, p, 1, generator=generator) @ torch.randn(3, 1, n, generator=generator)
+        x = method.step(x, -rate * g / torch.linalg.matrix_norm(g, keepdim=True), rate)
+        assert method.claim.allows(residual(x) / p**0.5, torch.float32, p)

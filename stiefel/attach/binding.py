@@ -97,21 +97,21 @@ class Reparametrized(nn.Module):
         """
         tensors = self.tensors(proxy)
         if is_traced():
-            return weights_of([self], tensors)[0]
+            return Bucket([self]).weights(tensors)[0]
         found = deposited(self, tensors)
         if found is not None:
             return found
         if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
             self.kept = None
-            return weights_of([self], tensors)[0]
+            return Bucket([self]).weights(tensors)[0]
         kept = self.kept
         if kept is not None and kept.holds_for(tensors):
             return kept.weight
         if not can_be_watched(tensors):
-            return weights_of([self], tensors)[0]
+            return Bucket([self]).weights(tensors)[0]
         snapshot = Snapshot(tensors)  # before the weight: another thread may change the proxy meanwhile
         with torch.inference_mode(False), torch.no_grad():  # so that the weight has a version, and can be used anywhere
-            weight = weights_of([self], tensors)[0]
+            weight = Bucket([self]).weights(tensors)[0]
         self.kept = Kept(snapshot, weight)
         return weight
 
@@ -159,31 +159,48 @@ class Reparametrized(nn.Module):
         return points if self.gain is None else points / self.gain.reshape(*points.shape[:2], 1)
 
 
-def weights_of(parametrizations: Sequence[Reparametrized], tensors: Sequence[Tensor]) -> list[Tensor]:
-    """The weights of parametrizations by one method and of one layout, computed as one batch.
+class Bucket:
+    """Parametrizations by one method and of one layout, whose weights are computed as one batch.
 
     Args:
-        parametrizations: one or more.
-        tensors: what :meth:`Reparametrized.tensors` gives for each, one after the other.
+        parametrizations: one or more, with equally many tensors each.
     """
-    first = parametrizations[0]
-    method, layouts = first.binding.constraint, [p.binding.layout for p in parametrizations]
-    assert isinstance(method, Reparameterization)
-    width = len(tensors) // len(parametrizations)
-    proxies, *others = [tensors[i::width] for i in range(width)]
-    for p, proxy in zip(parametrizations, proxies, strict=True):
-        if proxy.dtype not in EXACT_DTYPES:
-            raise WeightError(
-                f"weight '{p.binding.label}' is {proxy.dtype}, in which it cannot be orthogonal; keep the "
-                "model in float32 and use torch.autocast, or stiefel.release(model) before converting it"
-            )
-    stacked = [o[0] if len(o) == 1 else torch.cat(list(o)) for o in others]
-    with full_precision(proxies[0].device):
-        parts = dict(zip(first.names, stacked[len(stacked) - len(first.names) :], strict=True))
-        x = method.forward(stack(layouts, proxies, scaled=True), layouts[0], **parts)
-        if first.gain is not None:
-            x = x * stacked[0].reshape(*x.shape[:2], 1)
-        return unstack(layouts, x, scaled=True)
+
+    def __init__(self, parametrizations: Sequence[Reparametrized]) -> None:
+        self.parametrizations, self.first = parametrizations, parametrizations[0]
+        self.layouts = [p.binding.layout for p in parametrizations]
+
+    def stack(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """What :meth:`Reparametrized.tensors` gives for each, one after the other, as one tensor per kind.
+
+        Raises:
+            WeightError: the model was converted to a precision in which no weight is orthogonal.
+        """
+        width = len(tensors) // len(self.parametrizations)
+        proxies, *others = [tensors[i::width] for i in range(width)]
+        for p, proxy in zip(self.parametrizations, proxies, strict=True):
+            if proxy.dtype not in EXACT_DTYPES:
+                raise WeightError(
+                    f"weight '{p.binding.label}' is {proxy.dtype}, in which it cannot be orthogonal; keep the "
+                    "model in float32 and use torch.autocast, or stiefel.release(model) before converting it"
+                )
+        return [
+            stack(self.layouts, proxies, scaled=True),
+            *(o[0] if len(o) == 1 else torch.cat(list(o)) for o in others),
+        ]
+
+    def points(self, stacked: Sequence[Tensor]) -> Tensor:
+        """The weights, in units of X but with their gains, as functions of the stacked tensors."""
+        method, names = self.first.binding.constraint, self.first.names
+        assert isinstance(method, Reparameterization)
+        with full_precision(stacked[0].device):
+            parts = dict(zip(names, stacked[len(stacked) - len(names) :], strict=True))
+            x = method.forward(stacked[0], self.layouts[0], **parts)
+            return x if self.first.gain is None else x * stacked[1].reshape(*x.shape[:2], 1)
+
+    def weights(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """All in one: the weights in their own shapes."""
+        return unstack(self.layouts, self.points(self.stack(tensors)), scaled=True)
 
 
 @dataclass(frozen=True)

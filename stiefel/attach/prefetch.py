@@ -15,12 +15,12 @@ from weakref import WeakKeyDictionary, ref
 import torch
 from torch import Tensor, nn
 
-from stiefel.attach.binding import Reparametrized, constrained_weights, weights_of
+from stiefel.attach.binding import Bucket, Reparametrized, constrained_weights
 from stiefel.attach.deposits import Deposit, begin, deposited, end, forget, saved_elsewhere
 from stiefel.attach.snapshot import Snapshot
 from stiefel.constraint import Reparameterization
 from stiefel.linalg import full_precision, is_traced
-from stiefel.optim.buckets import bucket
+from stiefel.optim.buckets import bucket, stack, unstack
 
 _places: WeakKeyDictionary[nn.Module, list[tuple[ref[nn.Module], str]]] = WeakKeyDictionary()
 
@@ -58,7 +58,9 @@ def _before_forward(root: nn.Module, args: Any) -> None:
     deposits = []
     for members in bucket(_members(root), _computed_together):
         snapshots = [Snapshot(m.tensors) for m in members]
-        weights = _Together.apply([m.parametrization for m in members], *(t for m in members for t in m.tensors))
+        weights = _Together.apply(
+            Bucket([m.parametrization for m in members]), *(t for m in members for t in m.tensors)
+        )
         deposits += [Deposit(m.parametrization, s, w) for m, s, w in zip(members, snapshots, weights, strict=True)]
     begin(root, deposits)
 
@@ -102,55 +104,81 @@ class _Together(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, parametrizations: list[Reparametrized], *tensors: Tensor) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, bucket: Bucket, *tensors: Tensor) -> tuple[Tensor, ...]:
         ctx.set_materialize_grads(False)
-        ctx.parametrizations, ctx.tensors = parametrizations, tensors
-        ctx.snapshot = Snapshot(tensors)
-        ctx.graph = _graph(parametrizations, tensors)
-        return tuple(w.detach() for w in ctx.graph[1])
+        ctx.bucket, ctx.tensors, ctx.snapshot = bucket, tensors, Snapshot(tensors)
+        ctx.graph = _graph(bucket, tensors)
+        return tuple(unstack(bucket.layouts, ctx.graph[1].detach(), scaled=True))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        with full_precision(ctx.tensors[0].device):
-            return None, *_Together.gradients(ctx, gradients)
-
-    @staticmethod
-    def gradients(ctx: Any, gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
-        """Gradients of all tensors; None for those of weights that were not used."""
-        used = [i for i, g in enumerate(gradients) if g is not None]
         twice = torch.is_grad_enabled()
         if (twice or ctx.graph is None) and not ctx.snapshot.holds_for(ctx.tensors):
             raise RuntimeError(
                 "a proxy parameter was changed in place between a forward pass and a second backward pass through it; "
                 "step the optimizer after the last backward pass"
             )
+        with full_precision(ctx.tensors[0].device):
+            return None, *(_Together.second(ctx, gradients) if twice else _Together.first(ctx, gradients))
+
+    @staticmethod
+    def first(ctx: Any, gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """Gradients of all tensors, None for those of weights that were not used, by one pass through the batch."""
+        bucket = ctx.bucket
+        leaves, points = ctx.graph or _graph(bucket, ctx.tensors)
+        shapes = [layout.shape for layout in bucket.layouts]
+        filled = [points.new_zeros(s) if g is None else g for s, g in zip(shapes, gradients, strict=True)]
+        wanted = [leaf for leaf in leaves if leaf.requires_grad]
+        # A weight is s·X and a point a proxy over s: of the matrices as they are, the two scales cancel ...
+        g = stack(bucket.layouts, filled, scaled=False)
+        found = iter(torch.autograd.grad(points, wanted, g, retain_graph=True, allow_unused=True))
+        of_kind = [next(found) if leaf.requires_grad else None for leaf in leaves]
+        if all(g is not None for g in gradients):
+            ctx.graph = None
+        width, scale = len(leaves), bucket.layouts[0].scale
+        result: list[Tensor | None] = [None] * len(ctx.tensors)
+        for kind, gradient in enumerate(of_kind):
+            if gradient is None:
+                continue
+            if kind == 0:
+                parts = unstack(bucket.layouts, gradient, scaled=False)
+            else:  # ... and for a gain or a part, one remains
+                whole = gradient * scale if scale != 1 else gradient
+                parts = list(whole.split([len(t) for t in ctx.tensors[kind::width]]))
+            for i, part in enumerate(parts):
+                if gradients[i] is not None and ctx.needs_input_grad[1 + i * width + kind]:
+                    result[i * width + kind] = part
+        return result
+
+    @staticmethod
+    def second(ctx: Any, gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """The same with a graph, by the weights that were used alone, so that the others have no part in it."""
+        used = [i for i, g in enumerate(gradients) if g is not None]
         width = len(ctx.tensors) // len(gradients)
-        if twice:  # by those that are used alone, so that the others have no part in the new graph either
-            leaves = ctx.tensors
-            own = [t for i in used for t in leaves[i * width : (i + 1) * width]]
-            outputs = weights_of([ctx.parametrizations[i] for i in used], own)
-        else:
-            leaves, weights = ctx.graph or _graph(ctx.parametrizations, ctx.tensors)
-            outputs = [weights[i] for i in used]
-        wanted = [k for i in used for k in range(i * width, (i + 1) * width) if ctx.needs_input_grad[1 + k]]
+        own = [k for i in used for k in range(i * width, (i + 1) * width)]
+        weights = Bucket([ctx.bucket.parametrizations[i] for i in used]).weights([ctx.tensors[k] for k in own])
+        wanted = [k for k in own if ctx.needs_input_grad[1 + k]]
         found = torch.autograd.grad(
-            outputs,
-            [leaves[k] for k in wanted],
+            weights,
+            [ctx.tensors[k] for k in wanted],
             [gradients[i] for i in used],
-            retain_graph=True,
-            create_graph=twice,
+            create_graph=True,
             allow_unused=True,
         )
-        if len(used) == len(gradients) and not twice:
-            ctx.graph = None
-        result: list[Tensor | None] = [None] * len(leaves)
+        result: list[Tensor | None] = [None] * len(ctx.tensors)
         for k, gradient in zip(wanted, found, strict=True):
             result[k] = gradient
         return result
 
 
-def _graph(parametrizations: Sequence[Reparametrized], tensors: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-    """Leaves with the values of ``tensors``, and the weights as functions of them."""
+def _graph(bucket: Bucket, tensors: Sequence[Tensor]) -> tuple[list[Tensor], Tensor]:
+    """Stacked leaves with the values of ``tensors``, and the points as a function of them."""
+    with torch.no_grad():
+        stacked = bucket.stack(tensors)
+    width = len(stacked)
     with torch.enable_grad():
-        leaves = [t.detach().requires_grad_(t.requires_grad) for t in tensors]
-        return leaves, weights_of(parametrizations, leaves)
+        leaves = [
+            t.detach().requires_grad_(any(u.requires_grad for u in tensors[kind::width]))
+            for kind, t in enumerate(stacked)
+        ]
+        return leaves, bucket.points(leaves)

@@ -19,10 +19,8 @@ from stiefel.linalg.msign import quintics
 if TYPE_CHECKING:
     from jaxtyping import Float
 
-NEAR = 0.7
-"""Largest ‖E‖₂ for which (I + E)^{-1/2} is evaluated at once: 19 terms, whose coefficients are all below 1."""
-ACCURATE = 0.4
-"""Largest ‖E‖₂ for which a Gram matrix of float32 rounding is good enough: small directions lose 1/(1 − ‖E‖₂)."""
+NEAR = 0.8
+"""Largest ‖E‖₂ for which (I + E)^{-1/2} is evaluated at once: by 24 terms, whose coefficients are all below 3."""
 SPREAD = 40.0
 """Ratio of extreme eigenvalues that one coarse step brings well within NEAR of 1; it ends at about 100."""
 ITERATIONS, SMALLEST_ROOT = 12, 1e-5
@@ -36,10 +34,11 @@ TRUNCATION = 2e-8
 def inverse_root(v: Float[Tensor, "b p n"]) -> tuple[Float[Tensor, "b p p"], Float[Tensor, "b p p"]] | None:
     """``Z = M^{-1/2}`` and ``H = M^{1/2}`` of ``M = V Vᴴ``, or None where V's condition number is above about 8.
 
-    With c the mean eigenvalue and ``M = c (I + E)``, the Chebyshev series of ``(1 + e)^{-1/2}`` on [−ρ, ρ] is summed
-    by the scheme of Paterson and Stockmeyer, with as many terms as ρ asks for; ``ρ = ‖E⁴‖_F^{1/4}`` is never below
-    ‖E‖₂ and at most p^{1/8} above it. Where ρ is too large, a coarse polynomial on [u/40, u], u = 1 + ρ, comes before:
-    it leaves a Z₀ that commutes with M, and the same series is applied to ``E = Z₀ M Z₀ − I``, with its own ρ.
+    With ``M = c (I + E)``, c near the middle of M's spectrum, the Chebyshev series of ``(1 + e)^{-1/2}`` on [−ρ, ρ] is
+    summed by the scheme of Paterson and Stockmeyer, with as many terms as ρ asks for; ``ρ = ‖E⁴‖_F^{1/4}`` is never
+    below ‖E‖₂ and at most p^{1/8} above it, ``‖E⁸‖_F^{1/8}`` at most p^{1/16}. Where ρ is too large, a coarse
+    polynomial on [u/40, u] comes before, u the largest eigenvalue: it leaves a Z₀ that commutes with M, and the same
+    series is applied to ``E = Z₀ M Z₀ − I``, with its own ρ.
 
     The terms depend on V alone, on nothing remembered from the last step, so that training continues bit for bit from
     a checkpoint. The decision reads one number back from the device: this is for the CPU.
@@ -55,25 +54,37 @@ def inverse_root(v: Float[Tensor, "b p n"]) -> tuple[Float[Tensor, "b p p"], Flo
     if not v.numel():
         return None
     gram = torch.bmm(v, v.mH)
-    mean = _mean_eigenvalue(gram)
-    mean = torch.where(mean > SMALLEST_MEAN, mean, math.nan)  # below, entries of the Gram matrix are denormal
-    powers, rho = _powers(_less_identity(gram / mean))
-    if rho <= ACCURATE:
-        z = _add_identity(_series(powers, rho)) * mean.rsqrt()
+    middle = _mean_eigenvalue(gram)
+    middle = torch.where(middle > SMALLEST_MEAN, middle, math.nan)  # below, entries of the Gram matrix are denormal
+    e = _less_identity(gram / middle)
+    square = torch.bmm(e, e)
+    rho = _largest(square) ** 0.5
+    if rho > 0.25:
+        shift = _middle(e, square)
+        middle = middle * (1 + shift)
+        e, square = _shifted(e, square, shift)
+        rho = _largest(square) ** 0.5
+    powers, rho = _powers(e, square, rho)
+    if rho <= NEAR:
+        z = _add_identity(_series(powers, rho)) * middle.rsqrt()
         return z, torch.bmm(gram, z)
+    return _far_root(v, middle, rho)
+
+
+def _far_root(v: Tensor, middle: Tensor, rho: float) -> tuple[Tensor, Tensor] | None:
+    """The same after a coarse step, in double where float32 would lose too much."""
     if not rho < 4 * SPREAD:  # also where it is NaN
         return None
     wide = v.to(torch.promote_types(v.dtype, torch.float64))
-    gram = torch.bmm(wide, wide.mH) / mean
-    first = _coarse(gram, 1 + rho) if rho > NEAR else None
-    near = gram.clone() if first is None else torch.bmm(torch.bmm(first, gram), first)
-    powers, rho = _powers(_less_identity(near).to(v.dtype))
+    gram = torch.bmm(wide, wide.mH) / middle
+    first = _coarse(gram, 1 + rho)
+    e = _less_identity(torch.bmm(torch.bmm(first, gram), first)).to(v.dtype)
+    square = torch.bmm(e, e)
+    powers, rho = _powers(e, square, _largest(square) ** 0.5)
     if not rho <= NEAR:
         return None
-    z = _add_identity(_series(powers, rho))
-    if first is not None:
-        z = torch.bmm(z, first.to(v.dtype))
-    return z * mean.rsqrt(), torch.bmm(gram.to(v.dtype), z) * mean.sqrt()
+    z = torch.bmm(_add_identity(_series(powers, rho)), first.to(v.dtype))
+    return z * middle.rsqrt(), torch.bmm(gram.to(v.dtype), z) * middle.sqrt()
 
 
 @torch.no_grad()
@@ -115,16 +126,46 @@ def _add_identity(a: Tensor) -> Tensor:
     return a
 
 
-def _powers(e: Tensor) -> tuple[list[Tensor], float]:
-    """E, E², … as many as pay for the number of terms needed, and the bound ρ of the batch's largest ‖E‖₂."""
-    square = torch.bmm(e, e)
-    rho = _largest(square) ** 0.5
+def _middle(e: Tensor, square: Tensor) -> Tensor:
+    """The d that makes the eigenvalues of E − d least in the 4-norm, where ``Σ (e − d)³ = 0``; Σ e = 0 is given."""
+    second = _squared(e)
+    third = (e.conj() * square).real.sum(dim=(-2, -1), keepdim=True)
+    d = torch.zeros_like(third)
+    for _ in range(3):  # Newton's method on d ↦ p d³ + 3 m₂ d − m₃, which is increasing and convex for d > 0
+        slope = 3 * (e.shape[-1] * d.square() + second)
+        d = d - (e.shape[-1] * d**3 + 3 * second * d - third) / slope
+    return d
+
+
+def _squared(a: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(a, dim=(-2, -1), keepdim=True).square()
+
+
+def _shifted(e: Tensor, square: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
+    """``(E − d)/(1 + d)`` and its square."""
+    scale = 1 / (1 + d)
+    moved = e * scale
+    moved.diagonal(dim1=-2, dim2=-1).sub_((d * scale)[..., 0])
+    square = torch.addcmul(square, e, d, value=-2) * scale.square()
+    square.diagonal(dim1=-2, dim2=-1).add_((d * scale).square()[..., 0])
+    return moved, square
+
+
+def _powers(e: Tensor, square: Tensor, rho: float) -> tuple[list[Tensor], float]:
+    """E, E², … as many as pay for the number of terms needed, and a bound ρ of the batch's largest ‖E‖₂.
+
+    Args:
+        e, square: E and its square.
+        rho: a bound known already.
+    """
     if rho <= 0.1:
         return [e, square], rho
     fourth = torch.bmm(square, square)
     rho = min(rho, _largest(fourth) ** 0.25)
     if rho <= 0.3:
         return [e, square], rho
+    if rho > 0.6:
+        rho = min(rho, _largest(torch.bmm(fourth, fourth)) ** 0.125)
     return [e, square, torch.bmm(square, e), fourth], rho
 
 

@@ -75,24 +75,27 @@ def lyapunov_by_products(
     """
     scale = c.abs().amax(dim=(-2, -1), keepdim=True)
     c = c / torch.where(scale > 0, scale, 1)  # squares of small gradients vanish
+    tiny = torch.finfo(h.dtype).tiny  # a matrix that has converged has direction 0, and stays where it is
     omega = c / (2 * h.diagonal(dim1=-2, dim2=-1).real.mean(-1)[:, None, None])
     product = torch.bmm(h, omega)
     residual = c - (product - product.mH)
-    direction = residual
-    size, goal = _squared(residual), tolerance**2 * _squared(c)
+    direction, size = residual, _inner(residual, residual)
+    goal = tolerance**2 * _inner(c, c)
     for _ in range(most):
         if not bool((size > goal).any()):
             break
         product = torch.bmm(h, direction)
-        image = product - product.mH
-        # A matrix that has converged exactly, or whose C is 0, has direction 0 and must stay where it is.
-        along = (direction.conj() * image).real.sum(dim=(-2, -1), keepdim=True)
-        length = torch.where(along > 0, size / along, 0)
+        length = size / (2 * _inner(direction, product) + tiny)  # half of its image's, by skewness
         omega = torch.addcmul(omega, length, direction)
-        residual = torch.addcmul(residual, length, image, value=-1)
-        before, size = size, _squared(residual)
-        direction = torch.addcmul(residual, torch.where(before > 0, size / before, 0), direction)
+        residual = torch.addcmul(residual, length, product - product.mH, value=-1)
+        before, size = size, _inner(residual, residual)
+        direction = torch.addcmul(residual, size / (before + tiny), direction)
     return omega * scale
+
+
+def _inner(a: Tensor, b: Tensor) -> Tensor:
+    """``Re tr(A Bᴴ)`` of each pair, in one call."""
+    return torch.linalg.vecdot(a.flatten(1), b.flatten(1)).real[:, None, None]
 
 
 @torch.no_grad()
@@ -120,7 +123,3 @@ def lyapunov_by_doubling(
     for _ in range(steps):
         omega, a = omega + a @ omega @ a, a @ a
     return omega
-
-
-def _squared(a: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(a, dim=(-2, -1), keepdim=True).square()

@@ -33,6 +33,8 @@ def project_tangent(x: Float[Tensor, "*batch p n"], u: Float[Tensor, "*batch p n
     It is the orthogonal projection in the Euclidean and in the canonical metric alike: normal vectors are S X with S
     symmetric, and both metrics hold them orthogonal to every tangent vector. (Edelman, Arias and Smith 1998, eq. 2.4)
     """
+    if u.ndim == 3:  # in one pass
+        return torch.baddbmm(u, sym(u @ x.mH), x, alpha=-1)
     return u - sym(u @ x.mH) @ x
 
 

@@ -6,6 +6,7 @@ The only file that knows shapes, orientation, groups and the fixed scale. Import
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 from typing import TYPE_CHECKING
 
@@ -70,12 +71,12 @@ class Layout:
     def _output_dimension(self) -> int:
         return self.shape[1] * self.blocks if self.transposed else self.shape[0]
 
-    @property
+    @cached_property
     def out(self) -> int:
         """Outputs of one block."""
         return self.shape[-2] if self.batched else self._output_dimension // self.blocks
 
-    @property
+    @cached_property
     def fan_in(self) -> int:
         """Inputs of one block: the length of a filter."""
         if self.batched:
@@ -84,12 +85,12 @@ class Layout:
             return self.shape[0] // self.blocks * prod(self.shape[2:])
         return prod(self.shape[1:])
 
-    @property
+    @cached_property
     def columns(self) -> bool:
         """Whether the constraint is on the columns (more outputs than inputs), so that matrices are transposed."""
         return self.group_size is None and self.out > self.fan_in
 
-    @property
+    @cached_property
     def matrix_shape(self) -> tuple[int, int, int]:
         """``(b, p, n)`` with p ≤ n."""
         count = prod(self.shape[:-2]) if self.batched else self.blocks

@@ -130,15 +130,18 @@ def _refuse_divergence(optimizer: torch.optim.Optimizer, members: list[tuple[Ten
         return  # nothing may be read back here
     tell()
     values = [g.coalesce().values() if g.is_sparse else g for p, _ in members if (g := p.grad) is not None]
-    largest = torch._foreach_norm([v if v.numel() else v.new_zeros(1) for v in values], float("inf"))
-    if all(v.is_cuda for v in largest):
-        finite = torch.stack([v.to(largest[0].device, non_blocking=True) for v in largest]).isfinite().all()
+    sizes = torch._foreach_norm(values, 1)  # infinite or NaN where an entry is, or where entries are enormous
+    if all(v.is_cuda for v in sizes):
+        finite = torch.stack([v.to(sizes[0].device, non_blocking=True) for v in sizes]).isfinite().all()
         labels = ", ".join(f"'{w.label}'" for _, w in members)
         tell_later(finite, f"a gradient among those of weights {labels} was NaN or infinite: the loss has diverged")
         return
-    if torch.stack([v.to("cpu") for v in largest]).isfinite().all():
+    if torch.stack([v.cpu() for v in sizes]).isfinite().all():
         return
-    labels = ", ".join(f"'{w.label}'" for (_, w), v in zip(members, largest, strict=True) if not v.isfinite())
+    spoilt = [w.label for (_, w), v in zip(members, values, strict=True) if not v.isfinite().all()]
+    if not spoilt:
+        return
+    labels = ", ".join(f"'{label}'" for label in spoilt)
     raise DivergenceError(
         f"the gradient of weight {labels} is NaN or infinite: the loss has diverged. This step changed no weight; "
         "lower the learning rate, or look at the loss before it"

@@ -9,6 +9,7 @@ import copy
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from functools import cache
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -174,10 +175,15 @@ class _Move:
         """Note for each weight whether its step was shortened."""
         if self.shortened is None:
             return
-        flags = self.shortened.split([layout.matrix_shape[0] for layout in self.layouts])
+        counts = [layout.matrix_shape[0] for layout in self.layouts]
+        if self.shortened.is_cuda:
+            flags = [flag.any() for flag in self.shortened.split(counts)]
+        else:
+            each = iter(self.shortened.tolist())
+            flags = [any(list(islice(each, count))) for count in counts]
         for p, flag in zip(self.parameters, flags, strict=True):
             tally = p.ownership.tally
-            tally.shortened = flag.any() + (0 if tally.shortened is None else tally.shortened)
+            tally.shortened = flag + (0 if tally.shortened is None else tally.shortened)
 
     def undo(self) -> None:
         """Put the weights back."""

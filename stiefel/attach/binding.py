@@ -95,30 +95,29 @@ class Reparametrized(nn.Module):
         Raises:
             WeightError: the model was converted to a precision in which no weight is orthogonal.
         """
-        tensors = self.tensors(proxy)
         if is_traced():
-            return Bucket([self]).weights(tensors)[0]
-        found = deposited(self, tensors)
-        if found is not None:
-            return found
+            return Bucket([self]).weights(self.tensors(proxy))[0]
+        ready = self.ready(proxy)
+        if ready is not None:
+            return ready
+        tensors = self.tensors(proxy)
         if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
             self.kept = None
             return Bucket([self]).weights(tensors)[0]
-        kept = self.kept
-        if kept is not None and kept.holds_for(tensors):
-            return kept.weight
         if not can_be_watched(tensors):
             return Bucket([self]).weights(tensors)[0]
-        snapshot = Snapshot(tensors)  # before the weight: another thread may change the proxy meanwhile
+        snapshot = Snapshot(tensors, hold=True)  # before the weight: another thread may change the proxy meanwhile
         with torch.inference_mode(False), torch.no_grad():  # so that the weight has a version, and can be used anywhere
             weight = Bucket([self]).weights(tensors)[0]
         self.kept = Kept(snapshot, weight)
         return weight
 
-    def kept_weight(self, proxy: Tensor) -> Tensor | None:
-        """The weight kept from before, where it is still that of the proxy."""
-        kept = self.kept
-        return kept.weight if kept is not None and kept.holds_for(self.tensors(proxy)) else None
+    def ready(self, proxy: Tensor) -> Tensor | None:
+        """The weight of a proxy where it need not be computed: this pass has done so, or it was kept from before."""
+        tensors, kept = self.tensors(proxy), self.kept
+        if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+            return deposited(self, tensors)
+        return kept.weight if kept is not None and kept.holds_for(tensors) else None
 
     def tensors(self, proxy: Tensor) -> tuple[Tensor, ...]:
         """What the weight is a function of: the proxy, a learnable gain, and the method's parts, in this order."""
@@ -270,18 +269,18 @@ class ConstrainedWeight:
 
 
 def add_quick_access(owner: nn.Module, tensor: str) -> None:
-    """Put a short way to a kept weight before torch's property, which calls two modules at each access."""
+    """Put a short way to a weight that is ready before torch's property, which calls two modules at each access."""
     torchs = vars(type(owner))[tensor]
 
     def weight(self: nn.Module) -> Tensor:
-        """The weight kept from before, or what torch's property gives."""
-        if not torch.is_grad_enabled() and not is_traced():
+        """The weight that is ready, or what torch's property gives."""
+        if not is_traced():
             listed: Any = self._modules["parametrizations"]._modules[tensor]  # type: ignore[union-attr]
             proxy = listed._parameters.get("original")
             if proxy is not None and len(listed._modules) == 1:
-                kept = listed._modules["0"].kept_weight(proxy)
-                if kept is not None:
-                    return kept
+                ready = listed._modules["0"].ready(proxy)
+                if ready is not None:
+                    return ready
         return torchs.fget(self)
 
     setattr(type(owner), tensor, property(weight, torchs.fset))

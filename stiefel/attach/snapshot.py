@@ -15,14 +15,17 @@ class Snapshot:
     """The state of some tensors at one moment.
 
     In-place changes show in a tensor's version, but those of fused optimizers do not, so that the steps of all
-    optimizers are counted; those of ``weight.data`` show nowhere. A tensor's storage is held on to, so that its address
-    cannot be another's later.
+    optimizers are counted; those of ``weight.data`` show nowhere.
+
+    Args:
+        tensors: to be looked at.
+        hold: keep their storages alive, so that the address of one cannot be another's later.
     """
 
-    def __init__(self, tensors: Sequence[Tensor]) -> None:
+    def __init__(self, tensors: Sequence[Tensor], *, hold: bool = False) -> None:
         self.tensors, self.steps = tensors, steps_seen()
         self.states = list(map(_state, tensors))
-        self._storages = [t.detach() for t in tensors]
+        self._storages = [t.detach() for t in tensors] if hold else []
 
     def holds_for(self, tensors: Sequence[Tensor]) -> bool:
         """Whether these are the very same tensors, unchanged as far as can be seen."""

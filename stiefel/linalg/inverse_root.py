@@ -164,8 +164,12 @@ def _powers(e: Tensor, square: Tensor, rho: float) -> tuple[list[Tensor], float]
     rho = min(rho, _largest(fourth) ** 0.25)
     if rho <= 0.3:
         return [e, square], rho
-    if rho > 0.6:
-        rho = min(rho, _largest(torch.bmm(fourth, fourth)) ** 0.125)
+    power, exponent = fourth, 4
+    while rho > 0.6 and exponent < 16:  # closer bounds, for a product each
+        power, exponent = torch.bmm(power, power), 2 * exponent
+        rho = min(rho, _largest(power) ** (1 / exponent))
+        if rho > 1.2 * NEAR:  # more of them would not help
+            break
     return [e, square, torch.bmm(square, e), fourth], rho
 
 

@@ -246,3 +246,16 @@ def test_qr_where_one_singular_value_is_small(smallest: float, p: int, n: int) -
 def test_empty_batches() -> None:
     empty = torch.zeros(0, 3, 5)
     assert nearest_in_step(empty).shape == polar(empty).shape == qf(empty).shape == empty.shape
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.complex64])
+@pytest.mark.parametrize("size", [0.0, 1e-9, 1e-6, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 0.1])
+@pytest.mark.parametrize(("b", "p", "n"), SHAPES)
+def test_qr_near_the_set(dtype: torch.dtype, size: float, b: int, p: int, n: int) -> None:
+    _, x, _ = with_singular_values(singular("even", p, 1), b, n, dtype, seed=23)
+    wide = x.dtype
+    noise = torch.randn(x.shape, generator=torch.Generator().manual_seed(24), dtype=wide) / n**0.5
+    a = (x + size * noise).to(dtype)
+    q, eps = qf(a), torch.finfo(dtype).eps
+    assert residual(q) <= 5 * eps
+    assert distance(q, _by_reflections(a.to(wide))) <= 10 * eps

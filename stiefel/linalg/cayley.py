@@ -9,6 +9,7 @@ from torch import Tensor
 
 from stiefel.linalg.precision import in_double
 from stiefel.linalg.products import balance, skew
+from stiefel.linalg.tracing import is_traced
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -45,8 +46,9 @@ def cayley_step(x: Float[Tensor, "*batch p n"], b: Float[Tensor, "*batch p n"]) 
         return x + _solve_from_the_right(eye - 0.5 * a, x @ a)
     c = balance(b)
     b = b / c
-    # In double: for a direction of low rank ZU is singular, and float32 would lose eps · c².
-    xu, zu = low_rank_blocks(in_double(x), in_double(b))
+    # For a direction of low rank ZU is singular, and float32 would lose eps · c².
+    short = not (c.is_cuda or is_traced()) and float(c.detach().max() if c.numel() else 0) <= 1
+    xu, zu = low_rank_blocks(x, b) if short else low_rank_blocks(in_double(x), in_double(b))
     eye = torch.eye(2 * p, dtype=xu.dtype, device=x.device)
     w = (c * _solve_from_the_right(eye - (0.5 * c) * zu, xu)).to(x.dtype)
     return x + w[..., :p] @ b - w[..., p:] @ x

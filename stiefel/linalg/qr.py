@@ -23,10 +23,10 @@ def qf(a: Float[Tensor, "*batch p n"]) -> Float[Tensor, "*batch p n"]:
 
     The sign makes the factor unique and continuous, so that qf(X) = X for orthonormal X; LAPACK's own sign does not.
 
-    Near orthonormal rows, where retractions work, ``L Lᴴ = A Aᴴ`` by Cholesky and ``Q = L⁻¹ A`` is as accurate as
-    Householder reflections and several times faster; a second pass on Q takes away what condition numbers up to 30
-    leave (CholeskyQR2). Everything else goes to LAPACK. On a GPU the choice would make the host wait: there, the first
-    pass is in float64, with a shift that keeps it from breaking down, and others follow.
+    Near orthonormal rows, where retractions work, ``L Lᴴ = A Aᴴ`` by Cholesky (or by a series, nearer still) and
+    ``Q = L⁻¹ A`` is as accurate as Householder reflections and several times faster; a second pass on Q takes away what
+    condition numbers up to 30 leave (CholeskyQR2). Everything else goes to LAPACK. On a GPU the choice would make the
+    host wait: there, the first pass is in float64, with a shift that keeps it from breaking down, and others follow.
 
     Args:
         a: matrix of full row rank, p ≤ n, real or complex (L's diagonal is positive, Q is unitary).
@@ -43,9 +43,15 @@ def qf(a: Float[Tensor, "*batch p n"]) -> Float[Tensor, "*batch p n"]:
 
 
 def _near(a: Tensor) -> Tensor:
-    """Cholesky passes as long as they are accurate, LAPACK otherwise."""
-    p = a.shape[-2]
-    factor, failed = torch.linalg.cholesky_ex(a @ a.mH)
+    """A series where A is almost orthonormal, Cholesky passes for thin A, as long as they hold, LAPACK otherwise."""
+    p, gram = a.shape[-2], a @ a.mH
+    if a.numel() and not (torch.is_grad_enabled() and a.requires_grad):  # a series' second derivative is another's
+        correction = _series(gram)
+        if correction is not None:
+            return torch.baddbmm(a, correction, a) if a.ndim == 3 else a + correction @ a
+    if 2 * p > a.shape[-1]:  # LAPACK is quicker
+        return _by_reflections(a)
+    factor, failed = torch.linalg.cholesky_ex(gram)
     if failed.any():
         return _by_reflections(a)
     inverse = _inverse(factor)
@@ -55,6 +61,31 @@ def _near(a: Tensor) -> Tensor:
         return _by_reflections(a)
     q = inverse @ a
     return q if spread <= 1 + (WELL_CONDITIONED - 1) / p else _pass(q)  # one small singular value may hide in a mean
+
+
+def _series(gram: Tensor) -> Tensor | None:
+    """``L⁻¹ − I`` for ``L Lᴴ = I + E`` with small E, to rounding; None where E is larger.
+
+    ``L = I + L₁ − Φ(L₁L₁ᴴ) + O(E³)`` with L₁ = Φ(E), the lower triangle and half of the diagonal. After a step of
+    size t along the manifold E is of size t², so that most steps need the first term alone.
+    """
+    eps = torch.finfo(gram.dtype).eps
+    e = gram.clone()
+    e.diagonal(dim1=-2, dim2=-1).sub_(1)
+    size = float(torch.linalg.vector_norm(e, dim=(-2, -1)).max())
+    if not size**3 <= eps / 8:
+        return None
+    first = _half(e)
+    if size**2 <= eps / 8:
+        return first.neg_()
+    return _half(first @ first.mH) + first @ first - first
+
+
+def _half(a: Tensor) -> Tensor:
+    """Φ: the lower triangle with half of the diagonal, of which ``Φ(A) + Φ(A)ᴴ = A`` for Hermitian A."""
+    lower = a.tril()
+    lower.diagonal(dim1=-2, dim2=-1).mul_(0.5)
+    return lower
 
 
 def _pass(a: Tensor) -> Tensor:

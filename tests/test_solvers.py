@@ -235,12 +235,13 @@ def test_denormal_gram_matrices_are_left_alone(size: float) -> None:
     assert residual(polar((size * v).float(), solver="products")) <= 2e-6
 
 
-@pytest.mark.parametrize(("smallest", "p", "n"), [(1 / 38, 512, 600), (1 / 27, 256, 300)])
+@pytest.mark.parametrize(("smallest", "p", "n"), [(1 / 38, 512, 600), (1 / 38, 512, 1100), (1 / 27, 256, 600)])
 def test_qr_where_one_singular_value_is_small(smallest: float, p: int, n: int) -> None:
     s = torch.ones(p, dtype=torch.float64)
     s[0] = smallest
     a, _, _ = with_singular_values(s, 1, n, torch.float32, seed=22)
-    assert residual(qf(a.float())) * p**0.5 <= 1e-5
+    q = qf(a.float()).double()
+    assert torch.linalg.matrix_norm(gram_residual(q), 2).max() <= 3e-6  # LAPACK leaves 1.2e-6, a single pass 3e-5
 
 
 def test_empty_batches() -> None:

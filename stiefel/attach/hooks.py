@@ -77,6 +77,8 @@ def remove_hooks(owner: nn.Module) -> None:
 
 def _take_over_again(owner: nn.Module, args: Any) -> None:
     """Notice parameters that are new, by a copy or a conversion (``torch.__future__``'s flags), before they train."""
+    if not torch.is_grad_enabled():  # nothing trains, and layers at rest should cost what plain ones do
+        return
     for tensor, binding in bindings_of(owner).items():
         found = ConstrainedWeight(binding.label, owner, tensor, binding)
         if not is_watched(found.parameter):

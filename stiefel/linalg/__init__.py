@@ -10,7 +10,7 @@ from stiefel.linalg.polar import polar
 from stiefel.linalg.precision import EXACT_DTYPES, full_precision, in_double
 from stiefel.linalg.products import balance, frobenius, gram_residual, newton_schulz, skew, squared_residual, sym
 from stiefel.linalg.qr import qf
-from stiefel.linalg.spectral_map import spectral_map
+from stiefel.linalg.spectral_map import iterated, spectral_map
 from stiefel.linalg.svd import nearest_in_step, nearest_orthonormal
 from stiefel.linalg.tracing import is_traced
 from stiefel.linalg.whitening import whitened
@@ -27,6 +27,7 @@ __all__ = [
     "householder_vectors",
     "in_double",
     "is_traced",
+    "iterated",
     "lyapunov",
     "msign",
     "nearest_in_step",

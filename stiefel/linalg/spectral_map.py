@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from stiefel.linalg.precision import full_precision
+from stiefel.linalg.precision import full_precision, in_double
 from stiefel.linalg.tracing import is_traced
 
 if TYPE_CHECKING:
@@ -31,6 +31,32 @@ def spectral_map(f: Callable[[Tensor], Tensor], x: Float[Tensor, "*batch p n"]) 
     forward_mode = torch.autograd.forward_ad._current_level >= 0
     small = x.numel() <= SMALL
     return f(x) if small or forward_mode or is_traced() else _SpectralMap.apply(f, x)
+
+
+def iterated(
+    polynomial: Callable[[Tensor], Tensor], count: int, x: Float[Tensor, "*batch p n"]
+) -> Float[Tensor, "*batch p n"]:
+    """``X ← T(X Xᴴ) X``, ``count`` times, with a polynomial T of the Gram matrix: a map of singular values.
+
+    Where rows are long it is iterated on the Gram matrix, in double, since that squares the condition number:
+
+        M = X Xᴴ,   Z ← T(M) Z,   M ← T(M) M T(M),   then Z X
+
+    (Björck and Bowie, 1971, for the polynomials; T(M), Z and M commute).
+    """
+    if 2 * x.shape[-2] > x.shape[-1]:
+        for _ in range(count):
+            x = polynomial(x @ x.mH) @ x
+        return x
+    wide = in_double(x)
+    gram = wide @ wide.mH
+    z = polynomial(gram)
+    t = z
+    for _ in range(count - 1):
+        gram = t @ gram @ t
+        t = polynomial(gram)
+        z = t @ z
+    return (z @ wide).to(x.dtype)
 
 
 class _SpectralMap(torch.autograd.Function):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from stiefel.constraint import Claim, Reparameterization
 from stiefel.errors import OptionError
 from stiefel.layout import Layout
-from stiefel.linalg import gram_residual, spectral_map
+from stiefel.linalg import iterated, spectral_map
 from stiefel.methods import register
 
 SERIES = (1 / 2, 3 / 8, 5 / 16, 35 / 128)
@@ -61,15 +62,13 @@ class Bjorck(Reparameterization):
         """Bound the proxy's singular values, then iterate."""
         sizes = proxy.abs()
         bound = (sizes.sum(-1).amax(-1) * sizes.sum(-2).amax(-1)).sqrt()[..., None, None]
-        return spectral_map(self.iterate, proxy / bound)
+        return spectral_map(partial(iterated, self.factor, self.iterations), proxy / bound)
 
-    def iterate(self, x: Tensor) -> Tensor:
-        """The steps, each a truncated series of ``(XXᵀ)^{-1/2}`` at X."""
-        eye = torch.eye(x.shape[-2], dtype=x.dtype, device=x.device)
-        for _ in range(self.iterations):
-            q = -gram_residual(x)
-            series = SERIES[self.order - 1] * q
-            for coefficient in reversed(SERIES[: self.order - 1]):
-                series = coefficient * q + q @ series
-            x = (eye + series) @ x
-        return x
+    def factor(self, gram: Tensor) -> Tensor:
+        """A step as a factor: the truncated series of ``(X Xᵀ)^{-1/2}``, in Horner's form."""
+        eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+        q = eye - gram
+        series = SERIES[self.order - 1] * q
+        for coefficient in reversed(SERIES[: self.order - 1]):
+            series = coefficient * q + q @ series
+        return eye + series

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar, Literal, get_args
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 from stiefel.centring import Centred
 from stiefel.constraint import Claim
 from stiefel.layout import Layout
-from stiefel.linalg import spectral_map, spectral_radius
+from stiefel.linalg import iterated, spectral_map, spectral_radius
 from stiefel.methods import register
 
 Bound = Literal["spectral", "frobenius"]
@@ -64,11 +65,10 @@ class ONI(Centred):
         v = self.centred(proxy, layout)
         gram = v @ v.mH
         square = spectral_radius(gram, 16) if self.bound == "spectral" else torch.linalg.matrix_norm(gram)
-        return spectral_map(self.iterate, v / square.sqrt()[..., None, None])
+        x = v / square.sqrt()[..., None, None]
+        return spectral_map(partial(iterated, newton, self.iterations), x)
 
-    def iterate(self, x: Tensor) -> Tensor:
-        """T Newton-Schulz steps."""
-        eye = torch.eye(x.shape[-2], dtype=x.dtype, device=x.device)
-        for _ in range(self.iterations):
-            x = (1.5 * eye - 0.5 * (x @ x.mH)) @ x
-        return x
+
+def newton(gram: Tensor) -> Tensor:
+    """The Newton-Schulz step as a factor, ``1.5 I − 0.5 X Xᵀ``."""
+    return 1.5 * torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device) - 0.5 * gram

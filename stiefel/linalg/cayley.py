@@ -1,4 +1,4 @@
-"""The Cayley transform applied to a point, never building n×n where p is small. Imports only torch."""
+"""The Cayley transform applied to a point, never building n×n where p is small. Imports ``linalg``."""
 
 from __future__ import annotations
 

@@ -1,13 +1,13 @@
 """The inverse square root of a Gram matrix by products alone, where the matrix is not too ill-conditioned.
 
 An eigendecomposition costs as much as 20 (p = 512) to 100 (p = 16) p×p products on a CPU; this needs 3 to 14. Imports
-``msign``, torch and numpy.
+``linalg`` and numpy.
 """
 
 from __future__ import annotations
 
 import math
-from functools import cache
+from functools import cache, partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -15,6 +15,9 @@ import torch
 from torch import Tensor
 
 from stiefel.linalg.msign import quintics
+from stiefel.linalg.precision import in_double
+from stiefel.linalg.products import inner
+from stiefel.linalg.spectral_map import gram_factor
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -26,28 +29,29 @@ SPREAD = 40.0
 ITERATIONS, SMALLEST_ROOT = 12, 1e-5
 """Steps where nothing is read back, and the smallest singular value, of ‖VVᴴ‖_F^{1/2}, that they are made for."""
 SMALLEST_MEAN = 1e-28
+"""Of eigenvalues: where it is less, float32 holds the Gram matrix with too few digits."""
 TRUNCATION = 2e-8
 """Largest error of a truncated series, below the rounding of float32."""
 
 
 @torch.no_grad()
 def inverse_root(v: Float[Tensor, "b p n"]) -> tuple[Float[Tensor, "b p p"], Float[Tensor, "b p p"]] | None:
-    """``Z = M^{-1/2}`` and ``H = M^{1/2}`` of ``M = V Vᴴ``, or None where V's condition number is above about 8.
+    """``Z = M^{-1/2}`` and ``H = M^{1/2}`` of ``M = V Vᴴ``, or None where V's condition number is above about 10.
 
     With ``M = c (I + E)``, c near the middle of M's spectrum, the Chebyshev series of ``(1 + e)^{-1/2}`` on [−ρ, ρ] is
     summed by the scheme of Paterson and Stockmeyer, with as many terms as ρ asks for; ``ρ = ‖E⁴‖_F^{1/4}`` is never
-    below ‖E‖₂ and at most p^{1/8} above it, ``‖E⁸‖_F^{1/8}`` at most p^{1/16}. Where ρ is too large, a coarse
-    polynomial on [u/40, u] comes before, u the largest eigenvalue: it leaves a Z₀ that commutes with M, and the same
-    series is applied to ``E = Z₀ M Z₀ − I``, with its own ρ.
+    below ‖E‖₂ and at most p^{1/8} above it, and higher powers of E bound it closer where that pays. Where ρ is too
+    large, a coarse polynomial on [u/40, u] comes before, u the largest eigenvalue: it leaves a Z₀ that commutes with M,
+    and the same series is applied to ``E = Z₀ M Z₀ − I``, with its own ρ.
 
     The terms depend on V alone, on nothing remembered from the last step, so that training continues bit for bit from
-    a checkpoint. The decision reads one number back from the device: this is for the CPU.
+    a checkpoint. Deciding reads numbers back from the device: this is for the CPU.
 
     Args:
         v: float32 or complex64, p ≤ n. Zero, rank-deficient and not finite V give None.
 
     Returns:
-        Z and H in the dtype of ``v``, with an error of about 2e-7.
+        Z and H in the dtype of ``v``, with an error of 2e-7 near the set and up to 1e-6 at the end of the range.
 
     Source: Higham, Functions of Matrices (2008), sections 4.2 and 4.4.3; Paterson and Stockmeyer (1973).
     """
@@ -55,8 +59,8 @@ def inverse_root(v: Float[Tensor, "b p n"]) -> tuple[Float[Tensor, "b p p"], Flo
         return None
     gram = torch.bmm(v, v.mH)
     middle = _mean_eigenvalue(gram)
-    middle = torch.where(middle > SMALLEST_MEAN, middle, math.nan)  # below, entries of the Gram matrix are denormal
-    e = _less_identity(gram / middle)
+    middle = torch.where(middle > SMALLEST_MEAN, middle, math.nan)
+    e = _add_identity(gram / middle, -1)
     square = torch.bmm(e, e)
     rho = _largest(square) ** 0.5
     if rho > 0.25:
@@ -75,10 +79,10 @@ def _far_root(v: Tensor, middle: Tensor, rho: float) -> tuple[Tensor, Tensor] | 
     """The same after a coarse step, in double where float32 would lose too much."""
     if not rho < 4 * SPREAD:  # also where it is NaN
         return None
-    wide = v.to(torch.promote_types(v.dtype, torch.float64))
+    wide = in_double(v)
     gram = torch.bmm(wide, wide.mH) / middle
     first = _coarse(gram, 1 + rho)
-    e = _less_identity(torch.bmm(torch.bmm(first, gram), first)).to(v.dtype)
+    e = _add_identity(torch.bmm(torch.bmm(first, gram), first), -1).to(v.dtype)
     square = torch.bmm(e, e)
     powers, rho = _powers(e, square, _largest(square) ** 0.5)
     if not rho <= NEAR:
@@ -93,52 +97,44 @@ def inverse_root_by_iteration(v: Float[Tensor, "*batch p n"]) -> tuple[Tensor, T
 
         N₀ = M / ‖M‖_F,   T = a + bN + cN²,   Z ← T Z,   N ← T N T
 
-    with the coefficients of :func:`msign`, of which this is the form on Gram matrices. M = 0 counts as I. In double
-    also because float32 would lose a digit for each of the condition number's, and what GPUs take for it is little
-    beside their factorizations.
+    with the coefficients of :func:`msign`, of which this is the form on Gram matrices (:func:`gram_factor`). M = 0
+    counts as I. In double also because float32 would lose a digit for each of the condition number's, and what GPUs
+    take for it is little beside their factorizations.
 
     Source: Amsel, Persson, Musco and Gower, The Polar Express, 2025 (arXiv 2505.16932), section 3, on the Gram matrix.
     """
-    wide = v.to(torch.promote_types(v.dtype, torch.float64))
+    wide = in_double(v)
     gram = wide @ wide.mH
-    eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device).expand_as(gram)
-    size = torch.linalg.matrix_norm(gram, keepdim=True)
-    gram = torch.where(size > 0, gram, eye)
+    eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    gram = torch.where(torch.linalg.matrix_norm(gram, keepdim=True) > 0, gram, eye)
     size = 1.01 * torch.linalg.matrix_norm(gram, keepdim=True)
-    z, n = eye * size.rsqrt(), gram / size
-    for a, b, c in quintics(ITERATIONS, SMALLEST_ROOT):
-        t = a * eye + b * n + c * (n @ n)
-        z, n = t @ z, t @ n @ t
+    steps = [partial(_quintic, *coefficients) for coefficients in quintics(ITERATIONS, SMALLEST_ROOT)]
+    z = gram_factor(steps, gram / size) * size.rsqrt()
     return z, gram @ z
+
+
+def _quintic(a: float, b: float, c: float, n: Tensor) -> Tensor:
+    return _add_identity(b * n + c * (n @ n), a)
 
 
 def _mean_eigenvalue(gram: Tensor) -> Tensor:
     return gram.diagonal(dim1=-2, dim2=-1).real.mean(-1)[:, None, None]
 
 
-def _less_identity(a: Tensor) -> Tensor:
-    a.diagonal(dim1=-2, dim2=-1).sub_(1)
-    return a
-
-
-def _add_identity(a: Tensor) -> Tensor:
-    a.diagonal(dim1=-2, dim2=-1).add_(1)
+def _add_identity(a: Tensor, times: float = 1.0) -> Tensor:
+    """``A + times · I``, in place."""
+    a.diagonal(dim1=-2, dim2=-1).add_(times)
     return a
 
 
 def _middle(e: Tensor, square: Tensor) -> Tensor:
     """The d that makes the eigenvalues of E − d least in the 4-norm, where ``Σ (e − d)³ = 0``; Σ e = 0 is given."""
-    second = _squared(e)
-    third = (e.conj() * square).real.sum(dim=(-2, -1), keepdim=True)
+    second, third = inner(e, e), inner(e, square)
     d = torch.zeros_like(third)
     for _ in range(3):  # Newton's method on d ↦ p d³ + 3 m₂ d − m₃, which is increasing and convex for d > 0
         slope = 3 * (e.shape[-1] * d.square() + second)
         d = d - (e.shape[-1] * d**3 + 3 * second * d - third) / slope
     return d
-
-
-def _squared(a: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(a, dim=(-2, -1), keepdim=True).square()
 
 
 def _shifted(e: Tensor, square: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
@@ -213,13 +209,12 @@ def _series_coefficients(rho: float) -> tuple[float, ...]:
 def _coarse(m: Tensor, largest: float) -> Tensor:
     """A polynomial Z₀ of degree 7 in M with ``‖Z₀ M Z₀ − I‖₂ < 0.1`` for eigenvalues in [largest/SPREAD, largest]."""
     middle, half = _interval(largest)
-    t = _less_identity(m / middle) * (middle / half)
+    t = _add_identity(m / middle, -1) * (middle / half)
     square = torch.bmm(t, t)
     fourth = torch.bmm(square, square)
     constant, *rest = _coarse_coefficients()
     z = _polynomial(tuple(rest), [t, square, torch.bmm(square, t), fourth])
-    z.diagonal(dim1=-2, dim2=-1).add_(constant)
-    return z / largest**0.5
+    return _add_identity(z, constant) / largest**0.5
 
 
 def _interval(largest: float) -> tuple[float, float]:

@@ -1,6 +1,6 @@
 """The Lyapunov equation: with a given eigendecomposition, differentiable to any order; and by products alone.
 
-Imports only torch.
+Imports ``products``.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+from stiefel.linalg.products import inner
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -80,23 +82,18 @@ def lyapunov_by_products(
     product = torch.bmm(h, omega)
     residual = c - (product - product.mH)
     direction, image = residual.clone(), torch.empty_like(residual)
-    size, goal = _inner(residual, residual), tolerance**2 * _inner(c, c)
+    size, goal = inner(residual, residual), tolerance**2 * inner(c, c)
     for _ in range(most):
         if not bool((size > goal).any()):
             break
         torch.bmm(h, direction, out=product)  # in place: fresh memory costs as much as a product at p = 512
-        length = size / (2 * _inner(direction, product) + tiny)  # half of its image's, by skewness
+        length = size / (2 * inner(direction, product) + tiny)  # half of its image's, by skewness
         torch.sub(product, product.mH, out=image)
         omega.addcmul_(length, direction)
         residual.addcmul_(length, image, value=-1)
-        before, size = size, _inner(residual, residual)
+        before, size = size, inner(residual, residual)
         direction.mul_(size / (before + tiny)).add_(residual)
     return omega.mul_(scale)
-
-
-def _inner(a: Tensor, b: Tensor) -> Tensor:
-    """``Re tr(A Bᴴ)`` of each pair."""
-    return torch.linalg.vecdot(a.flatten(1), b.flatten(1)).real[:, None, None]
 
 
 @torch.no_grad()

@@ -66,6 +66,11 @@ class _SquaredResidual(torch.autograd.Function):
             return (4 * gradients[0][..., None, None] * delta) @ x
 
 
+def inner(a: Float[Tensor, "b p n"], b: Float[Tensor, "b p n"]) -> Float[Tensor, "b 1 1"]:
+    """``Re tr(A Bᴴ)`` of each pair, to multiply matrices with."""
+    return torch.linalg.vecdot(a.flatten(1), b.flatten(1)).real[:, None, None]
+
+
 def frobenius(b: Float[Tensor, "*batch p n"]) -> Float[Tensor, "*batch 1 1"]:
     """``‖B‖_F``, also where the squares of B's entries overflow or vanish."""
     sizes = b.abs()  # which also spares a division of complex numbers, inaccurate at the ends of the range

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from stiefel.linalg.precision import in_double
 from stiefel.linalg.tracing import is_traced
 
 if TYPE_CHECKING:
@@ -98,7 +99,7 @@ def _inverse(factor: Tensor) -> Tensor:
 
 
 def _without_waiting(a: Tensor) -> Tensor:
-    wide = a.to(torch.promote_types(a.dtype, torch.float64))
+    wide = in_double(a)
     gram = wide @ wide.mH
     size = gram.diagonal(dim1=-2, dim2=-1).real.sum(-1, keepdim=True)
     shift = 11 * sum(a.shape[-2:]) * torch.finfo(wide.dtype).eps * size

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from itertools import repeat
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -38,25 +39,35 @@ def iterated(
 ) -> Float[Tensor, "*batch p n"]:
     """``X ← T(X Xᴴ) X``, ``count`` times, with a polynomial T of the Gram matrix: a map of singular values.
 
-    Where rows are long it is iterated on the Gram matrix, in double, since that squares the condition number:
+    Where rows are long it is iterated on the Gram matrix, in double, since that squares the condition number
+    (:func:`gram_factor`).
 
-        M = X Xᴴ,   Z ← T(M) Z,   M ← T(M) M T(M),   then Z X
-
-    (Björck and Bowie, 1971, for the polynomials; T(M), Z and M commute).
+    Source: Björck and Bowie (1971), for the polynomials.
     """
     if 2 * x.shape[-2] > x.shape[-1]:
         for _ in range(count):
             x = polynomial(x @ x.mH) @ x
         return x
     wide = in_double(x)
-    gram = wide @ wide.mH
-    z = polynomial(gram)
-    t = z
-    for _ in range(count - 1):
+    return (gram_factor(repeat(polynomial, count), wide @ wide.mH) @ wide).to(x.dtype)
+
+
+def gram_factor(polynomials: Iterable[Callable[[Tensor], Tensor]], gram: Float[Tensor, "*batch p p"]) -> Tensor:
+    """The Z for which ``Z X`` is X after steps ``X ← T(X Xᴴ) X``, from ``M = X Xᴴ`` alone.
+
+        Z ← T(M) Z,   M ← T(M) M T(M)
+
+    Args:
+        polynomials: T of each step, of a Hermitian matrix; at least one.
+        gram: M, in double where its condition number, the square of X's, is not to cost digits.
+    """
+    first, *others = polynomials
+    t = z = first(gram)
+    for polynomial in others:
         gram = t @ gram @ t
         t = polynomial(gram)
         z = t @ z
-    return (z @ wide).to(x.dtype)
+    return z
 
 
 class _SpectralMap(torch.autograd.Function):

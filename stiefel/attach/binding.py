@@ -95,27 +95,30 @@ class Reparametrized(nn.Module):
         Raises:
             WeightError: the model was converted to a precision in which no weight is orthogonal.
         """
-        if is_traced():
-            return Bucket([self]).weights(self.tensors(proxy))[0]
-        ready = self.ready(proxy)
-        if ready is not None:
-            return ready
         tensors = self.tensors(proxy)
-        if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        if not is_traced():
+            ready = self.ready(proxy)
+            if ready is not None:
+                return ready
             self.kept = None
-            return Bucket([self]).weights(tensors)[0]
-        if not can_be_watched(tensors):
-            return Bucket([self]).weights(tensors)[0]
+            if not needs_graph(tensors) and can_be_watched(tensors):
+                return self._keep(tensors)
+        return self._computed(tensors)
+
+    def _computed(self, tensors: Sequence[Tensor]) -> Tensor:
+        return Bucket([self]).weights(tensors)[0]
+
+    def _keep(self, tensors: Sequence[Tensor]) -> Tensor:
         snapshot = Snapshot(tensors, hold=True)  # before the weight: another thread may change the proxy meanwhile
         with torch.inference_mode(False), torch.no_grad():  # so that the weight has a version, and can be used anywhere
-            weight = Bucket([self]).weights(tensors)[0]
+            weight = self._computed(tensors)
         self.kept = Kept(snapshot, weight)
         return weight
 
     def ready(self, proxy: Tensor) -> Tensor | None:
         """The weight of a proxy where it need not be computed: this pass has done so, or it was kept from before."""
         tensors, kept = self.tensors(proxy), self.kept
-        if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        if needs_graph(tensors):
             return deposited(self, tensors)
         return kept.weight if kept is not None and kept.holds_for(tensors) else None
 
@@ -156,6 +159,11 @@ class Reparametrized(nn.Module):
     def without_gains(self, points: Tensor) -> Tensor:
         """Points without each output's learnable factor, where there is one."""
         return points if self.gain is None else points / self.gain.reshape(*points.shape[:2], 1)
+
+
+def needs_graph(tensors: Sequence[Tensor]) -> bool:
+    """Whether what is computed from these tensors here and now is to be differentiated."""
+    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
 
 
 class Bucket:
@@ -214,9 +222,16 @@ class ConstrainedWeight:
     @property
     def value(self) -> Tensor:
         """The weight as the layer uses it, computed anew: what is measured and saved must not rest on a kept one."""
-        if isinstance(self.binding.constraint, Reparameterization):
-            self.owner.parametrizations[self.tensor][0].kept = None  # type: ignore[index, union-attr]
+        if self.parametrization is not None:
+            self.parametrization.kept = None
         return getattr(self.owner, self.tensor)
+
+    @property
+    def parametrization(self) -> Reparametrized | None:
+        """What computes the weight from its proxy; None where nothing does."""
+        if not isinstance(self.binding.constraint, Reparameterization):
+            return None
+        return self.owner.parametrizations[self.tensor][0]  # type: ignore[index, return-value]
 
     @property
     def parameter(self) -> nn.Parameter:
@@ -228,10 +243,8 @@ class ConstrainedWeight:
     @property
     def gains(self) -> Tensor | None:
         """The learnable factors of its rows, ``(b, p, 1)``, where its scale is learnable: what points are without."""
-        if self.binding.constraint.scale != "learnable":
-            return None
-        gain = self.owner.parametrizations[self.tensor][0].gain  # type: ignore[index, union-attr]
-        return gain.reshape(*self.binding.layout.matrix_shape[:2], 1)
+        gain = None if self.parametrization is None else self.parametrization.gain
+        return None if gain is None else gain.reshape(*self.binding.layout.matrix_shape[:2], 1)
 
     @property
     def can_leave(self) -> bool:
@@ -254,7 +267,7 @@ class ConstrainedWeight:
     @torch.no_grad()
     def move_to_nearest(self) -> None:
         """Put the weight at the nearest point of its method's set."""
-        if isinstance(self.binding.constraint, Reparameterization):
+        if self.parametrization is not None:
             setattr(self.owner, self.tensor, self.value)  # the proxy then starts from the nearest point
         else:
             self.parameter.copy_(self.binding.nearest(self.value))
@@ -262,10 +275,7 @@ class ConstrainedWeight:
     def points(self) -> Tensor:
         """The weight as ``(b, p, n)`` in units in which the constraint is X Xᵀ = I."""
         points = self.binding.layout.points(self.value)
-        if isinstance(self.binding.constraint, Reparameterization):
-            parametrization = self.owner.parametrizations[self.tensor][0]  # type: ignore[index]
-            return parametrization.without_gains(points)  # type: ignore[union-attr]
-        return points
+        return points if self.parametrization is None else self.parametrization.without_gains(points)
 
 
 def add_quick_access(owner: nn.Module, tensor: str) -> None:

@@ -34,7 +34,6 @@ _passes = _Passes()
 
 def begin(root: nn.Module, deposits: Iterable[Deposit]) -> None:
     """Offer deposits to the layers below ``root`` until :func:`end`."""
-    forget(root)
     _passes.stack.append((ref(root), {id(d.parametrization): d for d in deposits}))
 
 

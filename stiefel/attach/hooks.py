@@ -7,6 +7,7 @@ Imports ``binding``, ``optim`` and below.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -59,20 +60,24 @@ def add_hooks(owner: nn.Module, method: Constraint) -> None:
 
 def remove_hooks(owner: nn.Module) -> None:
     """Take all of them off a module that has no binding left."""
-    ours = (_after_load, _save_tally, _load_tally, _take_over_again, _drop_flat_weights)
+    take_off(owner, _after_load, _save_tally, _load_tally, _take_over_again, _drop_flat_weights)
+    if isinstance(owner, nn.RNNBase):
+        owner._init_flat_weights()
+
+
+def take_off(module: nn.Module, *ours: Callable[..., Any]) -> None:
+    """Take these hooks off a module, of whatever kind they are."""
     for hooks in (
-        owner._load_state_dict_post_hooks,
-        owner._state_dict_hooks,
-        owner._load_state_dict_pre_hooks,
-        owner._forward_pre_hooks,
-        owner._forward_hooks,
+        module._load_state_dict_post_hooks,
+        module._state_dict_hooks,
+        module._load_state_dict_pre_hooks,
+        module._forward_pre_hooks,
+        module._forward_hooks,
     ):
         for key, hook in list(hooks.items()):
             if getattr(hook, "hook", hook) in ours:
                 del hooks[key]
-                owner._forward_hooks_always_called.pop(key, None)
-    if isinstance(owner, nn.RNNBase):
-        owner._init_flat_weights()
+                module._forward_hooks_always_called.pop(key, None)
 
 
 def _take_over_again(owner: nn.Module, args: Any) -> None:
@@ -93,8 +98,8 @@ def _after_load(owner: nn.Module, incompatible_keys: Any) -> None:
     """
     for tensor, binding in bindings_of(owner).items():
         found = ConstrainedWeight(binding.label, owner, tensor, binding)
-        if isinstance(binding.constraint, Reparameterization):
-            owner.parametrizations[tensor][0].kept = None  # type: ignore[index, union-attr]
+        if found.parametrization is not None:
+            found.parametrization.kept = None
         take_over(found)
         if binding.constraint.claim is None or not found.can_leave:
             continue

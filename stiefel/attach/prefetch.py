@@ -2,7 +2,8 @@
 
 Each parametrization alone is always right; this only spares it work. A hook on the module that was constrained computes
 the buckets and deposits their weights for this pass and this thread, and a second one withdraws them. Nothing is done
-where torch.compile or torch.func looks on. Imports ``binding``, ``deposits``, ``optim`` and below.
+where torch.compile or torch.func looks on. Imports ``binding``, ``deposits``, ``hooks``, ``optim`` and
+below.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ from weakref import WeakKeyDictionary, ref
 import torch
 from torch import Tensor, nn
 
-from stiefel.attach.binding import Bucket, Reparametrized, constrained_weights
+from stiefel.attach.binding import Bucket, Reparametrized, constrained_weights, needs_graph
 from stiefel.attach.deposits import Deposit, begin, deposited, end, forget, saved_elsewhere
+from stiefel.attach.hooks import take_off
 from stiefel.attach.snapshot import Snapshot
 from stiefel.constraint import Reparameterization
 from stiefel.linalg import full_precision, is_traced
@@ -36,11 +38,7 @@ def prefetch_below(root: nn.Module) -> None:
 def stop_prefetch(root: nn.Module) -> None:
     """Take the hooks off."""
     _places.pop(root, None)
-    for hooks in (root._forward_pre_hooks, root._forward_hooks):
-        for key, hook in list(hooks.items()):
-            if hook in (_before_forward, _after_forward):
-                del hooks[key]
-                root._forward_hooks_always_called.pop(key, None)
+    take_off(root, _before_forward, _after_forward)
 
 
 @dataclass(frozen=True)
@@ -85,7 +83,7 @@ def _members(root: nn.Module) -> list[_Member]:
             continue
         parametrization, proxy = parametrizations[tensor][0], parametrizations[tensor].original
         member = _Member(parametrization, parametrization.tensors(proxy))
-        if any(t.requires_grad for t in member.tensors) and deposited(parametrization, member.tensors) is None:
+        if needs_graph(member.tensors) and deposited(parametrization, member.tensors) is None:
             members.append(member)
     return members
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +18,7 @@ class _Flag:
 
     value: Tensor
     arrived: torch.cuda.Event
-    message: str
+    message: Callable[[], str]
 
 
 class _Flags(threading.local):
@@ -28,8 +29,8 @@ class _Flags(threading.local):
 _flags = _Flags()
 
 
-def tell_later(finite: Tensor, message: str) -> None:
-    """Have :func:`tell` raise a :class:`DivergenceError` with that message if the flag turns out to be false.
+def tell_later(finite: Tensor, message: Callable[[], str]) -> None:
+    """Have :func:`tell` raise a :class:`DivergenceError` with that message, made then, if the flag is false.
 
     Reading a flag at once would make the host wait for everything that the device still has to do. It is copied while
     both go on, and looked at before the next step, or one of those after it.
@@ -52,4 +53,4 @@ def tell() -> None:
     for flag in arrived:
         if not flag.value:
             _flags.pending = []
-            raise DivergenceError(flag.message)
+            raise DivergenceError(flag.message())

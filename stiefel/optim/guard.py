@@ -16,7 +16,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 from stiefel.errors import DivergenceError, OptimizerError
 from stiefel.optim.divergence import tell, tell_later
-from stiefel.optim.lift import Lift, SteppedParameter, Tally, skipped
+from stiefel.optim.lift import Lift, SteppedParameter, Tally, quoted, skipped
 
 
 @dataclass(frozen=True)
@@ -133,18 +133,17 @@ def _refuse_divergence(optimizer: torch.optim.Optimizer, members: list[tuple[Ten
     sizes = torch._foreach_norm(values, 1)  # infinite or NaN where an entry is, or where entries are enormous
     if all(v.is_cuda for v in sizes):
         finite = torch.stack([v.to(sizes[0].device, non_blocking=True) for v in sizes]).isfinite().all()
-        labels = ", ".join(f"'{w.label}'" for _, w in members)
-        tell_later(finite, f"a gradient among those of weights {labels} was NaN or infinite: the loss has diverged")
+        labels = [w.label for _, w in members]
+        tell_later(finite, lambda: f"a gradient of weights {quoted(labels)} was NaN or infinite: the loss has diverged")
         return
     if torch.stack([v.cpu() for v in sizes]).isfinite().all():
         return
     spoilt = [w.label for (_, w), v in zip(members, values, strict=True) if not v.isfinite().all()]
     if not spoilt:
         return
-    labels = ", ".join(f"'{label}'" for label in spoilt)
     raise DivergenceError(
-        f"the gradient of weight {labels} is NaN or infinite: the loss has diverged. This step changed no weight; "
-        "lower the learning rate, or look at the loss before it"
+        f"the gradient of weight {quoted(spoilt)} is NaN or infinite: the loss has diverged. This step changed no "
+        "weight; lower the learning rate, or look at the loss before it"
     )
 
 

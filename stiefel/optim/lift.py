@@ -6,7 +6,7 @@ Imports ``constraint``, ``layout``, ``linalg``, ``buckets`` and the errors.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
 from functools import cache
 from itertools import islice
@@ -148,6 +148,11 @@ def skipped(optimizer: torch.optim.Optimizer) -> bool:
     return found is not None and bool(found)
 
 
+def quoted(labels: Iterable[str]) -> str:
+    """Names of weights, for a message."""
+    return ", ".join(f"'{label}'" for label in labels)
+
+
 class _Move:
     """One step of a bucket's weights: where they are before the base step, and what their method makes of it."""
 
@@ -193,16 +198,20 @@ class _Move:
         torch._foreach_copy_(list[Tensor](self.parameters), weights)
 
     def _refuse_divergence(self, displacement: Tensor) -> None:
-        labels = ", ".join(f"'{p.ownership.label}'" for p in self.parameters)
-        told = f"the optimizer's step of weight {labels} is NaN or infinite. {{change}}lower the learning rate"
         finite = torch.isfinite(displacement.sum())  # a NaN or an infinity anywhere shows in the sum
         if displacement.is_cuda and torch.cuda.is_current_stream_capturing():
             return
         if displacement.is_cuda:
             displacement.masked_fill_(~finite, 0)
-            tell_later(finite, told.format(change="It was left where it was; "))
+            tell_later(finite, self._divergence)
         elif not finite and not displacement.isfinite().all():
-            raise DivergenceError(told.format(change="It is left where it was; "))
+            raise DivergenceError(self._divergence())
+
+    def _divergence(self) -> str:
+        return (
+            f"the optimizer's step of weight {quoted(p.ownership.label for p in self.parameters)} is NaN or infinite. "
+            "It is left where it was; lower the learning rate"
+        )
 
 
 def _moved(owner: Ownership, x: Tensor, displacement: Tensor, lr: float) -> tuple[Tensor, Tensor | None]:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from stiefel.compare import Batch, Data, Problem
 from stiefel.errors import ProblemError
+from stiefel.linalg import nearest_orthonormal
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,9 +137,8 @@ class ClosedForm(Problem):
 
 
 def orthonormal(matrix: Tensor) -> Tensor:
-    """The nearest matrix with orthonormal rows or columns: U Vᵀ of its singular value decomposition.
+    """The nearest matrix with orthonormal rows or columns.
 
     On the host: LAPACK's divide and conquer is quicker than the Jacobi method of GPUs.
     """
-    u, _, vh = torch.linalg.svd(matrix.cpu(), full_matrices=False)
-    return (u @ vh).to(matrix.device)
+    return nearest_orthonormal(matrix.cpu()).to(matrix.device)

@@ -14,7 +14,7 @@ Each run keeps a sheet of samples, ``samples.png``.
 
 import hashlib
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -23,6 +23,7 @@ from typing import ClassVar
 import frechet
 import torch
 import torch.nn.functional as F
+from draws import Draws
 from torch import Tensor, nn
 
 import stiefel
@@ -87,7 +88,12 @@ class GAN(Problem):
         """Batches of images in [−1, 1] and of noise, drawn for training, fixed for what measures."""
         (train, _), *held_out = self.images
         fixed = [(x, torch.randn(len(x), self.latent)) for x, _ in held_out]
-        return Data(Draws(train, self.batch_size, self.latent, self.steps), *fixed)
+
+        def draw() -> tuple[Tensor, Tensor]:  # with replacement
+            rows = torch.randint(len(train), (self.batch_size,))
+            return train[rows], torch.randn(self.batch_size, self.latent)
+
+        return Data(Draws(draw, self.steps), *fixed)
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """The discriminator's: ``mean [−log D(x) − log(1 − D(G(z)))]``."""
@@ -174,21 +180,3 @@ class Game(nn.Module):
     def forward(self, noise: Tensor) -> Tensor:
         """The discriminator's logits of generated images."""
         return self.discriminator(self.generator(noise))
-
-
-@dataclass(frozen=True)
-class Draws:
-    """Batches of images, drawn with replacement, and of noise; anew whenever it is iterated."""
-
-    images: Tensor
-    batch_size: int
-    latent: int
-    steps: int
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for _ in range(self.steps):
-            rows = torch.randint(len(self.images), (self.batch_size,))
-            yield self.images[rows], torch.randn(self.batch_size, self.latent)
-
-    def __len__(self) -> int:
-        return self.steps

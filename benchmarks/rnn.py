@@ -16,12 +16,13 @@ the question of Vorontsov, Trabelsi, Kadoury and Pal (ICML 2017).
 """
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
+from draws import Draws
 from torch import Tensor, nn
 
 from stiefel.compare import Batch, Data, Problem, datasets, where
@@ -85,7 +86,7 @@ class Recurrent(Problem):
         """Sequences that are drawn anew for every training batch, or images as sequences of pixels."""
         if self.task == "copying":
             held_out = [copying(1000, self.delay) for _ in range(2)]
-            return Data(Copying(self.batch_size, self.delay, self.steps), *held_out)
+            return Data(Draws(partial(copying, self.batch_size, self.delay), self.steps), *held_out)
         found = datasets.load(self.data, self.data_dir)
         return Data(*((_pixels(x), y) for x, y in (found.train, found.validation, found.test)))
 
@@ -154,21 +155,6 @@ def copying(examples: int, delay: int) -> tuple[Tensor, Tensor]:
     inputs[:, RECALLED + delay - 1] = SIGN
     targets[:, -RECALLED:] = symbols
     return F.one_hot(inputs, ALPHABET).float(), targets
-
-
-@dataclass(frozen=True)
-class Copying:
-    """Batches of the copying task, drawn anew whenever it is iterated."""
-
-    batch_size: int
-    delay: int
-    steps: int
-
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        return (copying(self.batch_size, self.delay) for _ in range(self.steps))
-
-    def __len__(self) -> int:
-        return self.steps
 
 
 def _pixels(images: Tensor) -> Tensor:

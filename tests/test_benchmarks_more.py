@@ -87,7 +87,7 @@ def test_copying_is_the_task_of_the_papers():
     assert (symbols[:, 9 + delay] == rnn.SIGN).all()
     assert (symbols[:, 10 + delay :] == rnn.BLANK).all()
     assert (y[:, :-10] == rnn.BLANK).all()
-    assert not torch.equal(*(x for x, _ in list(rnn.Copying(50, delay, 2)))), "drawn anew"
+    assert not torch.equal(*(x for x, _ in list(rnn.Draws(lambda: rnn.copying(50, delay), 2)))), "drawn anew"
 
 
 def test_a_predictor_without_memory_has_the_metric_one():

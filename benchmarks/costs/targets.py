@@ -53,25 +53,18 @@ class Results:
 
 def faster(section: str, case: str, ours: str, than: str, least: float, goal: float | None = None) -> Target:
     """Ours is so many times faster than another's."""
-    condition = 2.0 if section == "maps" else None
-    return Target(
-        f"{section}, {case}: speed of {ours} over {than}",
-        lambda results: results.ratio(section, case, than, ours, condition),
-        least,
-        goal,
-    )
+    return Target(f"{section}, {case}: speed of {ours} over {than}", _ratio(section, case, than, ours), least, goal)
 
 
 def within(section: str, case: str, ours: str, of: str, most: float, goal: float | None = None) -> Target:
     """Ours takes at most so many times as long as another."""
+    what = f"{section}, {case}: time of {ours} over that of {of}"
+    return Target(what, _ratio(section, case, ours, of), most, goal, lower=True)
+
+
+def _ratio(section: str, case: str, over: str, under: str) -> Callable[[Results], float | None]:
     condition = 2.0 if section == "maps" else None
-    return Target(
-        f"{section}, {case}: time of {ours} over that of {of}",
-        lambda results: results.ratio(section, case, ours, of, condition),
-        most,
-        goal,
-        lower=True,
-    )
+    return lambda results: results.ratio(section, case, over, under, condition)
 
 
 def targets() -> Iterator[Target]:

@@ -15,7 +15,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from stiefel.compare.profile import profile, times
-from stiefel.compare.rows import TOLERANCES, Row, Trial
+from stiefel.compare.rows import TOLERANCES, Row, Trial, number
 from stiefel.compare.summary import Setting, Summary
 
 # Okabe and Ito's palette, distinguishable in all common forms of colour blindness; line styles tell the rest.
@@ -24,14 +24,14 @@ STYLES = ("-", "--", "-.", ":")
 HIGHLIGHTS = len(COLOURS)
 """Methods in colour, beside the control; where there are more, the others are thin and grey."""
 _GREY = "#888888"
-_INK = "#010203"  # replaced by the page's text colour
+INK = "#010203"  # replaced by the page's text colour
 _POWERS = FuncFormatter(lambda value, _: f"{value:g}" if 9e-3 < value < 1e4 else f"{value:.0e}".replace("e-0", "e-"))
-_CONTROL: dict[str, Any] = {"color": _INK, "ls": (0, (4, 2)), "lw": 1.1, "zorder": 2.5}
+_CONTROL: dict[str, Any] = {"color": INK, "ls": (0, (4, 2)), "lw": 1.1, "zorder": 2.5}
 _OTHER: dict[str, Any] = {"color": _GREY, "lw": 0.6, "alpha": 0.6, "zorder": 2, "label": "_other"}
 
 STYLE: Any = {
-    "axes.edgecolor": _INK,
-    "axes.labelcolor": _INK,
+    "axes.edgecolor": INK,
+    "axes.labelcolor": INK,
     "axes.titlesize": 10,
     "axes.titley": 1.0,  # where it is not looked for: that takes a tenth of the time
     "axes.labelsize": 9,
@@ -49,9 +49,9 @@ STYLE: Any = {
     "savefig.facecolor": "none",
     "svg.fonttype": "none",
     "svg.hashsalt": "stiefel",
-    "text.color": _INK,
-    "xtick.color": _INK,
-    "ytick.color": _INK,
+    "text.color": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
 }
 
 
@@ -67,23 +67,23 @@ def curves(summary: Summary, setting: Setting) -> Figure:
     }
     panels = [("step", "train_loss"), ("seconds", "train_loss"), ("step", "error")]
     panels += [("step", "validation"), ("seconds", "validation")]
-    styles = _styles(highlighted(summary), summary.controls, summary.labels)
+    styles = styles_of(highlighted(summary), summary.controls, summary.labels)
     with mpl.rc_context(STYLE):
-        figure, axes = _grid(2, 3, (3.6, 2.5), legend=min(len(summary.labels), HIGHLIGHTS + 2))
+        figure, axes = grid(2, 3, (3.6, 2.5), legend=min(len(summary.labels), HIGHLIGHTS + 2))
         for row in setting.rows:
             data, style = _series(row, summary.metric), styles[row.label]
             for ax, (along, what) in zip(axes.flat, panels, strict=False):
                 _band(ax, data, along, what, style)
             _per_layer(axes[1, 2], row, style)
         for ax, (along, what) in zip(axes.flat, panels, strict=False):
-            _axis(ax, names[what], f"training {'steps' if along == 'step' else along}", log=what != "validation")
+            label_axis(ax, names[what], f"training {'steps' if along == 'step' else along}", log=what != "validation")
             if what == "validation" and setting.target is not None:
                 _line(ax, setting.target)
-        _axis(axes[1, 2], "‖XXᵀ−I‖/√p per layer, at the end", "constrained layer", log=True)
+        label_axis(axes[1, 2], "‖XXᵀ−I‖/√p per layer, at the end", "constrained layer", log=True)
         for ax in axes[:, 2]:
             for tolerance in TOLERANCES:
                 _line(ax, tolerance)
-        _legend(figure, styles)
+        draw_legend(figure, styles)
     return figure
 
 
@@ -98,7 +98,7 @@ def sensitivity(summary: Summary) -> Figure:
             found[row.label].append((i, row))
     columns = min(5, len(found))
     with mpl.rc_context(STYLE):
-        figure, axes = _grid(-(-len(found) // columns), columns, (2.2, 1.6), legend=len(summary.settings), share=True)
+        figure, axes = grid(-(-len(found) // columns), columns, (2.2, 1.6), legend=len(summary.settings), share=True)
         for ax, (label, rows) in zip(axes.flat, found.items(), strict=False):
             for i, row in rows:
                 colour, style = COLOURS[i % len(COLOURS)], STYLES[i // len(COLOURS) % len(STYLES)]
@@ -113,7 +113,7 @@ def sensitivity(summary: Summary) -> Figure:
                 if row.tuned is not None and math.isfinite(row.tuned.validation):
                     ring = {"ms": 7, "mfc": "none", "mec": colour}
                     ax.plot([row.tuned.choice.lr], [row.tuned.validation], marker="o", **ring)
-            _axis(ax, "\n".join(re.findall(r".{1,30}", label)), "", log=_wide(summary))
+            label_axis(ax, "\n".join(re.findall(r".{1,30}", label)), "", log=_wide(summary))
             _decades(ax)
             ax.xaxis.set_major_formatter(_POWERS)
         for ax in axes.flat[len(found) :]:
@@ -136,7 +136,7 @@ def defaults(summary: Summary) -> Figure:
     columns, labels = min(4, len(summary.settings)), summary.labels[::-1]
     size = (2.6, 0.3 + 0.17 * len(labels))
     with mpl.rc_context(STYLE):
-        figure, axes = _grid(-(-len(summary.settings) // columns), columns, size, legend=2, margin=1.5, between=0.25)
+        figure, axes = grid(-(-len(summary.settings) // columns), columns, size, legend=2, margin=1.5, between=0.25)
         for ax, setting in zip(axes.flat, summary.settings, strict=False):
             known = {row.label: (_validation(row.default), _validation(row.tuned)) for row in setting.rows}
             before, after = np.array([known.get(label, (math.nan, math.nan)) for label in labels]).T
@@ -170,21 +170,21 @@ def profiles(summaries: Sequence[Summary]) -> Figure:
     ranking = tables[0].mean().sort_values(ascending=False)
     controls = set.union(*(summary.controls for summary in summaries))
     coloured = [label for label in ranking.index if label not in controls][:HIGHLIGHTS]
-    styles = _styles(coloured, controls & set(ranking.index), ranking.index)
+    styles = styles_of(coloured, controls & set(ranking.index), ranking.index)
     with mpl.rc_context(STYLE):
-        figure, axes = _grid(1, 2, (4.6, 2.7), legend=min(len(ranking), HIGHLIGHTS + 2))
+        figure, axes = grid(1, 2, (4.6, 2.7), legend=min(len(ranking), HIGHLIGHTS + 2))
         for ax, table, unit in zip(axes.flat, tables, ("steps", "seconds"), strict=True):
             far = max(2.0, float(table.index.max()) * 1.1)
             for label in ranking.index:
                 ax.step([*table.index, far], [*table[label], table[label].iloc[-1]], where="post", **styles[label])
-            _axis(ax, f"{unit} to the target", "τ, times the fastest", log=False)
+            label_axis(ax, f"{unit} to the target", "τ, times the fastest", log=False)
             _decades(ax)
             ax.set(xlim=(1, far), ylim=(-0.03, 1.03))
             ticks = [t for t in (1, 1.5, 2, 3, 5, 10, 20, 50, 100, 1000) if t <= far]
             ax.set_xticks(ticks, [f"{t:g}" for t in ticks])
             ax.xaxis.set_minor_locator(NullLocator())
         axes[0, 0].set_ylabel("fraction of cases solved")
-        _legend(figure, styles)
+        draw_legend(figure, styles)
     return figure
 
 
@@ -209,7 +209,7 @@ def svg(figure: Figure) -> str:
     with mpl.rc_context(STYLE):
         figure.savefig(stream, format="svg", metadata={"Date": None, "Creator": None})
     text = stream.getvalue()
-    text = text[text.index("<svg") :].replace(_INK, "currentColor")
+    text = text[text.index("<svg") :].replace(INK, "currentColor")
     text = re.sub(r' (?:width|height)="[\d.]+pt"', "", text, count=2)
     text = re.sub(r"\s*<metadata>.*?</metadata>|\s*<!--.*?-->", "", text, flags=re.S)
     text = re.sub(r'<g id="[^"]*"', "<g", text)  # nothing refers to groups, and ids must be unique in a page
@@ -218,7 +218,7 @@ def svg(figure: Figure) -> str:
     return re.sub(r" ?([MLC]) ", r"\1", text).replace("> <", "><")
 
 
-def _grid(
+def grid(
     rows: int,
     columns: int,
     size: tuple[float, float],
@@ -233,7 +233,7 @@ def _grid(
     The layout is fixed: one that adapts draws everything twice.
     """
     between = between or (0.2 if share else margin)
-    below, above, gap = 0.5 + 0.2 * -(-legend // _columns(columns * size[0])), 0.3, 0.35 if share else 0.75
+    below, above, gap = 0.5 + 0.2 * -(-legend // columns_of(columns * size[0])), 0.3, 0.35 if share else 0.75
     width = margin + columns * size[0] + (columns - 1) * between + 0.1
     height = above + rows * size[1] + (rows - 1) * gap + below
     figure = Figure(figsize=(width, height))
@@ -243,12 +243,13 @@ def _grid(
     return figure, axes
 
 
-def _columns(width: float) -> int:
+def columns_of(width: float) -> int:
     """Entries of a legend beside each other."""
     return max(2, int(width / 1.7))
 
 
-def _axis(ax: Any, title: str, xlabel: str, *, log: bool) -> None:
+def label_axis(ax: Any, title: str, xlabel: str, *, log: bool) -> None:
+    """A panel's title, what runs along it, and a logarithmic height where that is asked for."""
     ax.set_title(title)
     if xlabel:
         ax.set_xlabel(xlabel)
@@ -272,7 +273,7 @@ def _line(ax: Any, height: float) -> None:
         ax.axhline(height, color=_GREY, lw=1, ls=(0, (1, 2)), zorder=1)
 
 
-def _styles(coloured: Sequence[str], controls: Iterable[str], labels: Iterable[str]) -> dict[str, dict[str, Any]]:
+def styles_of(coloured: Sequence[str], controls: Iterable[str], labels: Iterable[str]) -> dict[str, dict[str, Any]]:
     """How each method's line is drawn: those in colour over the control over the others."""
     styles = {label: dict(_OTHER) for label in labels}
     styles |= {label: {"label": label, **_CONTROL} for label in controls}
@@ -281,7 +282,8 @@ def _styles(coloured: Sequence[str], controls: Iterable[str], labels: Iterable[s
     return styles
 
 
-def _legend(figure: Figure, styles: dict[str, dict[str, Any]]) -> None:
+def draw_legend(figure: Figure, styles: dict[str, dict[str, Any]]) -> None:
+    """The methods' names along the foot of a figure, those without a colour as one."""
     shown = {label: style for label, style in styles.items() if style["label"] == label}
     lines = [Line2D([], [], **style) for style in shown.values()]
     names = list(shown)
@@ -292,7 +294,7 @@ def _legend(figure: Figure, styles: dict[str, dict[str, Any]]) -> None:
 
 
 def _bottom(figure: Figure, handles: Sequence[Any], labels: Sequence[str]) -> None:
-    columns = min(_columns(figure.get_size_inches()[0]), len(labels))
+    columns = min(columns_of(figure.get_size_inches()[0]), len(labels))
     figure.legend(handles, labels, loc="lower center", ncols=columns, borderaxespad=0.1)
 
 
@@ -303,19 +305,15 @@ def _wide(summary: Summary) -> bool:
     return bool(finite) and min(finite) > 0 and max(finite) / min(finite) > 100
 
 
-def _number(value: Any) -> float:
-    return math.nan if value is None else float(value)
-
-
 def _series(row: Row, metric: str) -> dict[str, Any]:
     """A method's curves as arrays (run, point); empty where there is none."""
     if not row.curves:
         return {}
     length = min(map(len, row.curves))
     runs = [rows[:length] for rows in row.curves]
-    found = {name: [[_number(r[name]) for r in rows] for rows in runs] for name in ("step", "seconds", "train_loss")}
-    found["validation"] = [[_number(r["validation"].get(metric)) for r in rows] for rows in runs]
-    found["error"] = [[_number(r["orthogonality"]["worst"]) for r in rows] for rows in runs]
+    found = {name: [[number(r[name]) for r in rows] for rows in runs] for name in ("step", "seconds", "train_loss")}
+    found["validation"] = [[number(r["validation"].get(metric)) for r in rows] for rows in runs]
+    found["error"] = [[number(r["orthogonality"]["worst"]) for r in rows] for rows in runs]
     return {name: np.array(values) for name, values in found.items()}
 
 
@@ -332,13 +330,9 @@ def _band(ax: Any, data: dict[str, Any], along: str, what: str, style: dict[str,
 
 
 def _per_layer(ax: Any, row: Row, style: dict[str, Any]) -> None:
-    layers = [[_number(value) for value in end["orthogonality"]["layers"].values()] for end in row.ends]
-    if layers:
-        _depth(ax, layers, style)
-
-
-def _depth(ax: Any, values: Sequence[Sequence[float]], style: dict[str, Any]) -> None:
-    """The median over runs of something per layer."""
-    heights = np.maximum(np.median(np.array(values), axis=0), 1e-16)
+    layers = [[number(value) for value in end["orthogonality"]["layers"].values()] for end in row.ends]
+    if not layers:
+        return
+    heights = np.maximum(np.median(np.array(layers), axis=0), 1e-16)
     ax.plot(range(1, len(heights) + 1), heights, marker="o", ms=3, **style)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))

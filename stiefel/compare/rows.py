@@ -28,6 +28,11 @@ def powers(tolerance: float) -> str:
     return f"{tolerance:.0e}".replace("e-0", "e-")
 
 
+def number(value: Any) -> float:
+    """A recorded number; NaN where it is null."""
+    return math.nan if value is None else float(value)
+
+
 @dataclass(frozen=True)
 class CostRow:
     """What a step of one method costs at one point of the grid, beside the control in the same process.

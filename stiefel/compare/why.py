@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from stiefel.compare.rows import Row
+from stiefel.compare.rows import Row, number
 from stiefel.compare.summary import Setting, Summary
 
 PERCENT = 0.01 * 180 / math.pi
@@ -54,7 +54,7 @@ class Why:
             names, lr = found["layers"], row.choice.lr if row.choice else math.nan
             for n, layer in enumerate(names):
                 for m, stepped in enumerate(names):
-                    turn, gradient = _number(found["turn"][n][m]), _number(found["gradient"][m])
+                    turn, gradient = number(found["turn"][n][m]), number(found["gradient"][m])
                     values = {"degrees": PERCENT * turn, "degrees_per_step": math.degrees(turn * lr * gradient)}
                     at = {"method": row.label, "moment": moment, "depth": n + 1, "distance": n - m}
                     rows.append(at | {"layer": layer, "stepped": stepped, **values})
@@ -65,7 +65,7 @@ class Why:
     def rates(self) -> pd.DataFrame:
         """A row per method, step and layer with its effective rate."""
         rows = [
-            {"method": row.label, "step": measured["step"], "layer": layer, "effective_rate": _number(rate)}
+            {"method": row.label, "step": measured["step"], "layer": layer, "effective_rate": number(rate)}
             for row in self.setting.rows
             for run in row.diagnoses
             for measured in run
@@ -160,12 +160,8 @@ def _layers(measured: dict[str, Any]) -> list[str]:
 
 def _of_layer(measured: dict[str, Any], name: str, layer: str) -> float:
     if name in ("variance", "redundancy", "effective_rate"):
-        return _number((measured.get(name) or {}).get(layer))
-    return _number(measured["energy"].get(layer, {}).get(name))
-
-
-def _number(value: Any) -> float:
-    return math.nan if value is None else float(value)
+        return number((measured.get(name) or {}).get(layer))
+    return number(measured["energy"].get(layer, {}).get(name))
 
 
 def _failed(measured: dict[str, Any]) -> bool:

@@ -15,7 +15,7 @@ from stiefel.compare import figures
 from stiefel.compare.summary import Summary
 from stiefel.compare.why import Why
 
-START: dict[str, Any] = {"color": figures._INK, "ls": ":", "lw": 1.4, "zorder": 2.8, "label": "start, all methods"}
+START: dict[str, Any] = {"color": figures.INK, "ls": ":", "lw": 1.4, "zorder": 2.8, "label": "start, all methods"}
 MAPS = 10
 """Heat maps of a figure at most."""
 FAR = 10.0
@@ -39,27 +39,27 @@ def depth(summary: Summary, why: Why) -> Figure | None:
         "effective_rate": "effective rate, at the end",
     }
     floor = dict.fromkeys(panels, 0.0) | {"redundancy": ROUNDING}
-    styles = figures._styles(figures.highlighted(summary), summary.controls, summary.labels)
+    styles = figures.styles_of(figures.highlighted(summary), summary.controls, summary.labels)
     starts = why.layers[why.layers.moment == "start"].groupby("depth")[list(panels)].median()
     with mpl.rc_context(figures.STYLE):
-        made, axes = figures._grid(2, 3, (3.6, 2.3), legend=len(_legend_of(styles)) + 1)
+        made, axes = figures.grid(2, 3, (3.6, 2.3), legend=len(_legend_of(styles)) + 1)
         for ax, (what, title) in zip(axes.flat, panels.items(), strict=False):
             for label, rows in why.layers[why.layers.moment == "end"].groupby("method", sort=False):
                 _points(ax, rows.depth, rows[what], styles[str(label)], floor[what])
             if what in starts:
                 _points(ax, starts.index, starts[what], START, floor[what])
-            figures._axis(ax, title, "constrained layer", log=True)
+            figures.label_axis(ax, title, "constrained layer", log=True)
             ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
         ax = axes[1, 2]
         for label, rows in why.rates.groupby("method", sort=False):
             middle = rows.groupby("step").effective_rate.median().dropna()
             _points(ax, middle.index, middle, styles[str(label)])
-        figures._axis(ax, "effective rate, median layer", "training steps", log=True)
+        figures.label_axis(ax, "effective rate, median layer", "training steps", log=True)
         for panel in (axes[1, 1], ax):
             _leave_out(panel)
         for panel in axes.flat:
             _say_nothing(panel)
-        figures._legend(made, styles | {START["label"]: START})
+        figures.draw_legend(made, styles | {START["label"]: START})
     return made
 
 
@@ -69,7 +69,7 @@ def heat(summary: Summary, why: Why) -> Figure | None:
     None where it was not recorded.
     """
     known = why.dependence
-    shown = _legend_of(figures._styles(figures.highlighted(summary), summary.controls, ()))
+    shown = _legend_of(figures.styles_of(figures.highlighted(summary), summary.controls, ()))
     maps = {"start, all methods": known[known.moment == "start"]}
     for label in sorted(shown, key=lambda label: (label not in summary.controls, label)):
         maps[label] = known[(known.moment == "end") & (known.method == label)]
@@ -81,8 +81,8 @@ def heat(summary: Summary, why: Why) -> Figure | None:
     norm = LogNorm(positive.min(), max(positive.max(), positive.min() * 1.01))
     columns = min(5, len(squares))
     with mpl.rc_context(figures.STYLE):
-        below = 3 * figures._columns(1.9 * columns)  # as much room as three lines of a legend
-        made, axes = figures._grid(
+        below = 3 * figures.columns_of(1.9 * columns)  # as much room as three lines of a legend
+        made, axes = figures.grid(
             -(-len(squares) // columns), columns, (1.9, 1.9), legend=below, margin=0.55, between=0.3
         )
         image = None

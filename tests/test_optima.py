@@ -98,6 +98,7 @@ def check(method: stiefel.Constraint, before: Tensor, gaps: Tensor) -> None:
         # Below the optimum by no more than that; above it only by a jump to the square set's other component.
         assert gaps.max() < GAP, f"stops short by {gaps.max():.1e} in {int((gaps > GAP).sum())} of {SEEDS} runs"
     else:
+        assert torch.isfinite(gaps).all()
         better = int((gaps < before).sum())  # one that jumps may end anywhere, now and then
         assert better > SEEDS / 2, f"only {better} of {SEEDS} runs ended better than they began"
 

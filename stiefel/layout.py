@@ -91,6 +91,11 @@ class Layout:
         return self.group_size is None and self.out > self.fan_in
 
     @cached_property
+    def in_order(self) -> bool:
+        """Whether the weight's entries in order are those of its matrices."""
+        return not (self.transposed or self.columns)
+
+    @cached_property
     def matrix_shape(self) -> tuple[int, int, int]:
         """``(b, p, n)`` with p ≤ n."""
         count = prod(self.shape[:-2]) if self.batched else self.blocks

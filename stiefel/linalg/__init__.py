@@ -3,6 +3,7 @@
 from stiefel.linalg.cayley import cayley_step
 from stiefel.linalg.exponential import exponential_step
 from stiefel.linalg.householder import householder_rows, householder_vectors
+from stiefel.linalg.lu import one_by_one
 from stiefel.linalg.lyapunov import lyapunov
 from stiefel.linalg.msign import msign
 from stiefel.linalg.norm import spectral_radius
@@ -33,6 +34,7 @@ __all__ = [
     "nearest_in_step",
     "nearest_orthonormal",
     "newton_schulz",
+    "one_by_one",
     "polar",
     "qf",
     "skew",

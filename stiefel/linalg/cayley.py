@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from stiefel.linalg.lu import one_by_one
 from stiefel.linalg.precision import in_double
 from stiefel.linalg.products import balance, skew
 from stiefel.linalg.tracing import is_traced
@@ -56,7 +57,7 @@ def cayley_step(x: Float[Tensor, "*batch p n"], b: Float[Tensor, "*batch p n"]) 
 
 def _solve_from_the_right(a: Tensor, b: Tensor) -> Tensor:
     """``B A⁻¹`` for an A that is never singular, so that a GPU's host need not wait to be told."""
-    return torch.linalg.solve_ex(a, b, left=False)[0]
+    return one_by_one(lambda a, b: torch.linalg.solve_ex(a, b, left=False)[0], a, b)
 
 
 def low_rank_blocks(x: Float[Tensor, "*batch p n"], b: Float[Tensor, "*batch p n"]) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""Symmetric and skew parts, the Gram residual, a safe norm, and one Newton-Schulz step. Imports ``precision``."""
+"""Symmetric and skew parts, the Gram residual, a safe norm, and one Newton-Schulz step. Imports ``precision``, ``tracing``."""
 
 from __future__ import annotations
 
@@ -8,9 +8,13 @@ import torch
 from torch import Tensor
 
 from stiefel.linalg.precision import full_precision
+from stiefel.linalg.tracing import is_traced
 
 if TYPE_CHECKING:
     from jaxtyping import Float
+
+PLAIN = (1e-12, 1e12)
+"""Norms in this range are right without rescaling: no square overflows, and those that vanish do not count."""
 
 
 def sym(a: Float[Tensor, "*batch p p"]) -> Float[Tensor, "*batch p p"]:
@@ -73,6 +77,11 @@ def inner(a: Float[Tensor, "b p n"], b: Float[Tensor, "b p n"]) -> Float[Tensor,
 
 def frobenius(b: Float[Tensor, "*batch p n"]) -> Float[Tensor, "*batch 1 1"]:
     """``‖B‖_F``, also where the squares of B's entries overflow or vanish."""
+    if b.numel() and b.device.type == "cpu" and not is_traced():
+        plain = torch.linalg.vector_norm(b, dim=(-2, -1), keepdim=True)
+        smallest, largest = plain.detach().aminmax()
+        if smallest > PLAIN[0] and largest < PLAIN[1]:  # one pass, and no tensor of B's size
+            return plain
     sizes = b.abs()  # which also spares a division of complex numbers, inaccurate at the ends of the range
     largest = sizes.amax(dim=(-2, -1), keepdim=True)
     return largest * torch.linalg.matrix_norm(sizes / torch.where(largest > 0, largest, 1.0), keepdim=True)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from stiefel.attach import constrained_weights
 from stiefel.errors import SelectionError
-from stiefel.linalg import in_double
+from stiefel.linalg import in_double, one_by_one
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def errors(module: nn.Module) -> dict[str, float]:
 def _determinant(x: Tensor) -> int | None:
     if x.shape[-2] != x.shape[-1] or x.is_complex():
         return None
-    signs = torch.linalg.det(x).sign()
+    signs = one_by_one(torch.linalg.det, x).sign()
     return int(signs[0]) if (signs == signs[0]).all() else 0
 
 

@@ -13,7 +13,7 @@ from torch.nn.utils.parametrizations import orthogonal
 
 from stiefel.constraint import Claim, Reparameterization
 from stiefel.layout import Layout
-from stiefel.linalg import newton_schulz
+from stiefel.linalg import newton_schulz, one_by_one
 from stiefel.methods import register
 
 MAPS = ("matrix_exp", "cayley", "householder")
@@ -71,8 +71,12 @@ class TorchOrthogonal(Reparameterization):
     def forward(self, proxy: Tensor, layout: Layout, base: Tensor) -> Tensor:
         """Hand the transposed proxy to torch, with the diagonal that stands for no sign change."""
         v = proxy.mT.tril(-1)
-        minus = torch.eye(*v.shape[-2:], dtype=v.dtype, device=v.device)
-        x = functional_call(_parametrization(tuple(v.shape), self.map), {"base": base}, (v - minus,)).mT
+        v = v - torch.eye(*v.shape[-2:], dtype=v.dtype, device=v.device)
+
+        def mapped(v: Tensor, base: Tensor) -> Tensor:
+            return functional_call(_parametrization(tuple(v.shape), self.map), {"base": base}, (v,))
+
+        x = one_by_one(mapped, v, base).mT if self.map == "cayley" else mapped(v, base).mT
         return newton_schulz(x)  # a base that came from float32 is orthogonal in float32 only
 
 

@@ -26,13 +26,25 @@ def stack(layouts: Sequence[Layout], tensors: Sequence[Tensor], *, scaled: bool,
 
     A single tensor that needs no rearranging is only viewed, unless a ``copy`` is asked for.
     """
-    parts = [lay.points(t) if scaled else lay.matrices(t) for lay, t in zip(layouts, tensors, strict=True)]
-    if len(parts) > 1:
-        return torch.cat(parts)
-    return parts[0].clone(memory_format=torch.contiguous_format) if copy else parts[0]
+    if len(tensors) == 1:
+        part = layouts[0].points(tensors[0]) if scaled else layouts[0].matrices(tensors[0])
+        return part.clone(memory_format=torch.contiguous_format) if copy else part
+    if _alike(layouts):
+        batch = torch.stack(list(tensors)).view(-1, *layouts[0].matrix_shape[1:])
+        return batch / layouts[0].scale if scaled and layouts[0].scale != 1 else batch
+    return torch.cat([lay.points(t) if scaled else lay.matrices(t) for lay, t in zip(layouts, tensors, strict=True)])
 
 
 def unstack(layouts: Sequence[Layout], batch: Tensor, *, scaled: bool) -> list[Tensor]:
     """Inverse of :func:`stack`: one tensor per weight, in the weight's own shape."""
+    if len(layouts) > 1 and _alike(layouts):
+        weights = batch * layouts[0].scale if scaled and layouts[0].scale != 1 else batch
+        return list(weights.reshape(-1, *layouts[0].shape).unbind())
     parts = batch.split([lay.matrix_shape[0] for lay in layouts])
     return [lay.weight(x) if scaled else lay.tensor(x) for lay, x in zip(layouts, parts, strict=True)]
+
+
+def _alike(layouts: Sequence[Layout]) -> bool:
+    """Whether the weights have one shape and scale and hold their matrices in order: one view then reads them all."""
+    shape, scale = layouts[0].shape, layouts[0].scale
+    return all(lay.in_order and lay.shape == shape and lay.scale == scale for lay in layouts)

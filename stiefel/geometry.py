@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from stiefel.linalg import (
+    add_product,
     balance,
-    cayley_step,
+    cayley_along,
     exponential_step,
     in_double,
     nearest_orthonormal,
@@ -33,9 +34,7 @@ def project_tangent(x: Float[Tensor, "*batch p n"], u: Float[Tensor, "*batch p n
     It is the orthogonal projection in the Euclidean and in the canonical metric alike: normal vectors are S X with S
     symmetric, and both metrics hold them orthogonal to every tangent vector. (Edelman, Arias and Smith 1998, eq. 2.4)
     """
-    if u.ndim == 3:  # in one pass
-        return torch.baddbmm(u, sym(u @ x.mH), x, alpha=-1)
-    return u - sym(u @ x.mH) @ x
+    return add_product(u, sym(u @ x.mH), x, alpha=-1)
 
 
 def tangent_direction(x: Float[Tensor, "*batch p n"], u: Float[Tensor, "*batch p n"]) -> Float[Tensor, "*batch p n"]:
@@ -58,7 +57,7 @@ def canonical_gradient(x: Float[Tensor, "*batch p n"], g: Float[Tensor, "*batch 
 
     Source: Edelman, Arias and Smith (1998), eq. 2.53, in rows form.
     """
-    return g - (x @ g.mH) @ x
+    return add_product(g, x @ g.mH, x, alpha=-1)
 
 
 def euclidean_inner(u: Float[Tensor, "*batch p n"], v: Float[Tensor, "*batch p n"]) -> Float[Tensor, "*batch"]:
@@ -92,7 +91,7 @@ def retract_cayley(x: Float[Tensor, "*batch p n"], u: Float[Tensor, "*batch p n"
     For U = −η(G − XGᵀX) it is the update of Wen and Yin (2013), ``A = η(GᵀX − XᵀG)``. A product of many rotations would
     add up their rounding: one Newton-Schulz step takes it away.
     """
-    return newton_schulz(cayley_step(x, u - 0.5 * (u @ x.mH) @ x))
+    return newton_schulz(cayley_along(x, u))
 
 
 def exp_euclidean(x: Float[Tensor, "*batch p n"], u: Float[Tensor, "*batch p n"]) -> Float[Tensor, "*batch p n"]:

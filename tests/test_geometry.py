@@ -20,7 +20,7 @@ from stiefel.geometry import (
     retract_polar,
     retract_qr,
 )
-from stiefel.linalg import gram_residual, skew, sym
+from stiefel.linalg import cayley_along, gram_residual, skew, sym
 
 SHAPES = [(3, 8), (3, 6), (4, 5), (4, 4), (1, 6), (1, 1), (2, 3, 7)]
 RETRACTIONS = [
@@ -260,3 +260,18 @@ def test_random_points_have_the_moments_of_the_uniform_distribution():
 def test_random_square_points_have_both_determinants():
     determinants = torch.linalg.det(point(400, 3, 3, seed=4))
     assert 0.4 < (determinants > 0).double().mean() < 0.6
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
+@pytest.mark.parametrize(("p", "n"), [(1, 5), (3, 8), (16, 40), (16, 24), (6, 6)])
+@pytest.mark.parametrize("size", [0.0, 1e-8, 0.1, 3.9, 4.1, 100.0])
+def test_cayley_along_a_tangent_is_the_transform_in_full(dtype: torch.dtype, p: int, n: int, size: float) -> None:
+    x = torch.linalg.qr(torch.randn(3, n, p, dtype=dtype))[0].mH
+    g = torch.randn(3, p, n, dtype=dtype)
+    u = g - (x @ g.mH) @ x
+    u = u * (size / u.abs().square().sum((-2, -1), keepdim=True).sqrt())
+    b = u - 0.5 * (u @ x.mH) @ x
+    a = x.mH @ b - b.mH @ x
+    eye = torch.eye(n, dtype=dtype)
+    expected = x @ (eye + a / 2) @ torch.linalg.inv(eye - a / 2)
+    torch.testing.assert_close(cayley_along(x, u), expected, rtol=1e-10, atol=1e-13)

@@ -278,6 +278,23 @@ class ConstrainedWeight:
         return points if self.parametrization is None else self.parametrization.without_gains(points)
 
 
+def first_parametrization(
+    owner: nn.Module | None, tensor: str, *, only: bool = False
+) -> tuple[nn.Module | None, Tensor | None]:
+    """The first parametrization of ``owner.tensor`` and its proxy, past torch's containers, which take their time.
+
+    Args:
+        owner: the module; None gives None.
+        tensor: the weight's name.
+        only: none where there is a second one.
+    """
+    group: Any = None if owner is None else owner._modules.get("parametrizations")
+    listed = None if group is None else group._modules.get(tensor)
+    if listed is None or (only and len(listed._modules) > 1):
+        return None, None
+    return listed._modules.get("0"), listed._parameters.get("original")
+
+
 def add_quick_access(owner: nn.Module, tensor: str) -> None:
     """Put a short way to a weight that is ready before torch's property, which calls two modules at each access."""
     torchs = vars(type(owner))[tensor]
@@ -285,10 +302,9 @@ def add_quick_access(owner: nn.Module, tensor: str) -> None:
     def weight(self: nn.Module) -> Tensor:
         """The weight that is ready, or what torch's property gives."""
         if not is_traced():
-            listed: Any = self._modules["parametrizations"]._modules[tensor]  # type: ignore[union-attr]
-            proxy = listed._parameters.get("original")
-            if proxy is not None and len(listed._modules) == 1:
-                ready = listed._modules["0"].ready(proxy)
+            parametrization, proxy = first_parametrization(self, tensor, only=True)
+            if parametrization is not None and proxy is not None:
+                ready = parametrization.ready(proxy)  # type: ignore[operator]
                 if ready is not None:
                     return ready
         return torchs.fget(self)

@@ -16,7 +16,7 @@ from weakref import WeakKeyDictionary, ref
 import torch
 from torch import Tensor, nn
 
-from stiefel.attach.binding import Bucket, Reparametrized, constrained_weights, needs_graph
+from stiefel.attach.binding import Bucket, Reparametrized, constrained_weights, first_parametrization, needs_graph
 from stiefel.attach.deposits import Deposit, begin, deposited, end, forget, saved_elsewhere
 from stiefel.attach.hooks import take_off
 from stiefel.attach.snapshot import Snapshot
@@ -78,13 +78,12 @@ def _members(root: nn.Module) -> list[_Member]:
         _places[root] = [(ref(w.owner), w.tensor) for w in weights]
     members = []
     for owner, tensor in _places[root]:
-        parametrizations = getattr(owner(), "parametrizations", {})
-        if tensor not in parametrizations or not isinstance(parametrizations[tensor][0], Reparametrized):
+        parametrization, proxy = first_parametrization(owner(), tensor)
+        if not isinstance(parametrization, Reparametrized) or proxy is None:
             continue
-        parametrization, proxy = parametrizations[tensor][0], parametrizations[tensor].original
-        member = _Member(parametrization, parametrization.tensors(proxy))
-        if needs_graph(member.tensors) and deposited(parametrization, member.tensors) is None:
-            members.append(member)
+        tensors = parametrization.tensors(proxy)
+        if needs_graph(tensors) and deposited(parametrization, tensors) is None:
+            members.append(_Member(parametrization, tensors))
     return members
 
 

@@ -1,6 +1,6 @@
 """Batched matrix functions and their gradients. Every function takes ``(*batch, p, n)`` and imports only torch."""
 
-from stiefel.linalg.cayley import cayley_step
+from stiefel.linalg.cayley import cayley_along, cayley_step
 from stiefel.linalg.exponential import exponential_step
 from stiefel.linalg.householder import householder_rows, householder_vectors
 from stiefel.linalg.lu import one_by_one
@@ -9,7 +9,16 @@ from stiefel.linalg.msign import msign
 from stiefel.linalg.norm import spectral_radius
 from stiefel.linalg.polar import polar
 from stiefel.linalg.precision import EXACT_DTYPES, full_precision, in_double
-from stiefel.linalg.products import balance, frobenius, gram_residual, newton_schulz, skew, squared_residual, sym
+from stiefel.linalg.products import (
+    add_product,
+    balance,
+    frobenius,
+    gram_residual,
+    newton_schulz,
+    skew,
+    squared_residual,
+    sym,
+)
 from stiefel.linalg.qr import qf
 from stiefel.linalg.spectral_map import iterated, spectral_map
 from stiefel.linalg.svd import nearest_in_step, nearest_orthonormal
@@ -18,7 +27,9 @@ from stiefel.linalg.whitening import whitened
 
 __all__ = [
     "EXACT_DTYPES",
+    "add_product",
     "balance",
+    "cayley_along",
     "cayley_step",
     "exponential_step",
     "frobenius",

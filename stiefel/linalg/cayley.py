@@ -9,11 +9,14 @@ from torch import Tensor
 
 from stiefel.linalg.lu import one_by_one
 from stiefel.linalg.precision import in_double
-from stiefel.linalg.products import balance, skew
+from stiefel.linalg.products import add_product, balance, frobenius, skew
 from stiefel.linalg.tracing import is_traced
 
 if TYPE_CHECKING:
     from jaxtyping import Float
+
+SHORT = 4.0
+"""Largest ‖U‖_F at which N below is well conditioned, by 1 + ¼‖U‖² at most."""
 
 
 def cayley_step(x: Float[Tensor, "*batch p n"], b: Float[Tensor, "*batch p n"]) -> Float[Tensor, "*batch p n"]:
@@ -55,8 +58,39 @@ def cayley_step(x: Float[Tensor, "*batch p n"], b: Float[Tensor, "*batch p n"]) 
     return x + w[..., :p] @ b - w[..., p:] @ x
 
 
+def cayley_along(x: Float[Tensor, "*batch p n"], u: Float[Tensor, "*batch p n"]) -> Float[Tensor, "*batch p n"]:
+    """:func:`cayley_step` along a tangent U: with ``B = U(I − ½XᴴX)``, for which X A = U.
+
+    Square matrices, and short steps of others, need p×p systems only. With S = UXᴴ (skew-Hermitian) and V = U − SX, the
+    part of U that is orthogonal to X's rows, ``XA = SX + V`` and ``VA = −VVᴴX``, so that X⁺(I − ½A) = X(I + ½A) gives
+
+        X⁺ = −X + N⁻¹(2X + V),   N = I − ½S + ¼VVᴴ
+
+    Args:
+        x: the point, orthonormal rows.
+        u: the tangent, X Uᴴ skew-Hermitian.
+    """
+    p, n = x.shape[-2:]
+    s = u @ x.mH
+    eye = torch.eye(p, dtype=x.dtype, device=x.device)
+    if p == n:  # V = 0
+        return 2 * one_by_one(_solve, eye - 0.5 * skew(s), x) - x
+    if x.is_cuda or is_traced() or not u.numel() or float(frobenius(u.detach()).max()) > SHORT:
+        return cayley_step(x, u - 0.5 * s @ x)
+    inverse = one_by_one(_inverse, eye + 0.25 * (u @ u.mH - s @ s.mH) - 0.5 * skew(s))
+    return add_product(inverse @ u, inverse @ (2 * eye - s) - eye, x)
+
+
+def _solve(a: Tensor, b: Tensor) -> Tensor:
+    """``A⁻¹ B`` for an A that is never singular, so that a GPU's host need not wait to be told."""
+    return torch.linalg.solve_ex(a, b)[0]
+
+
+def _inverse(a: Tensor) -> Tensor:
+    return torch.linalg.inv_ex(a)[0]
+
+
 def _solve_from_the_right(a: Tensor, b: Tensor) -> Tensor:
-    """``B A⁻¹`` for an A that is never singular, so that a GPU's host need not wait to be told."""
     return one_by_one(lambda a, b: torch.linalg.solve_ex(a, b, left=False)[0], a, b)
 
 

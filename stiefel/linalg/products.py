@@ -1,4 +1,4 @@
-"""Symmetric and skew parts, the Gram residual, a safe norm, and one Newton-Schulz step. Imports ``precision``, ``tracing``."""
+"""Symmetric and skew parts, the Gram residual, a safe norm, sums of products. Imports ``precision``, ``tracing``."""
 
 from __future__ import annotations
 
@@ -32,15 +32,20 @@ def gram_residual(x: Float[Tensor, "*batch p n"]) -> Float[Tensor, "*batch p p"]
     return x @ x.mH - torch.eye(x.shape[-2], dtype=x.dtype, device=x.device)
 
 
+def add_product(
+    c: Float[Tensor, "*batch p n"], a: Float[Tensor, "*batch p q"], b: Float[Tensor, "*batch q n"], alpha: float = 1.0
+) -> Float[Tensor, "*batch p n"]:
+    """``C + α A B``, in one pass over C where there is one batch dimension."""
+    return torch.baddbmm(c, a, b, alpha=alpha) if c.ndim == 3 else c + alpha * (a @ b)
+
+
 def newton_schulz(x: Float[Tensor, "*batch p n"]) -> Float[Tensor, "*batch p n"]:
     """One Newton-Schulz step towards the polar factor, ``X − ½(XXᴴ − I)X``.
 
     A residual of norm ``e`` becomes about ``¾e²``: applied to a nearly orthonormal X it removes accumulated rounding
     at the price of two matrix products (Björck and Bowie, 1971).
     """
-    if x.ndim == 3:  # in one pass
-        return torch.baddbmm(x, gram_residual(x), x, alpha=-0.5)
-    return x - 0.5 * (gram_residual(x) @ x)
+    return add_product(x, gram_residual(x), x, alpha=-0.5)
 
 
 def squared_residual(x: Float[Tensor, "b p n"]) -> Float[Tensor, " b"]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from stiefel.linalg.precision import in_double
+from stiefel.linalg.products import add_product
 from stiefel.linalg.tracing import is_traced
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ def _near(a: Tensor) -> Tensor:
     if a.numel() and not (torch.is_grad_enabled() and a.requires_grad):  # a series' second derivative is another's
         correction = _series(gram)
         if correction is not None:
-            return torch.baddbmm(a, correction, a) if a.ndim == 3 else a + correction @ a
+            return add_product(a, correction, a)
     if 2 * p > a.shape[-1]:  # LAPACK is quicker
         return _by_reflections(a)
     factor, failed = torch.linalg.cholesky_ex(gram)

@@ -137,8 +137,7 @@ class _Point:
             return
         scale = self.layouts[0].scale
         self.x = self.manifold.retract(self.x, displacement / scale if scale != 1 else displacement)
-        for p, w in zip(self.members, unstack(self.layouts, self.x, scaled=True), strict=True):
-            p.copy_(w)
+        torch._foreach_copy_(self.members, unstack(self.layouts, self.x, scaled=True))
 
     def transport(self, momentum: Tensor) -> list[Tensor]:
         """Momentum at the point advanced to, as the weights' own tensors: projected onto its tangent space."""

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 import stiefel
-from stiefel.linalg import cayley_step, gram_residual, one_by_one
+from stiefel.linalg import cayley_step, gram_residual, one_by_one, polar
 
 SHAPES = [(2, 160, 160), (2, 80, 400)]  # the second has 2p×2p systems
 
@@ -37,6 +37,19 @@ def test_cayley_of_large_matrices(shape: tuple[int, int, int], threads: int) -> 
     eye = torch.eye(shape[-1], dtype=torch.float64)
     expected = torch.stack([m @ (eye + k / 2) @ torch.linalg.inv(eye - k / 2) for m, k in zip(x, a, strict=True)])
     torch.testing.assert_close(cayley_step(x, b), expected, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.parametrize("shape", [(2, 160, 160), (2, 160, 400)])
+def test_second_derivatives_of_large_polar_factors(shape: tuple[int, int, int], threads: int) -> None:
+    v, g, w = torch.randn(3, *shape, dtype=torch.float64).unbind()
+
+    def second(v: Tensor, g: Tensor, w: Tensor) -> Tensor:
+        v = v.clone().requires_grad_()
+        (first,) = torch.autograd.grad((polar(v) * g).sum(), v, create_graph=True)
+        return torch.autograd.grad((first * w).sum(), v)[0]
+
+    each = torch.cat([second(v[i : i + 1], g[i : i + 1], w[i : i + 1]) for i in range(2)])
+    torch.testing.assert_close(second(v, g, w), each)
 
 
 class Two(nn.Module):

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from stiefel.linalg.lu import one_by_one
+from stiefel.linalg.lu import inverse_of, solve
 from stiefel.linalg.precision import in_double
 from stiefel.linalg.products import add_product, balance, frobenius, skew
 from stiefel.linalg.tracing import is_traced
@@ -47,14 +47,14 @@ def cayley_step(x: Float[Tensor, "*batch p n"], b: Float[Tensor, "*batch p n"]) 
         a = 2 * skew(x.mH @ b)
         eye = torch.eye(n, dtype=x.dtype, device=x.device)
         # X + XA (I − ½A)⁻¹; the right-hand solve is a solve with the transpose.
-        return x + _solve_from_the_right(eye - 0.5 * a, x @ a)
+        return x + solve(eye - 0.5 * a, x @ a, left=False)
     c = balance(b)
     b = b / c
     # For a direction of low rank ZU is singular, and float32 would lose eps · c².
     short = not (c.is_cuda or is_traced()) and float(c.detach().max() if c.numel() else 0) <= 1
     xu, zu = low_rank_blocks(x, b) if short else low_rank_blocks(in_double(x), in_double(b))
     eye = torch.eye(2 * p, dtype=xu.dtype, device=x.device)
-    w = (c * _solve_from_the_right(eye - (0.5 * c) * zu, xu)).to(x.dtype)
+    w = (c * solve(eye - (0.5 * c) * zu, xu, left=False)).to(x.dtype)
     return x + w[..., :p] @ b - w[..., p:] @ x
 
 
@@ -74,24 +74,11 @@ def cayley_along(x: Float[Tensor, "*batch p n"], u: Float[Tensor, "*batch p n"])
     s = u @ x.mH
     eye = torch.eye(p, dtype=x.dtype, device=x.device)
     if p == n:  # V = 0
-        return 2 * one_by_one(_solve, eye - 0.5 * skew(s), x) - x
+        return 2 * solve(eye - 0.5 * skew(s), x) - x
     if x.is_cuda or is_traced() or not u.numel() or float(frobenius(u.detach()).max()) > SHORT:
         return cayley_step(x, u - 0.5 * s @ x)
-    inverse = one_by_one(_inverse, eye + 0.25 * (u @ u.mH - s @ s.mH) - 0.5 * skew(s))
+    inverse = inverse_of(eye + 0.25 * (u @ u.mH - s @ s.mH) - 0.5 * skew(s))
     return add_product(inverse @ u, inverse @ (2 * eye - s) - eye, x)
-
-
-def _solve(a: Tensor, b: Tensor) -> Tensor:
-    """``A⁻¹ B`` for an A that is never singular, so that a GPU's host need not wait to be told."""
-    return torch.linalg.solve_ex(a, b)[0]
-
-
-def _inverse(a: Tensor) -> Tensor:
-    return torch.linalg.inv_ex(a)[0]
-
-
-def _solve_from_the_right(a: Tensor, b: Tensor) -> Tensor:
-    return one_by_one(lambda a, b: torch.linalg.solve_ex(a, b, left=False)[0], a, b)
 
 
 def low_rank_blocks(x: Float[Tensor, "*batch p n"], b: Float[Tensor, "*batch p n"]) -> tuple[Tensor, Tensor]:

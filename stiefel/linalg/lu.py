@@ -25,3 +25,13 @@ def one_by_one(function: Callable[..., Tensor], *batches: Tensor) -> Tensor:
     matrices = zip(*(b.reshape(-1, *b.shape[-2:]).unbind() for b in batches), strict=True)
     results = torch.stack([function(*m) for m in matrices])
     return results.reshape(*outer, *results.shape[1:])
+
+
+def solve(a: Tensor, b: Tensor, *, left: bool = True) -> Tensor:
+    """``A⁻¹ B``, or ``B A⁻¹``, for an A that is not singular: a GPU's host does not wait to be told that one is."""
+    return one_by_one(lambda a, b: torch.linalg.solve_ex(a, b, left=left)[0], a, b)
+
+
+def inverse_of(a: Tensor) -> Tensor:
+    """``A⁻¹`` likewise."""
+    return one_by_one(lambda a: torch.linalg.inv_ex(a)[0], a)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from stiefel.linalg.lu import inverse_of
 from stiefel.linalg.products import inner
 
 if TYPE_CHECKING:
@@ -116,7 +117,7 @@ def lyapunov_by_doubling(
     """
     mu = (torch.linalg.matrix_norm(h, keepdim=True) / torch.linalg.matrix_norm(z, keepdim=True)).sqrt()
     shift = mu * torch.eye(h.shape[-1], dtype=h.dtype, device=h.device)
-    inverse = torch.linalg.inv_ex(h + shift)[0]
+    inverse = inverse_of(h + shift)
     omega, a = 2 * mu * (inverse @ c @ inverse), (h - shift) @ inverse
     for _ in range(steps):
         omega, a = omega + a @ omega @ a, a @ a

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from stiefel.linalg.inverse_root import inverse_root, inverse_root_by_iteration
-from stiefel.linalg.lu import one_by_one
+from stiefel.linalg.lu import solve
 from stiefel.linalg.lyapunov import lyapunov, lyapunov_by_doubling, lyapunov_by_products
 from stiefel.linalg.precision import full_precision, in_double
 from stiefel.linalg.tracing import is_traced
@@ -189,7 +189,7 @@ def _differentiable_gradient(v: Tensor, g: Tensor, d: Tensor, s: Tensor, eps: fl
     x = polar(v, eps)
     a = g @ x.mH
     h = _hermitian_factor(v, x, d, s)
-    return lyapunov(h, a - a.mH, d, s) @ x + one_by_one(torch.linalg.solve, h, g - a @ x)
+    return lyapunov(h, a - a.mH, d, s) @ x + solve(h, g - a @ x)
 
 
 def _hermitian_factor(v: Tensor, x: Tensor, d: Tensor, s: Tensor) -> Tensor:

@@ -1,5 +1,6 @@
 # make compare   set up .venv, compare four methods on digits, print where the report is (a short form: see COMPARE)
 # make cost      what the methods cost beside other packages (a short form: make cost COST=--full for all of it)
+# make reproduce  the published small comparison on Fashion-MNIST again, from nothing (half an hour); goes on if stopped
 # make test      set up .venv, run the tests
 # make lint      formatting, lint, types
 # make docs      regenerate the README's method table and the notebook's outputs
@@ -11,10 +12,13 @@ COMPARE ?= --seeds 3 --trials 7
 COST ?= --short
 ARGS ?=
 
-.PHONY: compare cost test lint docs clean
+.PHONY: compare reproduce cost test lint docs clean
 
 compare: .venv/.installed
 	$(BIN)/stiefel compare benchmarks/omdsm.py --methods $(METHODS) $(COMPARE) $(ARGS)
+
+reproduce: .venv/.installed
+	$(BIN)/python benchmarks/published.py run omdsm $(ARGS)
 
 cost: .venv/.installed
 	$(BIN)/python benchmarks/cost.py $(COST) $(ARGS)

@@ -33,6 +33,7 @@ class AsReleased(StepMethod):
     """``S ← S + G``, then a step from X along S at the first learning rate; of plain SGD, ``G = −U/lr``."""
 
     reference = "Huang et al., AAAI 2018, released code"
+    faults = "adds up all gradients, starts off the set, and keeps its first learning rate"
 
     @cached_property
     def sums(self) -> dict[torch.Size, Tensor]:

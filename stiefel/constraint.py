@@ -96,6 +96,8 @@ class Constraint(ABC):
     """Whether a step is lr long whatever the gradient's size, so that it converges only as lr goes to zero."""
     caveat: ClassVar[str] = ""
     """Why training may stop short of an optimum that the method's set contains; empty where nothing is known."""
+    faults: ClassVar[str] = ""
+    """What is knowingly wrong with it: a baseline that shows what this does, which reports keep apart."""
     thin: ClassVar[bool] = True
     """Whether nothing n×n is built for a p×n matrix with p far below n."""
     tuning: ClassVar[Mapping[str, Sequence[Any]]] = {}

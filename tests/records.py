@@ -6,6 +6,7 @@ python tests/records.py FOLDER [METHODS [DEPTHS]]     a folder to look at, with 
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 
@@ -102,10 +103,12 @@ def comparison(
     device="cpu",
     signals=False,
     faults=False,
+    wrong: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
     """A whole comparison: each method's (accuracy, error), best at rate 1, with noise that the methods share.
 
     With ``faults``, the largest rate diverges, one run in nine fails, and the last method is skipped.
+    ``wrong`` says which methods have which known faults.
     """
     rng = np.random.default_rng(0)
     noise = {seed: rng.normal(scale=0.01) for seed in range(FRESH + seeds)}
@@ -138,7 +141,8 @@ def comparison(
                             rows[0] |= diagnosed(layers, 0.0)
                             rows[-1] |= diagnosed(layers, 0.1 * (i + 1))
                         steps = None if value < 0.5 else int(200 * (1.2 - level) + 5 * i)
-                        trained(root, run, float(value), error, steps, environment=environment, rows=rows)
+                        known = {"faults": wrong[method]} if method in wrong else {}
+                        trained(root, run, float(value), error, steps, environment=environment, rows=rows, **known)
                 if scale == scales[-1] and not (faults and i == len(methods) - 1):
                     counts = {"matmul_flops": 1e6 * (i + 1), "factorization_flops": 3e5 * i, "operators": 90 + i}
                     run = spec(**cell, lr=min(rates), seed=FRESH, phase="final", kind="cost")

@@ -13,6 +13,7 @@ from urllib.parse import unquote
 import numpy as np
 import pandas as pd
 import pytest
+from matplotlib.text import Text
 from records import CPU, GPU, comparison, measured, spec, timed, trained, write
 from rich.console import Console
 
@@ -323,6 +324,38 @@ def test_nothing_to_report(tmp_path):
     (tmp_path / "x" / "run.json").write_text("[]")
     with pytest.raises(stiefel.ProblemError, match=r"no finished run.*1 that cannot be read"):
         read_report(tmp_path)
+
+
+# --- methods with known faults ---
+
+
+def test_known_faults_keep_a_method_apart_everywhere(tmp_path):
+    root, better = tmp_path / "runs", {"own_as_released": (0.99, 1e-8)}
+    comparison(root, LEVELS | better, wrong={"own_as_released": "never zeroes its gradient"}, signals=True)
+    summary = summary_of(root)
+    (setting,) = summary.settings
+    assert [row.label for row in setting.rows][-1] == "own_as_released"  # although its score is the best
+    assert [setting.rank(row) for row in setting.rows] == [1, 2, 3, 4, None]
+    assert [setting.rank(row, 1e-6) for row in setting.rows] == [None, None, 1, None, None]
+    for r in (*overall(summary), *in_setting(summary, setting)):
+        assert "own_as_released" not in [r.best.name, *(rival.name for rival in r.rivals)]
+    (note,) = [note for note in summary.notes if "known faults" in note]
+    assert "never zeroes its gradient" in note
+    assert note.endswith(": own_as_released")
+    assert "own_as_released †" in shown(root)
+    text = page(root)
+    assert text.count("<td>own_as_released †</td>") == 4  # results, cost, default beside tuned, why
+    assert ">own_as_released<" not in text
+    # In every figure with methods in it: on the line in the legend, the axis or the panel.
+    figures = read_report(root).figures()
+    for name, figure in figures.items():
+        texts = [t.get_text() for t in figure.findobj(Text)]
+        assert "own_as_released" not in texts, name
+        assert ("own_as_released †" in "\n".join(texts)) == ("dependence" not in name), name
+    curves = next(figure for name, figure in figures.items() if name.endswith("scale 1"))
+    (line,) = [line for line in curves.axes[0].lines if line.get_label() == "own_as_released †"]
+    assert line.get_linestyle() != "-"
+    assert read_report(root).table().set_index("method").faults["own_as_released"] == "never zeroes its gradient"
 
 
 # --- recommendations ---

@@ -27,6 +27,7 @@ _GREY = "#888888"
 INK = "#010203"  # replaced by the page's text colour
 _POWERS = FuncFormatter(lambda value, _: f"{value:g}" if 9e-3 < value < 1e4 else f"{value:.0e}".replace("e-0", "e-"))
 _CONTROL: dict[str, Any] = {"color": INK, "ls": (0, (4, 2)), "lw": 1.1, "zorder": 2.5}
+_FAULTY: dict[str, Any] = {"ls": (0, (1, 1.4)), "lw": 1.4, "alpha": 0.8, "zorder": 2.7}
 _OTHER: dict[str, Any] = {"color": _GREY, "lw": 0.6, "alpha": 0.6, "zorder": 2, "label": "_other"}
 
 STYLE: Any = {
@@ -67,9 +68,9 @@ def curves(summary: Summary, setting: Setting) -> Figure:
     }
     panels = [("step", "train_loss"), ("seconds", "train_loss"), ("step", "error")]
     panels += [("step", "validation"), ("seconds", "validation")]
-    styles = styles_of(highlighted(summary), summary.controls, summary.labels)
+    styles = method_styles(summary)
     with mpl.rc_context(STYLE):
-        figure, axes = grid(2, 3, (3.6, 2.5), legend=min(len(summary.labels), HIGHLIGHTS + 2))
+        figure, axes = grid(2, 3, (3.6, 2.5), legend=len(legend_of(styles)))
         for row in setting.rows:
             data, style = _series(row, summary.metric), styles[row.label]
             for ax, (along, what) in zip(axes.flat, panels, strict=False):
@@ -113,7 +114,7 @@ def sensitivity(summary: Summary) -> Figure:
                 if row.tuned is not None and math.isfinite(row.tuned.validation):
                     ring = {"ms": 7, "mfc": "none", "mec": colour}
                     ax.plot([row.tuned.choice.lr], [row.tuned.validation], marker="o", **ring)
-            label_axis(ax, "\n".join(re.findall(r".{1,30}", label)), "", log=_wide(summary))
+            label_axis(ax, "\n".join(re.findall(r".{1,30}", summary.marked(label))), "", log=_wide(summary))
             _decades(ax)
             ax.xaxis.set_major_formatter(_POWERS)
         for ax in axes.flat[len(found) :]:
@@ -152,12 +153,16 @@ def defaults(summary: Summary) -> Figure:
             else:
                 ax.xaxis.set_major_locator(MaxNLocator(4))
         for ax in axes[:, 0]:
-            ax.set_yticks(range(len(labels)), [label if len(label) < 25 else label[:23] + "…" for label in labels])
+            ax.set_yticks(range(len(labels)), [_short(summary.marked(label)) for label in labels])
         for ax in axes.flat[len(summary.settings) :]:
             ax.set_visible(False)
         hollow, full = (Line2D([], [], ls="", marker="o", mfc=c, mec=COLOURS[0]) for c in ("none", COLOURS[0]))
         _bottom(figure, [hollow, full], ["default rate and knobs", "tuned"])
     return figure
+
+
+def _short(label: str) -> str:
+    return label if len(label) < 25 else label[:23] + "…"
 
 
 def _validation(trial: Trial | None) -> float:
@@ -169,10 +174,11 @@ def profiles(summaries: Sequence[Summary]) -> Figure:
     tables = [profile(times(summaries, "steps")), profile(times(summaries, "seconds"))]
     ranking = tables[0].mean().sort_values(ascending=False)
     controls = set.union(*(summary.controls for summary in summaries))
-    coloured = [label for label in ranking.index if label not in controls][:HIGHLIGHTS]
-    styles = styles_of(coloured, controls & set(ranking.index), ranking.index)
+    faulty = {label for summary in summaries for label in summary.faults} & set(ranking.index)
+    coloured = [label for label in ranking.index if label not in controls | faulty][:HIGHLIGHTS]
+    styles = styles_of(coloured, controls & set(ranking.index), ranking.index, sorted(faulty))
     with mpl.rc_context(STYLE):
-        figure, axes = grid(1, 2, (4.6, 2.7), legend=min(len(ranking), HIGHLIGHTS + 2))
+        figure, axes = grid(1, 2, (4.6, 2.7), legend=len(legend_of(styles)))
         for ax, table, unit in zip(axes.flat, tables, ("steps", "seconds"), strict=True):
             far = max(2.0, float(table.index.max()) * 1.1)
             for label in ranking.index:
@@ -190,7 +196,7 @@ def profiles(summaries: Sequence[Summary]) -> Figure:
 
 def highlighted(summary: Summary) -> list[str]:
     """Methods in colour: all where they are few, else the best of each setting and tolerance and the next by rank."""
-    others = [label for label in summary.labels if label not in summary.controls]
+    others = [label for label in summary.labels if label not in summary.controls and label not in summary.faults]
     if len(others) <= HIGHLIGHTS:
         return others
     places = dict.fromkeys(others, 0.0)
@@ -273,10 +279,19 @@ def _line(ax: Any, height: float) -> None:
         ax.axhline(height, color=_GREY, lw=1, ls=(0, (1, 2)), zorder=1)
 
 
-def styles_of(coloured: Sequence[str], controls: Iterable[str], labels: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """How each method's line is drawn: those in colour over the control over the others."""
+def method_styles(summary: Summary) -> dict[str, dict[str, Any]]:
+    """How each method of a comparison is drawn."""
+    return styles_of(highlighted(summary), summary.controls, summary.labels, sorted(summary.faults))
+
+
+def styles_of(
+    coloured: Sequence[str], controls: Iterable[str], labels: Iterable[str], faulty: Sequence[str] = ()
+) -> dict[str, dict[str, Any]]:
+    """How each method's line is drawn: those in colour over the control over the others; dotted, with known faults."""
     styles = {label: dict(_OTHER) for label in labels}
     styles |= {label: {"label": label, **_CONTROL} for label in controls}
+    for i, label in enumerate(faulty):
+        styles[label] = {"label": f"{label} †", "color": COLOURS[i % len(COLOURS)], **_FAULTY}
     for i, label in enumerate(coloured):
         styles[label] = {"label": label, "color": COLOURS[i], "ls": STYLES[i % len(STYLES)], "zorder": 3}
     return styles
@@ -284,13 +299,15 @@ def styles_of(coloured: Sequence[str], controls: Iterable[str], labels: Iterable
 
 def draw_legend(figure: Figure, styles: dict[str, dict[str, Any]]) -> None:
     """The methods' names along the foot of a figure, those without a colour as one."""
-    shown = {label: style for label, style in styles.items() if style["label"] == label}
-    lines = [Line2D([], [], **style) for style in shown.values()]
-    names = list(shown)
-    if len(styles) > len(shown):
-        names.append(f"{len(styles) - len(shown)} others")
-        lines.append(Line2D([], [], **_OTHER))
-    _bottom(figure, lines, names)
+    shown = legend_of(styles)
+    _bottom(figure, [Line2D([], [], **style) for style in shown.values()], list(shown))
+
+
+def legend_of(styles: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """A legend's entries with how they are drawn."""
+    shown = {style["label"]: style for style in styles.values() if style["label"] != _OTHER["label"]}
+    others = len(styles) - len(shown)
+    return shown | ({f"{others} others": _OTHER} if others else {})
 
 
 def _bottom(figure: Figure, handles: Sequence[Any], labels: Sequence[str]) -> None:

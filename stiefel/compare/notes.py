@@ -21,7 +21,15 @@ STEADY = 1.5
 
 def notes(summary: Summary) -> tuple[str, ...]:
     """One sentence for each thing, with the settings and methods that it concerns."""
-    return tuple(note for part in (_mixed, _tuning, _evidence, _compiled) for note in part(summary))
+    return tuple(note for part in (_faulty, _mixed, _tuning, _evidence, _compiled) for note in part(summary))
+
+
+def _faulty(summary: Summary) -> Iterator[str]:
+    kinds = defaultdict(list)
+    for label, faults in summary.faults.items():
+        kinds[faults].append(label)
+    for faults, labels in kinds.items():
+        yield f"† kept with their known faults, unranked and never recommended ({faults}): {', '.join(labels)}"
 
 
 def _mixed(summary: Summary) -> Iterator[str]:

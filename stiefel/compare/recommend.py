@@ -38,6 +38,11 @@ class Candidate:
         """Whether it is the unconstrained control: a reference, not an answer."""
         return self.rows[0].method == control()
 
+    @property
+    def faulty(self) -> bool:
+        """Whether it is a baseline with known faults."""
+        return any(row.faults for row in self.rows)
+
     @cached_property
     def scores(self) -> dict[int, float]:
         """Test metric by seed."""
@@ -130,11 +135,11 @@ def recommend(candidates: Iterable[Candidate], higher_is_better: bool, target: b
     """The best candidate under each requirement; the control is none.
 
     Args:
-        candidates: what there is to choose from.
+        candidates: what there is to choose from; those with known faults are left out.
         higher_is_better: of the score.
         target: whether the problem has a target to reach.
     """
-    known = [c for c in candidates if c.trained and not c.control]
+    known = [c for c in candidates if c.trained and not c.control and not c.faulty]
     sign = -1.0 if higher_is_better else 1.0
 
     def by_score(c: Candidate) -> float:

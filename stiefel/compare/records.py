@@ -29,7 +29,7 @@ NO_STORAGE = 74
 """What a run's process ends with where its folder cannot be written: EX_IOERR, which no crash of its own gives."""
 STATUSES = (*ENDED, "diverged", *BROKEN, "skipped")
 """Every status; ``skipped`` is a method that cannot hold a layer or be served by the optimizer, with the reason."""
-_WORDS = ("metric", "gpu_reason", "flops_reason")
+_WORDS = ("metric", "faults", "gpu_reason", "flops_reason")
 """What a summary says in words; the rest of it are numbers."""
 
 

@@ -117,6 +117,16 @@ class Report:
         where = pd.DataFrame(known, index=rows.index)
         return rows.assign(**{str(name): where[name] for name in where})
 
+    def epochs(self) -> pd.DataFrame:
+        """A row per training run and epoch: steps, seconds, loss, what was measured, worst orthogonality error."""
+        rows = []
+        for record in (r for summary in self.problems for r in summary.records if r.spec.kind == "quality"):
+            for m in record.metrics():
+                parts = {f"{part}_{key}": v for part in ("validation", "test") for key, v in m[part].items()}
+                told = {key: m[key] for key in ("epoch", "step", "seconds", "train_loss")}
+                rows.append({"hash": record.spec.hash, **told, **parts, "error": m["orthogonality"]["worst"]})
+        return pd.DataFrame(rows)
+
     def layers(self) -> pd.DataFrame:
         """A row per problem, setting, method, moment (start, end) and layer: energies, variance, redundancy, rate."""
         return pd.concat([why.frames(summary, "layers") for summary in self.problems], ignore_index=True)
@@ -191,6 +201,7 @@ def _row(summary: Summary, setting: Setting, row: Row) -> dict[str, Any]:
         **_identity(summary),
         "setting": setting.title,
         "method": row.label,
+        "faults": row.faults or None,
         "lr": row.choice.lr if row.choice else None,
         "knobs": ", ".join(f"{k}={v}" for k, v in row.choice.knobs) if row.choice else None,
         "lr_on_edge": row.edge,

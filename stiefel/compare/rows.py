@@ -123,6 +123,11 @@ class Row:
         """Median over all runs."""
         return Interval.of(self.seconds.values(), median) if self.final else None
 
+    @cached_property
+    def faults(self) -> str:
+        """What is knowingly wrong with the method; empty for one that is meant to be right."""
+        return next((r.summary["faults"] for r in (*self.final, *self.tuning) if r.summary.get("faults")), "")
+
     @property
     def reached(self) -> bool:
         """Whether the median run reaches the target."""

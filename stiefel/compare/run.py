@@ -224,7 +224,10 @@ def run_quality(problem: Problem, spec: RunSpec, folder: RunFolder) -> dict[str,
         with writing(folder.path):
             training.keep(folder.path)
     outcome = _conclude(problem, measured, steps, seconds, diverged, device)
-    outcome["summary"]["compile_seconds"] = compiling.seconds
+    outcome["summary"] |= {
+        "compile_seconds": compiling.seconds,
+        "faults": get(spec.method, **spec.method_options).faults,
+    }
     return outcome
 
 

@@ -32,7 +32,7 @@ class Setting:
         scale: as people write it.
         fields: the problem's factors.
         target: validation metric that a run must reach, or None.
-        rows: one per method.
+        rows: one per method; those with known faults last.
     """
 
     title: str
@@ -47,7 +47,10 @@ class Setting:
         return next((row for row in self.rows if self.rank(row, tolerance) == 1), None)
 
     def rank(self, row: Row, tolerance: float | None = None) -> int | None:
-        """Its place by score, among the rows within a tolerance where one is given; equal scores share a place."""
+        """Its place by score, among the rows within a tolerance where one is given; equal scores share a place.
+
+        A method with known faults has none.
+        """
         return self._ranks[tolerance].get(row.label)
 
     @cached_property
@@ -57,7 +60,10 @@ class Setting:
             known = [
                 (row.label, -math.copysign(1, row.worst) * row.test.value)
                 for row in self.rows
-                if row.test and row.test.finite and (tolerance is None or row.error_worst <= tolerance)
+                if row.test
+                and row.test.finite
+                and not row.faults
+                and (tolerance is None or row.error_worst <= tolerance)
             ]
             ranks[tolerance] = {label: 1 + sum(other > score for _, other in known) for label, score in known}
         return ranks
@@ -99,6 +105,15 @@ class Summary:
         """Labels of the unconstrained control."""
         name = control()
         return {record.spec.label for record in self.records if record.spec.method == name}
+
+    @cached_property
+    def faults(self) -> dict[str, str]:
+        """What is knowingly wrong with methods, by label, of those that are kept apart for it."""
+        return {row.label: row.faults for setting in self.settings for row in setting.rows if row.faults}
+
+    def marked(self, label: str) -> str:
+        """A method's name, with a dagger where it has known faults."""
+        return f"{label} †" if label in self.faults else label
 
     @property
     def title(self) -> str:
@@ -222,7 +237,7 @@ def _setting(rows: list[Row], factors: list[str], higher: bool) -> Setting:
 
     def place(row: Row) -> tuple[Any, ...]:
         score = sign * row.test.value if row.test else 0.0
-        return row.test is None, score, sum(row.failures.values()), row.label
+        return bool(row.faults), row.test is None, score, sum(row.failures.values()), row.label
 
     return Setting(
         title=f"{point}, scale {scale}" if point else f"scale {scale}",

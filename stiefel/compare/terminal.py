@@ -74,12 +74,16 @@ def _setting(summary: Summary, setting: Setting) -> Table:
     for name in ("lr", score, "failed\nof n", "worst\nerror", steps, "step\ncost"):
         out.add_column(name, justify="right", min_width=5)
     for row in setting.rows:
-        out.add_row(*_line(row))
+        out.add_row(_name(summary, row), *_line(row))
     return out
 
 
+def _name(summary: Summary, row: Row) -> str:
+    knobs = words.knobs(row)
+    return escape(summary.marked(row.label)) + (f"\n[dim]{escape(knobs)}[/]" if knobs else "")
+
+
 def _line(row: Row) -> Iterator[str]:
-    yield escape(row.label) + (f"\n[dim]{escape(words.knobs(row))}[/]" if words.knobs(row) else "")
     yield words.rate(row)
     yield str(row.test) if row.test else row.state
     yield f"{sum(row.failures.values())}/{row.runs}"

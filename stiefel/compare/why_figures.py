@@ -39,10 +39,10 @@ def depth(summary: Summary, why: Why) -> Figure | None:
         "effective_rate": "effective rate, at the end",
     }
     floor = dict.fromkeys(panels, 0.0) | {"redundancy": ROUNDING}
-    styles = figures.styles_of(figures.highlighted(summary), summary.controls, summary.labels)
+    styles = figures.method_styles(summary)
     starts = why.layers[why.layers.moment == "start"].groupby("depth")[list(panels)].median()
     with mpl.rc_context(figures.STYLE):
-        made, axes = figures.grid(2, 3, (3.6, 2.3), legend=len(_legend_of(styles)) + 1)
+        made, axes = figures.grid(2, 3, (3.6, 2.3), legend=len(figures.legend_of(styles)) + 1)
         for ax, (what, title) in zip(axes.flat, panels.items(), strict=False):
             for label, rows in why.layers[why.layers.moment == "end"].groupby("method", sort=False):
                 _points(ax, rows.depth, rows[what], styles[str(label)], floor[what])
@@ -69,7 +69,7 @@ def heat(summary: Summary, why: Why) -> Figure | None:
     None where it was not recorded.
     """
     known = why.dependence
-    shown = _legend_of(figures.styles_of(figures.highlighted(summary), summary.controls, ()))
+    shown = [*figures.highlighted(summary), *summary.controls]
     maps = {"start, all methods": known[known.moment == "start"]}
     for label in sorted(shown, key=lambda label: (label not in summary.controls, label)):
         maps[label] = known[(known.moment == "end") & (known.method == label)]
@@ -155,7 +155,3 @@ def _say_nothing(ax: Any) -> None:
     if not ax.has_data():
         ax.text(0.5, 0.5, "not recorded", transform=ax.transAxes, ha="center", fontsize=9)
         ax.set_yticks([])
-
-
-def _legend_of(styles: dict[str, dict[str, Any]]) -> list[str]:
-    return [label for label, style in styles.items() if style["label"] == label]

@@ -1,0 +1,164 @@
+"""The published comparisons: run them, compact their records, and write README.md from what the records say.
+
+    python benchmarks/published.py run omdsm         run what of it is missing, beside what is published
+    python benchmarks/published.py collect omdsm     its records into results/omdsm
+    python benchmarks/published.py readme            README.md, from README.md.j2 and results/
+
+Records go to ``runs/published/NAME``, a folder per comparison; a run that is stopped goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import jinja2
+import pandas as pd
+import tables
+
+from stiefel.compare import cli
+from stiefel.compare.report import Report, flat
+from stiefel.compare.scores import Interval
+
+HERE = Path(__file__).parent
+RUNS = Path("runs/published")
+EI_QR = "riemannian:metric=euclidean,retraction=qr"
+CI_QR = "riemannian:metric=canonical,retraction=qr"
+CAYT = "riemannian:metric=canonical,retraction=cayley"
+
+ARGUMENTS = {
+    "omdsm": f"""omdsm.py --budget small --seeds 5 --methods unconstrained own own_pca soft {EI_QR} {CI_QR} {CAYT}
+        projection:map=qr pogo landing ei_qr_as_released ci_qr_as_released cayt_as_released qr_as_released""",
+    "mlp": """mlp.py --budget small --batch-norm False True --seeds 5
+        --methods unconstrained weight_norm own own:scale=learnable riemannian projection soft pogo""",
+    "mlp-adam": """mlp.py --budget small --optim adam --batch-norm False True --seeds 5
+        --lr 0.0001 0.0003 0.001 0.003 0.01 0.03 0.1 --trials 10
+        --methods unconstrained weight_norm own own:scale=learnable riemannian projection soft pogo""",
+    "cnn": """cnn.py --budget small --layers all first first2 first4 --seeds 5 --scale relu
+        --methods unconstrained weight_norm own riemannian projection soft pogo""",
+    "rnn": """rnn.py --budget small --seeds 5 --lr 0.0001 0.001 0.01 0.1 --trials 6
+        --methods unconstrained own oni riemannian retraction pogo landing soft""",
+    "closed_form": """closed_form.py --budget small --seeds 5 --lr 0.01 0.1 1 10 --trials 6
+        --methods unconstrained own oni cayley riemannian retraction projection pogo landing soft""",
+    "gan": """gan.py --budget small --seeds 5 --lr 1e-5 1e-4 3e-4 1e-3 3e-3 1e-2 --trials 6 --no-cost
+        --methods unconstrained spectral_norm own oni""",
+}
+"""What is run, by name: ``stiefel compare benchmarks/…``."""
+
+
+def command(name: str) -> list[str]:
+    """The arguments of ``stiefel``, from the folder above this one."""
+    file, *options = shlex.split(ARGUMENTS[name])
+    return ["compare", f"benchmarks/{file}", *options, "--out", str(RUNS / name)]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run, collect or write."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    actions = parser.add_subparsers(dest="action", required=True)
+    for action, text in (("run", "run a comparison"), ("collect", "compact its records into results/")):
+        sub = actions.add_parser(action, help=text)
+        sub.add_argument("names", nargs="+", choices=list(ARGUMENTS))
+        if action == "run":
+            sub.epilog = "Further options go to stiefel compare: --jobs, --data-dir, --dry-run …"
+    actions.add_parser("readme", help="write README.md")
+    options, more = parser.parse_known_args(arguments)
+    if more and options.action != "run":
+        parser.error(f"unrecognized arguments: {' '.join(more)}")
+    if options.action == "readme":
+        (HERE / "README.md").write_text(readme())
+        return 0
+    for name in options.names:
+        status = run(name, more) if options.action == "run" else collect(name, RUNS / name)
+        if status:
+            return status
+    return 0
+
+
+def run(name: str, more: Sequence[str]) -> int:
+    """Run a comparison, and hold its results against the published ones."""
+    print(f"stiefel {shlex.join([*command(name), *more])}\n", flush=True)
+    status = cli.main([*command(name), *more])
+    published = HERE / "results" / name
+    if "--dry-run" not in more and status in (0, 1) and published.is_dir():
+        print(beside(Report.read(RUNS / name).table(), tables.Result(published).summary))
+    return status
+
+
+def beside(here: pd.DataFrame, published: pd.DataFrame) -> str:
+    """The scores of two runs of a comparison, and where their intervals are apart."""
+    score = next(str(column) for column in published if str(column).startswith("test_"))
+    both = here.merge(published, on=["setting", "method"], suffixes=("_here", "_published"))
+    lines = [f"{len(both)} scores beside the published ones, here → published; ≠ where the 95 % intervals are apart:"]
+    for _, row in both.iterrows():
+        cells = [
+            str(Interval(*(row[f"{part}_{where}"] for part in (score, "low", "high", "n"))))
+            for where in ("here", "published")
+        ]
+        apart = row["low_here"] > row["high_published"] or row["high_here"] < row["low_published"]
+        lines.append(f"{'≠' if apart else ' '} {row['setting']}, {row['method']}: {cells[0]} → {cells[1]}")
+    return "\n".join(lines)
+
+
+def collect(name: str, runs: Path) -> int:
+    """Tables, report and figures of a folder of records into ``results/NAME``."""
+    report, folder = Report.read(runs), HERE / "results" / name
+    folder.mkdir(parents=True, exist_ok=True)
+    cli.main(["report", str(runs), "--html", str(folder / "report.html")])
+    for file in (*folder.glob("*.csv"), *folder.glob("*.parquet")):
+        file.unlink()
+    frames = {"summary": report.table(), "runs": report.runs(), "epochs": report.epochs()}
+    frames |= {"layers": report.layers(), "dependence": report.dependence()}
+    for what, rows in frames.items():
+        if len(rows):
+            compact(flat(rows)).to_csv(folder / (f"{what}.csv" if what == "summary" else f"{what}.csv.gz"), index=False)
+    size = sum(file.stat().st_size for file in folder.iterdir())
+    print(f"{folder}: {size / 1e6:.2f} MB")
+    return 0
+
+
+def compact(rows: pd.DataFrame) -> pd.DataFrame:
+    """Without empty columns, and with six digits."""
+    rows = rows.dropna(axis="columns", how="all")
+    return rows.map(lambda value: float(f"{value:.6g}") if isinstance(value, float) else value)
+
+
+def readme() -> str:
+    """README.md as it is to be."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(HERE),
+        autoescape=False,  # Markdown
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    results = {name: tables.Result(HERE / "results" / name) for name in ARGUMENTS}
+    shown = {name: "stiefel " + shlex.join(command(name)) for name in ARGUMENTS}
+    return environment.get_template("README.md.j2").render(
+        **{name.replace("-", "_"): result for name, result in results.items()},
+        commands=shown,
+        percent=tables.percent,
+        small=tables.small,
+        holds=holds,
+        EI_QR=EI_QR,
+        CI_QR=CI_QR,
+        CAYT=CAYT,
+    )
+
+
+def holds(claim: bool) -> str:
+    """Nothing, where what the text says next is so: a sentence must not outlive its numbers.
+
+    Raises:
+        AssertionError: the records say otherwise.
+    """
+    assert claim, "README.md.j2 says what the records do not"
+    return ""
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,183 @@
+"""What the published comparisons found, as tables and numbers for README.md. Imports pandas and ``stiefel.compare``."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import pandas as pd
+
+from stiefel.compare import words
+from stiefel.compare.rows import powers
+from stiefel.compare.scores import Interval
+from stiefel.methods import control
+
+
+@dataclass(frozen=True)
+class Result:
+    """A published comparison: the files that ``published.py collect`` wrote."""
+
+    folder: Path
+
+    @cached_property
+    def summary(self) -> pd.DataFrame:
+        """A row per setting and method."""
+        return pd.read_csv(self.folder / "summary.csv")
+
+    @cached_property
+    def runs(self) -> pd.DataFrame:
+        """A row per run."""
+        return pd.read_csv(self.folder / "runs.csv.gz", low_memory=False)
+
+    @property
+    def name(self) -> str:
+        """Of the comparison."""
+        return self.folder.name
+
+    @cached_property
+    def metric(self) -> str:
+        """The column of the score."""
+        return next(str(column) for column in self.summary if str(column).startswith("test_"))
+
+    @cached_property
+    def settings(self) -> list[str]:
+        """In the order of the report."""
+        return list(dict.fromkeys(self.summary.setting))
+
+    @cached_property
+    def faulty(self) -> set[str]:
+        """Methods that are kept with their known faults."""
+        return set(self.summary.method[self.summary.faults.notna()]) if "faults" in self.summary else set()
+
+    @cached_property
+    def methods(self) -> list[str]:
+        """The best in the mean first, by rank in each setting; those with known faults last."""
+        ranks = self.summary.assign(rank=self.summary["rank"].fillna(99)).groupby("method")["rank"].mean()
+        return sorted(ranks.index, key=lambda method: (method in self.faulty, ranks[method], method))
+
+    @property
+    def right(self) -> list[str]:
+        """Methods without known faults."""
+        return [method for method in self.methods if method not in self.faulty]
+
+    @property
+    def constrained(self) -> list[str]:
+        """Of these, the ones that are not the control."""
+        return [method for method in self.right if method != control()]
+
+    def row(self, method: str, setting: str) -> pd.Series:
+        """What is known of a method in a setting."""
+        found = self.summary[(self.summary.method == method) & (self.summary.setting == setting)]
+        assert len(found) == 1, f"{self.name} has {len(found)} rows of {method!r} in {setting!r}"
+        return found.iloc[0]
+
+    def interval(self, method: str, setting: str) -> Interval:
+        """Its score over fresh seeds."""
+        row = self.row(method, setting)
+        return Interval(row[self.metric], row["low"], row["high"], int(row["n"]))
+
+    def score(self, method: str, setting: str) -> float:
+        """The value alone."""
+        return float(self.row(method, setting)[self.metric])
+
+    def best(self, setting: str, among: Sequence[str] | None = None) -> str:
+        """The method with the best score in a setting, of those given; by default of those without known faults."""
+        return min(among or self.right, key=lambda method: self._place(method, setting))
+
+    def worst(self, setting: str, among: Sequence[str] | None = None) -> str:
+        """The one with the worst."""
+        return max(among or self.right, key=lambda method: self._place(method, setting))
+
+    def above(self, first: str, second: str, setting: str) -> bool:
+        """Whether one score's interval lies on the better side of the other's."""
+        a, b = (self.row(method, setting) for method in (first, second))
+        return bool(a["low"] > b["high"] if self._higher else a["high"] < b["low"])
+
+    def ratio(self, method: str) -> float:
+        """Its step in steps of the control, geometric mean over the points of the grid."""
+        values = self.summary[self.summary.method == method].step_ratio.dropna()
+        return math.exp(values.map(math.log).mean()) if len(values) else math.nan
+
+    def error(self, method: str) -> float:
+        """The worst orthogonality error of any reported run."""
+        return float(self.summary[self.summary.method == method].error_worst.max())
+
+    def where(self, part: str) -> list[str]:
+        """The settings with this in their title."""
+        return [setting for setting in self.settings if part in setting]
+
+    def protocol(self) -> str:
+        """What ran, on what."""
+        quality, cost = (self.runs[self.runs.kind == kind] for kind in ("quality", "cost"))
+        tuning, final = (quality[quality.phase == phase] for phase in ("tuning", "final"))
+        rates, first = sorted(tuning.lr.unique()), self.runs.iloc[0]
+        each = tuning.groupby(["label", "scale", *_factors(quality)]).size()
+        trials = f"{each.min()}" if each.min() == each.max() else f"{each.min()} to {each.max()}"
+        hours = self.runs.wall_seconds.sum() / 3600
+        return (
+            f"{len(tuning)} tuning runs, {len(final)} reported ones on fresh seeds and {len(cost)} cost runs, "
+            f"{hours:.1f} processor hours; {len(self.methods)} methods in {len(self.settings)} settings, "
+            f"{trials} tuning runs each over rates from {rates[0]:g} to {rates[-1]:g}, "
+            f"{int(self.summary.n.max())} fresh seeds; {first.cores:.0f} cores ({first.cpu}), torch {first.torch}, "
+            f"float32, code {', '.join(sorted(set(self.runs.commit)))}."
+        )
+
+    def scores(self, settings: Sequence[str], *, faulty: bool = False) -> str:
+        """A table: methods, their score in each setting with its interval and the chosen rate, worst error, cost."""
+        methods = [m for m in self.methods if (m in self.faulty) == faulty]
+        top = {setting: self.best(setting) for setting in settings}
+        lines = [
+            [
+                f"`{m}`",
+                *(self._cell(m, s, bold=top[s] == m) for s in settings),
+                words.error(self.error(m)),
+                self._step(m),
+            ]
+            for m in methods
+        ]
+        return markdown(["method", *settings, "worst error", "step"], lines)
+
+    def _step(self, method: str) -> str:
+        return words.NONE if math.isnan(self.ratio(method)) else f"{self.ratio(method):.2f}×"
+
+    def _cell(self, method: str, setting: str, bold: bool) -> str:
+        row = self.row(method, setting)
+        if row.state != "scored":
+            return str(row.state)
+        text = str(self.interval(method, setting))
+        failed = "" if row.failed == 0 else f", {row.failed:.0f}/{row.runs:.0f} short"
+        edge = "*" if row.lr_on_edge else ""
+        return f"{f'**{text}**' if bold else text} at {row.lr:g}{edge}{failed}"
+
+    def _place(self, method: str, setting: str) -> float:
+        score = self.score(method, setting)
+        return math.inf if math.isnan(score) else -score if self._higher else score
+
+    @property
+    def _higher(self) -> bool:
+        return bool(self.runs.higher_is_better.dropna().iloc[0])
+
+
+def markdown(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """A table."""
+    rows = [heads, ["---"] * len(heads), *lines]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def percent(value: float) -> str:
+    """A fraction in per cent."""
+    return f"{100 * value:.1f} %"
+
+
+def small(value: float) -> str:
+    """An error or a gap, in powers."""
+    return powers(value)
+
+
+def _factors(runs: pd.DataFrame) -> list[str]:
+    known = {"kind", "phase", "problem", "digest", "method", "lr", "seed", "device", "dtype", "scale", "label", "hash"}
+    before = list(runs.columns)[: list(runs.columns).index("scale")]
+    return [name for name in before if name not in known and not name.startswith("knob_") and runs[name].nunique() > 1]

@@ -18,9 +18,12 @@ from pathlib import Path
 import jinja2
 import pandas as pd
 import tables
+from matplotlib import pyplot
 
 from stiefel.compare import cli
-from stiefel.compare.report import Report, flat
+from stiefel.compare.records import Record
+from stiefel.compare.report import Report, file_name, flat
+from stiefel.compare.rows import Row
 from stiefel.compare.scores import Interval
 
 HERE = Path(__file__).parent
@@ -115,9 +118,52 @@ def collect(name: str, runs: Path) -> int:
     for what, rows in frames.items():
         if len(rows):
             compact(flat(rows)).to_csv(folder / (f"{what}.csv" if what == "summary" else f"{what}.csv.gz"), index=False)
+    draw(report, name, folder)
     size = sum(file.stat().st_size for file in folder.iterdir())
     print(f"{folder}: {size / 1e6:.2f} MB")
     return 0
+
+
+SHOWN = {
+    "omdsm": (
+        "sensitivity",
+        "depth 8, scale 1",
+        "depth 8, scale √2",
+        "depth 8, scale √2 why",
+        "depth 8, scale √2 dependence",
+    ),
+    "mlp": ("sensitivity",),
+    "mlp-adam": ("sensitivity",),
+    "cnn": ("sensitivity",),
+    "rnn": ("sensitivity", "task copying, scale 1", "task digits, scale 1"),
+    "closed_form": ("task procrustes, scale 1", "task pca, scale 1"),
+    "gan": ("sensitivity",),
+}
+"""The figures that README.md shows: the ends of their names."""
+
+
+def draw(report: Report, name: str, folder: Path) -> None:
+    """The figures that are shown, and a sheet of samples where the runs have kept some."""
+    for file in folder.glob("*.png"):
+        file.unlink()
+    figures = report.figures()
+    for end in SHOWN[name]:
+        (title,) = [title for title in figures if title.endswith(f"-{end}")]
+        figures[title].savefig(folder / f"{file_name(end)}.png", dpi=80, facecolor="white")
+    rows = [row for setting in report.problems[0].settings for row in setting.rows if row.final]
+    kept = {row.label: _median(row).path / "samples.png" for row in rows}
+    if all(path.is_file() for path in kept.values()):
+        sheet, axes = pyplot.subplots(1, len(kept), figsize=(2.6 * len(kept), 2.9), layout="constrained")
+        for ax, (label, path) in zip(axes, kept.items(), strict=True):
+            ax.imshow(pyplot.imread(path), interpolation="nearest")
+            ax.set_title(label, fontsize=9)
+            ax.axis("off")
+        sheet.savefig(folder / "samples.png", dpi=100, facecolor="white")
+
+
+def _median(row: Row) -> Record:
+    """The reported run with the median score."""
+    return sorted(row.final, key=lambda record: row.scores[record.spec.seed])[len(row.final) // 2]
 
 
 def compact(rows: pd.DataFrame) -> pd.DataFrame:

@@ -328,7 +328,11 @@ def write_png(report: Report, folder: Path) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     written = []
     for title, figure in report.figures().items():
-        name = "-".join(re.findall(r"[\w.]+", title.replace("√2", "relu")))
-        written.append(folder / f"{name}.png")
+        written.append(folder / f"{file_name(title)}.png")
         figure.savefig(written[-1], dpi=110, facecolor="white")
     return written
+
+
+def file_name(title: str) -> str:
+    """A figure's title as the name of a file."""
+    return "-".join(re.findall(r"[\w.]+", title.replace("√2", "relu")))

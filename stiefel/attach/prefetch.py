@@ -50,7 +50,7 @@ class _Member:
 
 
 def _before_forward(root: nn.Module, args: Any) -> None:
-    if is_traced() or not torch.is_grad_enabled() or saved_elsewhere():
+    if not torch.is_grad_enabled() or is_traced() or saved_elsewhere():
         return
     forget(root)
     deposits = []

@@ -107,9 +107,11 @@ def _refuse_plain_step(optimizer: torch.optim.Optimizer, members: list[tuple[Ten
     geoopt = sys.modules.get("geoopt")
     riemannian = geoopt is not None and isinstance(optimizer, geoopt.optim.mixin.OptimMixin)
     for p, watched in members:
+        if lifted and isinstance(p, SteppedParameter):
+            continue
         manifold = getattr(p, "manifold", None)
         on_manifold = geoopt is not None and isinstance(p, geoopt.ManifoldTensor) and hasattr(manifold, "label")
-        if (isinstance(p, SteppedParameter) and not lifted) or (on_manifold and not riemannian):
+        if isinstance(p, SteppedParameter) or (on_manifold and not riemannian):
             label = p.ownership.label if isinstance(p, SteppedParameter) else manifold.label  # type: ignore[union-attr]
             name = type(optimizer).__name__
             raise OptimizerError(

@@ -13,14 +13,17 @@ import argparse
 import shlex
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import jinja2
 import pandas as pd
 import tables
 from matplotlib import pyplot
+from stability import stability
 
 from stiefel.compare import cli
+from stiefel.compare.page import write_html
 from stiefel.compare.records import Record
 from stiefel.compare.report import Report, file_name, flat
 from stiefel.compare.rows import Row
@@ -30,6 +33,8 @@ HERE = Path(__file__).parent
 RUNS = Path("runs/published")
 EI_QR = "riemannian:metric=euclidean,retraction=qr"
 CI_QR = "riemannian:metric=canonical,retraction=qr"
+FACTOR = 2.0
+"""Of the best final metric, within which a learning rate counts as good."""
 CAYT = "riemannian:metric=canonical,retraction=cayley"
 
 ARGUMENTS = {
@@ -110,14 +115,15 @@ def collect(name: str, runs: Path) -> int:
     """Tables, report and figures of a folder of records into ``results/NAME``."""
     report, folder = Report.read(runs), HERE / "results" / name
     folder.mkdir(parents=True, exist_ok=True)
-    cli.main(["report", str(runs), "--html", str(folder / "report.html")])
-    for file in (*folder.glob("*.csv"), *folder.glob("*.parquet")):
-        file.unlink()
+    write_html(report, folder / "report.html")
     frames = {"summary": report.table(), "runs": report.runs(), "epochs": report.epochs()}
     frames |= {"layers": report.layers(), "dependence": report.dependence()}
+    if not report.problems[0].higher_is_better:
+        frames["stability"] = pd.DataFrame(map(asdict, stability(report.problems[0].records, FACTOR)))
     for what, rows in frames.items():
         if len(rows):
-            compact(flat(rows)).to_csv(folder / (f"{what}.csv" if what == "summary" else f"{what}.csv.gz"), index=False)
+            suffix = "csv" if what in ("summary", "stability") else "csv.gz"
+            compact(flat(rows)).to_csv(folder / f"{what}.{suffix}", index=False)
     draw(report, name, folder)
     size = sum(file.stat().st_size for file in folder.iterdir())
     print(f"{folder}: {size / 1e6:.2f} MB")

@@ -109,6 +109,16 @@ class Result:
         """The settings with this in their title."""
         return [setting for setting in self.settings if part in setting]
 
+    def stability(self) -> str:
+        """A table: how many of the rates tried ended near the best, of metrics that are better when smaller."""
+        found = pd.read_csv(self.folder / "stability.csv").sort_values(["setting", "all", "own"], ascending=False)
+        lines = [
+            [row["setting"], f"`{row['method']}`", *(f"{row[part]} of {row['rates']}" for part in ("own", "all"))]
+            for row in found.to_dict("records")
+        ]
+        heads = ["setting", "method", "rates within twice its own best", "within twice the best of all"]
+        return markdown(heads, lines)
+
     def protocol(self) -> str:
         """What ran, on what."""
         quality, cost = (self.runs[self.runs.kind == kind] for kind in ("quality", "cost"))

@@ -109,6 +109,23 @@ class Result:
         """The settings with this in their title."""
         return [setting for setting in self.settings if part in setting]
 
+    def rates(self, **where: object) -> str:
+        """A table: best validation metric of the tuning runs at default knobs, by learning rate, in one setting."""
+        values = self.by_rate(**where)
+        lines = [[f"`{m}`" + (" †" if m in self.faulty else ""), *map(_score, values.loc[m])] for m in self.methods]
+        return markdown(["method", *(f"{rate:g}" for rate in values.columns)], lines)
+
+    def by_rate(self, **where: object) -> pd.DataFrame:
+        """The same as numbers: a row per method, a column per rate; NaN where the run failed."""
+        runs = self.runs[(self.runs.kind == "quality") & (self.runs.phase == "tuning")]
+        for name, value in where.items():
+            runs = runs[runs[name].astype(str) == str(value)]
+        knobs = [name for name in runs if str(name).startswith("knob_")]
+        plain = runs[runs[knobs].isna().all(axis="columns")]
+        grid = plain.groupby("lr").label.nunique()  # rates in between are one method's
+        plain = plain[plain.lr.isin(grid[grid > 1].index)]
+        return plain.pivot_table(index="label", columns="lr", values="best_validation", aggfunc="mean", dropna=False)
+
     def stability(self) -> str:
         """A table: how many of the rates tried ended near the best, of metrics that are better when smaller."""
         found = pd.read_csv(self.folder / "stability.csv").sort_values(["setting", "all", "own"], ascending=False)
@@ -175,6 +192,10 @@ def markdown(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     """A table."""
     rows = [heads, ["---"] * len(heads), *lines]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def _score(value: float) -> str:
+    return words.NONE if math.isnan(value) else words.score(value)
 
 
 def percent(value: float) -> str:

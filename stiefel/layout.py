@@ -118,7 +118,7 @@ class Layout:
         if self.transposed:
             k = prod(self.shape[2:])
             split = rows.reshape(self.blocks, self.out, self.shape[0] // self.blocks, k)
-            return split.transpose(1, 2).reshape(self.shape)
+            return split.transpose(1, 2).reshape(self.shape).contiguous()
         return rows.reshape(self.shape)
 
     def points(self, weight: Tensor) -> Float[Tensor, "b p n"]:

@@ -1266,3 +1266,22 @@ def test_a_reparameterized_model_in_bfloat16_says_what_to_do() -> None:
     model = stiefel.constrain(nn.Linear(4, 3), "own").to(torch.bfloat16)
     with pytest.raises(stiefel.WeightError, match="release"):
         model(torch.zeros(1, 4, dtype=torch.bfloat16))
+
+
+# --- memory formats ---
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("options", [{}, {"group_size": 2}], ids=["plain", "grouped"])
+def test_equal_convolutions_in_channels_last(method: str, options: dict[str, Any]) -> None:
+    def trained(memory_format: torch.memory_format) -> nn.Module:
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Conv2d(4, 4, 3, padding=1), nn.Tanh(), nn.Conv2d(4, 4, 3, padding=1)).double()
+        stiefel.constrain(model, method, **options)
+        model = model.to(memory_format=memory_format)
+        train(model, stiefel.optimizer(model, torch.optim.SGD, lr=0.01), batch(2, 4, 5, 5, dtype=torch.float64))
+        return model
+
+    usual, last = trained(torch.contiguous_format), trained(torch.channels_last)
+    for before, after in zip((usual[0].weight, usual[2].weight), (last[0].weight, last[2].weight), strict=True):
+        torch.testing.assert_close(before, after)

@@ -262,6 +262,27 @@ def test_random_square_points_have_both_determinants():
     assert 0.4 < (determinants > 0).double().mean() < 0.6
 
 
+@pytest.mark.parametrize(("p", "n"), [(16, 64), (64, 200), (64, 64)])
+@pytest.mark.parametrize("size", [1e-3, 1e-2])
+def test_many_short_cayley_steps_keep_their_digits(p: int, n: int, size: float) -> None:
+    k = torch.randn(n, n, dtype=torch.float64) / n**0.5
+    x = torch.linalg.qr(torch.randn(1, n, p, dtype=torch.float64))[0].mT
+    exact, rounded = x, x.float()
+    for _ in range(200):
+        exact = retract_cayley(exact, size * project_tangent(exact, exact @ k))
+        rounded = retract_cayley(rounded, size * project_tangent(rounded, rounded @ k.float()))
+    assert (rounded.double() - exact).norm() < 2e-5
+
+
+@pytest.mark.parametrize("n", [64, 256])
+def test_tiny_cayley_steps_of_square_matrices_are_taken(n: int) -> None:
+    x = torch.linalg.qr(torch.randn(1, n, n))[0]
+    u = project_tangent(x, torch.randn(1, n, n))
+    u = u * (1e-7 * x.norm() / u.norm())
+    moved = cayley_along(x, u) - x
+    assert ((moved * u).sum() / u.square().sum() - 1).abs() < 0.05
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
 @pytest.mark.parametrize(("p", "n"), [(1, 5), (3, 8), (16, 40), (16, 24), (6, 6)])
 @pytest.mark.parametrize("size", [0.0, 1e-8, 0.1, 3.9, 4.1, 100.0])

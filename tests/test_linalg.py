@@ -4,10 +4,12 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import gradcheck, gradgradcheck
 
 from stiefel.linalg import (
     balance,
+    cayley_along,
     cayley_step,
     frobenius,
     full_precision,
@@ -404,3 +406,11 @@ def test_the_frobenius_norm_neither_overflows_nor_vanishes(dtype, size):
     assert torch.allclose(found[:, 0, 0].double() / size, expected, rtol=1e-5)
     assert torch.equal(frobenius(torch.zeros(1, 2, 3, dtype=dtype)), torch.zeros(1, 1, 1, dtype=dtype.to_real()))
     assert torch.equal(balance(torch.zeros(1, 2, 3, dtype=dtype)), torch.ones(1, 1, 1, dtype=dtype.to_real()))
+
+
+def test_shapes_alone_can_be_had():
+    with FakeTensorMode():
+        assert frobenius(torch.randn(2, 3, 5)).shape == (2, 1, 1)
+        assert cayley_along(torch.randn(2, 3, 9), torch.randn(2, 3, 9)).shape == (2, 3, 9)
+    assert frobenius(torch.randn(2, 3, 5, device="meta")).shape == (2, 1, 1)
+    assert cayley_along(*torch.randn(2, 2, 3, 5, device="meta")).shape == (2, 3, 5)

@@ -14,7 +14,7 @@ from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
 import stiefel
-from stiefel.attach import deposits
+from stiefel.attach import deposits, prefetch
 from stiefel.attach.prefetch import stop_prefetch
 from stiefel.constraint import Reparameterization
 from stiefel.methods import method_class
@@ -475,13 +475,16 @@ def test_an_interrupted_pass_does_not_freeze_the_layer() -> None:
         deposits._passes.stack.clear()
 
 
-@pytest.mark.parametrize("method", ["own", "weight_norm", "cayley"])
+@pytest.mark.parametrize("method", ["own", "weight_norm", "cayley", "pogo", "riemannian", "soft"])
 @pytest.mark.parametrize("scale", [1.0, "learnable"])
-def test_replicas_of_data_parallel(method: str, scale: Any) -> None:
+def test_replicas_of_data_parallel(method: str, scale: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """What nn.DataParallel makes of a module: shallow copies whose parameters are plain attributes."""
     if method == "weight_norm" and scale == "learnable":
         pytest.skip("weight_norm has a gain of its own")
-    model = stiefel.constrain(nn.Linear(6, 4), method, scale=scale)
+    if scale == "learnable" and stiefel.get(method).place != "forward":
+        pytest.skip("step methods and penalties have no gain")
+    layers = nn.Sequential(nn.Linear(6, 4, bias=False), nn.Linear(4, 6), nn.Linear(6, 4, bias=False))
+    model = stiefel.constrain(layers, method, scale=scale, exclude=["1"])
 
     def replica(module: nn.Module) -> nn.Module:
         twin = module._replicate_for_data_parallel()
@@ -492,6 +495,11 @@ def test_replicas_of_data_parallel(method: str, scale: Any) -> None:
         return twin
 
     x = torch.randn(3, 6, generator=torch.Generator().manual_seed(0))
+    together = []
+    bucket = prefetch.Bucket
+    monkeypatch.setattr(prefetch, "Bucket", lambda members: together.append(len(members)) or bucket(members))
     torch.testing.assert_close(replica(model)(x), model(x))
+    if stiefel.get(method).place == "forward":
+        assert together == [2, 2]  # in the replica as in the model
     with torch.no_grad():
         torch.testing.assert_close(replica(model)(x), model(x))

@@ -7,7 +7,9 @@ import torch
 from torch import Tensor, nn
 
 import stiefel
+from stiefel.geometry import retract_cayley
 from stiefel.linalg import cayley_step, gram_residual, one_by_one, polar
+from stiefel.linalg.lu import TOGETHER, inverse_of, solve, solve_from_the_right
 
 SHAPES = [(2, 160, 160), (2, 80, 400)]  # the second has 2p×2p systems
 
@@ -27,6 +29,45 @@ def test_one_by_one_is_the_function_of_each(function: object, threads: int) -> N
     found = one_by_one(function, a)  # type: ignore[arg-type]
     expected = torch.stack([torch.stack([function(m) for m in row]) for row in a])  # type: ignore[operator]
     torch.testing.assert_close(found, expected)
+
+
+def test_what_fails_together_is_never_tried_together() -> None:
+    assert TOGETHER < 150  # where MKL's factorization starts threads of its own, and a batch may hang
+
+
+@pytest.mark.parametrize(("a", "b"), [((3, 1), (1, 2)), ((2,), ()), ((), (2,)), ((1,), (3,)), ((), ())])
+@pytest.mark.parametrize("n", [4, 160])
+def test_solves_broadcast(a: tuple[int, ...], b: tuple[int, ...], n: int, threads: int) -> None:
+    matrix, right = torch.randn(*a, n, n, dtype=torch.float64), torch.randn(*b, n, 2, dtype=torch.float64)
+    found = solve(matrix, right)
+    assert found.shape == (*torch.broadcast_shapes(a, b), n, 2)
+    torch.testing.assert_close(matrix @ found, right.expand_as(found), atol=1e-7, rtol=1e-7)
+    left = solve_from_the_right(right.mT, matrix)
+    torch.testing.assert_close(left @ matrix, right.mT.expand_as(left), atol=1e-7, rtol=1e-7)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])
+def test_derivatives_of_solves(dtype: torch.dtype, threads: int) -> None:
+    a = (torch.randn(2, 3, 3, dtype=dtype) + 3 * torch.eye(3)).requires_grad_()
+    b = torch.randn(2, 3, 2, dtype=dtype, requires_grad=True)
+    for function in (solve, lambda a, b: solve_from_the_right(b.mT, a), lambda a, b: inverse_of(a) @ b):
+        assert torch.autograd.gradcheck(function, (a, b), check_forward_ad=True, check_batched_grad=True)
+        assert torch.autograd.gradgradcheck(function, (a, b))
+
+
+def test_solves_under_transforms(threads: int) -> None:
+    a, b = torch.randn(2, 160, 160, dtype=torch.float64), torch.randn(160, 3, dtype=torch.float64)
+    torch.testing.assert_close(
+        torch.func.vmap(solve, (0, None))(a, b), torch.stack([torch.linalg.solve(m, b) for m in a])
+    )
+    x = torch.linalg.qr(torch.randn(4, 160, 160, dtype=torch.float64))[0]
+    u = 0.1 * (x - x @ x.mT @ x.mT @ x)
+    u = u - (x @ u.mT) @ x
+    torch.testing.assert_close(torch.func.vmap(retract_cayley)(x, u), retract_cayley(x, u))
+    slopes = torch.func.jacrev(lambda t: retract_cayley(x[0], t * u[0]).sum())(torch.ones(3, dtype=torch.float64)[0])
+    t = torch.ones((), dtype=torch.float64, requires_grad=True)
+    (expected,) = torch.autograd.grad(retract_cayley(x[0], t * u[0]).sum(), t)
+    torch.testing.assert_close(slopes, expected)
 
 
 @pytest.mark.parametrize("shape", SHAPES)

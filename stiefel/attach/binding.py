@@ -238,7 +238,7 @@ class ConstrainedWeight:
         """What the optimizer trains: the weight itself, or its proxy."""
         if parametrize.is_parametrized(self.owner, self.tensor):
             return self.owner.parametrizations[self.tensor].original  # type: ignore[index, union-attr]
-        return self.owner._parameters[self.tensor]  # type: ignore[return-value]
+        return getattr(self.owner, self.tensor)
 
     @property
     def gains(self) -> Tensor | None:
@@ -292,7 +292,8 @@ def first_parametrization(
     listed = None if group is None else group._modules.get(tensor)
     if listed is None or (only and len(listed._modules) > 1):
         return None, None
-    return listed._modules.get("0"), listed._parameters.get("original")
+    # A replica of a module (DataParallel) has plain attributes instead of parameters.
+    return listed._modules.get("0"), listed._parameters.get("original", listed.__dict__.get("original"))
 
 
 def add_quick_access(owner: nn.Module, tensor: str) -> None:

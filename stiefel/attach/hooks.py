@@ -86,7 +86,8 @@ def _take_over_again(owner: nn.Module, args: Any) -> None:
         return
     for tensor, binding in bindings_of(owner).items():
         found = ConstrainedWeight(binding.label, owner, tensor, binding)
-        if not is_watched(found.parameter):
+        parameter = found.parameter
+        if isinstance(parameter, nn.Parameter) and not is_watched(parameter):  # a replica's (DataParallel) are none
             take_over(found)
 
 

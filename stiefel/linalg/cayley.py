@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from stiefel.linalg.lu import inverse_of, solve
+from stiefel.linalg.lu import inverse_of, solve, solve_from_the_right
 from stiefel.linalg.precision import in_double
-from stiefel.linalg.products import add_product, balance, frobenius, skew
-from stiefel.linalg.tracing import is_traced
+from stiefel.linalg.products import add_product, balance, frobenius, skew, sym
+from stiefel.linalg.tracing import readable
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -47,14 +47,14 @@ def cayley_step(x: Float[Tensor, "*batch p n"], b: Float[Tensor, "*batch p n"]) 
         a = 2 * skew(x.mH @ b)
         eye = torch.eye(n, dtype=x.dtype, device=x.device)
         # X + XA (I − ½A)⁻¹; the right-hand solve is a solve with the transpose.
-        return x + solve(eye - 0.5 * a, x @ a, left=False)
+        return x + solve_from_the_right(x @ a, eye - 0.5 * a)
     c = balance(b)
     b = b / c
     # For a direction of low rank ZU is singular, and float32 would lose eps · c².
-    short = not (c.is_cuda or is_traced()) and float(c.detach().max() if c.numel() else 0) <= 1
+    short = readable(c) and float(c.detach().max() if c.numel() else 0) <= 1
     xu, zu = low_rank_blocks(x, b) if short else low_rank_blocks(in_double(x), in_double(b))
     eye = torch.eye(2 * p, dtype=xu.dtype, device=x.device)
-    w = (c * solve(eye - (0.5 * c) * zu, xu, left=False)).to(x.dtype)
+    w = (c * solve_from_the_right(xu, eye - (0.5 * c) * zu)).to(x.dtype)
     return x + w[..., :p] @ b - w[..., p:] @ x
 
 
@@ -64,7 +64,9 @@ def cayley_along(x: Float[Tensor, "*batch p n"], u: Float[Tensor, "*batch p n"])
     Square matrices, and short steps of others, need p×p systems only. With S = UXᴴ (skew-Hermitian) and V = U − SX, the
     part of U that is orthogonal to X's rows, ``XA = SX + V`` and ``VA = −VVᴴX``, so that X⁺(I − ½A) = X(I + ½A) gives
 
-        X⁺ = −X + N⁻¹(2X + V),   N = I − ½S + ¼VVᴴ
+        X⁺ = −X + N⁻¹(2X + V) = X + N⁻¹(U − ½VVᴴX),   N = I − ½S + ¼VVᴴ
+
+    of which the second form keeps the step apart: X's own digits are not rounded again.
 
     Args:
         x: the point, orthonormal rows.
@@ -74,11 +76,13 @@ def cayley_along(x: Float[Tensor, "*batch p n"], u: Float[Tensor, "*batch p n"])
     s = u @ x.mH
     eye = torch.eye(p, dtype=x.dtype, device=x.device)
     if p == n:  # V = 0
-        return 2 * solve(eye - 0.5 * skew(s), x) - x
-    if x.is_cuda or is_traced() or not u.numel() or float(frobenius(u.detach()).max()) > SHORT:
+        turn = skew(s)
+        return x + solve(eye - 0.5 * turn, turn @ x)
+    off_set = torch.is_grad_enabled() and x.requires_grad  # where the two are different functions
+    if off_set or not u.numel() or not readable(u) or float(frobenius(u.detach()).max()) > SHORT:
         return cayley_step(x, u - 0.5 * s @ x)
-    inverse = inverse_of(eye + 0.25 * (u @ u.mH - s @ s.mH) - 0.5 * skew(s))
-    return add_product(inverse @ u, inverse @ (2 * eye - s) - eye, x)
+    half = 0.5 * (u @ u.mH - s @ s.mH)
+    return add_product(x, inverse_of(eye + 0.5 * half - 0.5 * skew(s)), add_product(u, half + sym(s), x, alpha=-1))
 
 
 def low_rank_blocks(x: Float[Tensor, "*batch p n"], b: Float[Tensor, "*batch p n"]) -> tuple[Tensor, Tensor]:

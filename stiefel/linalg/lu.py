@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
-TOGETHER = 150
-"""Largest matrices that torch factorizes rightly in batches, on a CPU with several threads."""
+TOGETHER = 128
+"""Largest matrices of a batch that go to torch together on a CPU: with the MKL that was tried it fails from 150 on."""
 
 
 def one_by_one(function: Callable[..., Tensor], *batches: Tensor) -> Tensor:
     """A function of matrices that factorizes its first argument by LU, applied to ``(*batch, m, k)``.
 
-    On a CPU torch factorizes a batch in several threads, in which MKL's row swaps of larger matrices fail: the factors
-    are wrong, or an error says so (pytorch issue 142815, torch 2.5 to 2.13). Those are taken one after the other, each
-    by all threads.
+    On a CPU torch factorizes a batch in several threads, in which MKL starts threads of its own for larger matrices:
+    factors are wrong, an error says so, or nothing ever returns (pytorch issue 142815, torch 2.5 to 2.13). Those are
+    taken one after the other, each by all threads.
+
+    Args:
+        function: of one matrix of each of ``batches``, or of all.
+        batches: with equal batch dimensions.
     """
     first = batches[0]
     outer = first.shape[:-2]
@@ -27,11 +32,48 @@ def one_by_one(function: Callable[..., Tensor], *batches: Tensor) -> Tensor:
     return results.reshape(*outer, *results.shape[1:])
 
 
-def solve(a: Tensor, b: Tensor, *, left: bool = True) -> Tensor:
-    """``A⁻¹ B``, or ``B A⁻¹``, for an A that is not singular: a GPU's host does not wait to be told that one is."""
-    return one_by_one(lambda a, b: torch.linalg.solve_ex(a, b, left=left)[0], a, b)
+def solve(a: Tensor, b: Tensor) -> Tensor:
+    """``A⁻¹ B`` for an A that is not singular: a GPU's host does not wait to be told that one is."""
+    outer = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
+    return _Solve.apply(a.expand(*outer, *a.shape[-2:]), b.expand(*outer, *b.shape[-2:]))
+
+
+def solve_from_the_right(b: Tensor, a: Tensor) -> Tensor:
+    """``B A⁻¹`` likewise."""
+    return solve(a.mH, b.mH).mH
 
 
 def inverse_of(a: Tensor) -> Tensor:
     """``A⁻¹`` likewise."""
-    return one_by_one(lambda a: torch.linalg.inv_ex(a)[0], a)
+    return solve(a, torch.eye(a.shape[-1], dtype=a.dtype, device=a.device))
+
+
+class _Solve(torch.autograd.Function):
+    """torch's, but with :func:`one_by_one` also where torch.func adds a batch dimension, and in the derivatives."""
+
+    @staticmethod
+    def forward(a: Tensor, b: Tensor) -> Tensor:
+        return one_by_one(lambda a, b: torch.linalg.solve_ex(a, b)[0], a, b)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[0], output)
+        ctx.save_for_forward(inputs[0], output)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
+        a, x = ctx.saved_tensors
+        b = solve(a.mH, gradients[0])
+        return -b @ x.mH, b
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor:
+        a, x = ctx.saved_tensors
+        da, db = tangents
+        right = torch.zeros_like(x) if db is None else db
+        return solve(a, right if da is None else right - da @ x)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple[int | None, int | None], a: Tensor, b: Tensor) -> tuple[Tensor, int]:
+        a, b = (t if d is None else t.movedim(d, 0) for t, d in zip((a, b), in_dims, strict=True))
+        return solve(a, b), 0

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from stiefel.linalg.precision import full_precision
-from stiefel.linalg.tracing import is_traced
+from stiefel.linalg.tracing import readable
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -35,8 +35,10 @@ def gram_residual(x: Float[Tensor, "*batch p n"]) -> Float[Tensor, "*batch p p"]
 def add_product(
     c: Float[Tensor, "*batch p n"], a: Float[Tensor, "*batch p q"], b: Float[Tensor, "*batch q n"], alpha: float = 1.0
 ) -> Float[Tensor, "*batch p n"]:
-    """``C + α A B``, in one pass over C where there is one batch dimension."""
-    return torch.baddbmm(c, a, b, alpha=alpha) if c.ndim == 3 else c + alpha * (a @ b)
+    """``C + α A B``, in one pass over C where all have the same batch dimension."""
+    if c.ndim == a.ndim == b.ndim == 3 and len(c) == len(a) == len(b):
+        return torch.baddbmm(c, a, b, alpha=alpha)
+    return c + alpha * (a @ b)
 
 
 def newton_schulz(x: Float[Tensor, "*batch p n"]) -> Float[Tensor, "*batch p n"]:
@@ -82,7 +84,7 @@ def inner(a: Float[Tensor, "b p n"], b: Float[Tensor, "b p n"]) -> Float[Tensor,
 
 def frobenius(b: Float[Tensor, "*batch p n"]) -> Float[Tensor, "*batch 1 1"]:
     """``‖B‖_F``, also where the squares of B's entries overflow or vanish."""
-    if b.numel() and b.device.type == "cpu" and not is_traced():
+    if b.numel() and readable(b):
         plain = torch.linalg.vector_norm(b, dim=(-2, -1), keepdim=True)
         smallest, largest = plain.detach().aminmax()
         if smallest > PLAIN[0] and largest < PLAIN[1]:  # one pass, and no tensor of B's size

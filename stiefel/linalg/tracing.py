@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 
 def is_traced() -> bool:
@@ -10,3 +11,8 @@ def is_traced() -> bool:
     if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
         return True
     return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def readable(tensor: Tensor) -> bool:
+    """Whether numbers of a tensor can be read, without waiting for a device."""
+    return tensor.device.type == "cpu" and not is_traced() and not hasattr(tensor, "fake_mode")

@@ -30,7 +30,7 @@ def stack(layouts: Sequence[Layout], tensors: Sequence[Tensor], *, scaled: bool,
         part = layouts[0].points(tensors[0]) if scaled else layouts[0].matrices(tensors[0])
         return part.clone(memory_format=torch.contiguous_format) if copy else part
     if _alike(layouts):
-        batch = torch.stack(list(tensors)).view(-1, *layouts[0].matrix_shape[1:])
+        batch = torch.stack(list(tensors)).reshape(-1, *layouts[0].matrix_shape[1:])
         return batch / layouts[0].scale if scaled and layouts[0].scale != 1 else batch
     return torch.cat([lay.points(t) if scaled else lay.matrices(t) for lay, t in zip(layouts, tensors, strict=True)])
 

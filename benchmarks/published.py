@@ -40,12 +40,11 @@ CAYT = "riemannian:metric=canonical,retraction=cayley"
 ARGUMENTS = {
     "omdsm": f"""omdsm.py --budget small --seeds 5 --methods unconstrained own own_pca soft {EI_QR} {CI_QR} {CAYT}
         projection:map=qr pogo landing ei_qr_as_released ci_qr_as_released cayt_as_released qr_as_released""",
-    "mlp": """mlp.py --budget small --batch-norm False True --seeds 5
+    "momentum": f"""momentum.py --budget small --depth 4 8 --seeds 5 --trials 7
+        --methods unconstrained own {EI_QR} {CI_QR}""",
+    "mlp": """mlp.py --budget small --batch-norm False True --seeds 5 --trials 7
         --methods unconstrained weight_norm own own:scale=learnable riemannian projection soft pogo""",
-    "mlp-adam": """mlp.py --budget small --optim adam --batch-norm False True --seeds 5
-        --lr 0.0001 0.0003 0.001 0.003 0.01 0.03 0.1 --trials 10
-        --methods unconstrained weight_norm own own:scale=learnable riemannian projection soft pogo""",
-    "cnn": """cnn.py --budget small --layers all first first2 first4 --seeds 5 --scale relu
+    "cnn": """cnn.py --budget small --layers all first first4 --seeds 5 --trials 7 --scale relu
         --methods unconstrained weight_norm own riemannian projection soft pogo""",
     "rnn": """rnn.py --budget small --seeds 5 --lr 0.0001 0.001 0.01 0.1 --trials 6
         --methods unconstrained own oni riemannian retraction pogo landing soft""",
@@ -138,8 +137,8 @@ SHOWN = {
         "depth 8, scale √2 why",
         "depth 8, scale √2 dependence",
     ),
+    "momentum": ("sensitivity",),
     "mlp": ("sensitivity",),
-    "mlp-adam": ("sensitivity",),
     "cnn": ("sensitivity",),
     "rnn": ("sensitivity", "task copying, scale 1", "task digits, scale 1"),
     "closed_form": ("task procrustes, scale 1", "task pca, scale 1"),

@@ -98,6 +98,8 @@ class Result:
 
     def ratio(self, method: str) -> float:
         """Its step in steps of the control, geometric mean over the points of the grid."""
+        if "step_ratio" not in self.summary:  # there was no cost pass
+            return math.nan
         values = self.summary[self.summary.method == method].step_ratio.dropna()
         return math.exp(values.map(math.log).mean()) if len(values) else math.nan
 

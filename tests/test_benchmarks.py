@@ -48,6 +48,15 @@ def test_budgets_name_fields_and_values_that_the_problem_takes(name, budget):
     assert model(images).shape == (2, 10)
 
 
+def test_momentum_is_all_that_its_problem_adds(tmp_path):
+    plain, other = (load_problem(BENCHMARKS / f"{name}.py")() for name in ("omdsm", "momentum"))
+    assert plain.hyper == {}
+    assert other.hyper == {"momentum": 0.9}
+    assert plain.identity() == other.identity()
+    arguments = ("--budget", "tiny", "--methods", "own", "riemannian", "--lr", "0.05", "--seeds", "1", "--no-cost")
+    assert compare(BENCHMARKS / "momentum.py", *arguments, "--out", str(tmp_path)) == 0
+
+
 # --- the baselines as released ---
 
 

@@ -20,7 +20,7 @@ from stiefel.compare.summary import Setting, Summary
 
 # Okabe and Ito's palette, distinguishable in all common forms of colour blindness; line styles tell the rest.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C8C00")
-STYLES = ("-", "--", "-.", ":")
+STYLES = ("-", "--", "-.", (0, (5, 1, 1, 1, 1, 1)))  # dotted are those with known faults
 HIGHLIGHTS = len(COLOURS)
 """Methods in colour, beside the control; where there are more, the others are thin and grey."""
 _GREY = "#888888"
@@ -70,7 +70,7 @@ def curves(summary: Summary, setting: Setting) -> Figure:
     panels += [("step", "validation"), ("seconds", "validation")]
     styles = method_styles(summary)
     with mpl.rc_context(STYLE):
-        figure, axes = grid(2, 3, (3.6, 2.5), legend=len(legend_of(styles)))
+        figure, axes = grid(2, 3, (3.6, 2.5), legend=list(legend_of(styles)))
         for row in setting.rows:
             data, style = _series(row, summary.metric), styles[row.label]
             for ax, (along, what) in zip(axes.flat, panels, strict=False):
@@ -93,13 +93,22 @@ def sensitivity(summary: Summary) -> Figure:
 
     A ring is the choice, knobs included; a cross at the edge is a rate at which a run failed.
     """
-    found: dict[str, list[tuple[int, Row]]] = {label: [] for label in summary.labels}
+    labels = sorted(summary.labels, key=lambda label: label in summary.faults)
+    found: dict[str, list[tuple[int, Row]]] = {label: [] for label in labels}
+    titles = {label: wrapped(summary.marked(label)) for label in labels}
     for i, setting in enumerate(summary.settings):
         for row in setting.rows:
             found[row.label].append((i, row))
     columns = min(5, len(found))
     with mpl.rc_context(STYLE):
-        figure, axes = grid(-(-len(found) // columns), columns, (2.2, 1.6), legend=len(summary.settings), share=True)
+        figure, axes = grid(
+            -(-len(found) // columns),
+            columns,
+            (2.2, 1.6),
+            legend=[setting.title for setting in summary.settings],
+            titles=max(title.count("\n") for title in titles.values()) + 1,
+            share=True,
+        )
         for ax, (label, rows) in zip(axes.flat, found.items(), strict=False):
             for i, row in rows:
                 colour, style = COLOURS[i % len(COLOURS)], STYLES[i // len(COLOURS) % len(STYLES)]
@@ -114,7 +123,7 @@ def sensitivity(summary: Summary) -> Figure:
                 if row.tuned is not None and math.isfinite(row.tuned.validation):
                     ring = {"ms": 7, "mfc": "none", "mec": colour}
                     ax.plot([row.tuned.choice.lr], [row.tuned.validation], marker="o", **ring)
-            label_axis(ax, "\n".join(re.findall(r".{1,30}", summary.marked(label))), "", log=_wide(summary))
+            label_axis(ax, titles[label], "", log=_wide(summary))
             _decades(ax)
             ax.xaxis.set_major_formatter(_POWERS)
         for ax in axes.flat[len(found) :]:
@@ -137,7 +146,8 @@ def defaults(summary: Summary) -> Figure:
     columns, labels = min(4, len(summary.settings)), summary.labels[::-1]
     size = (2.6, 0.3 + 0.17 * len(labels))
     with mpl.rc_context(STYLE):
-        figure, axes = grid(-(-len(summary.settings) // columns), columns, size, legend=2, margin=1.5, between=0.25)
+        marks = ["default rate and knobs", "tuned"]
+        figure, axes = grid(-(-len(summary.settings) // columns), columns, size, legend=marks, margin=1.5, between=0.25)
         for ax, setting in zip(axes.flat, summary.settings, strict=False):
             known = {row.label: (_validation(row.default), _validation(row.tuned)) for row in setting.rows}
             before, after = np.array([known.get(label, (math.nan, math.nan)) for label in labels]).T
@@ -157,7 +167,7 @@ def defaults(summary: Summary) -> Figure:
         for ax in axes.flat[len(summary.settings) :]:
             ax.set_visible(False)
         hollow, full = (Line2D([], [], ls="", marker="o", mfc=c, mec=COLOURS[0]) for c in ("none", COLOURS[0]))
-        _bottom(figure, [hollow, full], ["default rate and knobs", "tuned"])
+        _bottom(figure, [hollow, full], marks)
     return figure
 
 
@@ -178,7 +188,7 @@ def profiles(summaries: Sequence[Summary]) -> Figure:
     coloured = [label for label in ranking.index if label not in controls | faulty][:HIGHLIGHTS]
     styles = styles_of(coloured, controls & set(ranking.index), ranking.index, sorted(faulty))
     with mpl.rc_context(STYLE):
-        figure, axes = grid(1, 2, (4.6, 2.7), legend=len(legend_of(styles)))
+        figure, axes = grid(1, 2, (4.6, 2.7), legend=list(legend_of(styles)))
         for ax, table, unit in zip(axes.flat, tables, ("steps", "seconds"), strict=True):
             far = max(2.0, float(table.index.max()) * 1.1)
             for label in ranking.index:
@@ -229,17 +239,22 @@ def grid(
     columns: int,
     size: tuple[float, float],
     *,
-    legend: int,
+    legend: Sequence[str],
+    room: int = 0,
+    titles: int = 1,
     share: bool = False,
     margin: float = 0.6,
     between: float | None = None,
 ) -> tuple[Figure, Any]:
-    """Panels of a size in inches, room for their labels, and for a legend of so many entries below.
+    """Panels of a size in inches, room for their labels, and below for a legend with these entries.
 
-    The layout is fixed: one that adapts draws everything twice.
+    The layout is fixed: one that adapts draws everything twice. ``room`` is the least number of the legend's lines,
+    ``titles`` the number of lines of the panels' titles.
     """
     between = between or (0.2 if share else margin)
-    below, above, gap = 0.5 + 0.2 * -(-legend // columns_of(columns * size[0])), 0.3, 0.35 if share else 0.75
+    lines = max(room, -(-len(legend) // columns_of(columns * size[0], legend)))
+    more = 0.16 * (titles - 1)
+    below, above, gap = 0.5 + 0.2 * lines, 0.3 + more, (0.35 if share else 0.75) + more
     width = margin + columns * size[0] + (columns - 1) * between + 0.1
     height = above + rows * size[1] + (rows - 1) * gap + below
     figure = Figure(figsize=(width, height))
@@ -249,9 +264,19 @@ def grid(
     return figure, axes
 
 
-def columns_of(width: float) -> int:
-    """Entries of a legend beside each other."""
-    return max(2, int(width / 1.7))
+def columns_of(width: float, labels: Sequence[str]) -> int:
+    """Entries of a legend beside each other, in so many inches."""
+    return max(1, int(width / (0.6 + 0.068 * max(map(len, labels), default=0))))
+
+
+def wrapped(label: str, width: int = 26) -> str:
+    """A name in lines, broken after colons and commas where it is long."""
+    lines = [""]
+    for part in re.findall(r"[^:,]+[:,]?", label):
+        if lines[-1] and len(lines[-1]) + len(part) > width:
+            lines.append("")
+        lines[-1] += part
+    return "\n".join(lines)
 
 
 def label_axis(ax: Any, title: str, xlabel: str, *, log: bool) -> None:
@@ -311,7 +336,7 @@ def legend_of(styles: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
 
 
 def _bottom(figure: Figure, handles: Sequence[Any], labels: Sequence[str]) -> None:
-    columns = min(columns_of(figure.get_size_inches()[0]), len(labels))
+    columns = min(columns_of(figure.get_size_inches()[0], labels), len(labels))
     figure.legend(handles, labels, loc="lower center", ncols=columns, borderaxespad=0.1)
 
 

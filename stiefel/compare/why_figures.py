@@ -42,7 +42,7 @@ def depth(summary: Summary, why: Why) -> Figure | None:
     styles = figures.method_styles(summary)
     starts = why.layers[why.layers.moment == "start"].groupby("depth")[list(panels)].median()
     with mpl.rc_context(figures.STYLE):
-        made, axes = figures.grid(2, 3, (3.6, 2.3), legend=len(figures.legend_of(styles)) + 1)
+        made, axes = figures.grid(2, 3, (3.6, 2.3), legend=[*figures.legend_of(styles), START["label"]])
         for ax, (what, title) in zip(axes.flat, panels.items(), strict=False):
             for label, rows in why.layers[why.layers.moment == "end"].groupby("method", sort=False):
                 _points(ax, rows.depth, rows[what], styles[str(label)], floor[what])
@@ -74,22 +74,28 @@ def heat(summary: Summary, why: Why) -> Figure | None:
     for label in sorted(shown, key=lambda label: (label not in summary.controls, label)):
         maps[label] = known[(known.moment == "end") & (known.method == label)]
     squares = {title: _square(rows) for title, rows in maps.items() if rows.degrees.notna().any()}
-    squares = dict(list(squares.items())[:MAPS])
+    squares = {figures.wrapped(title): square for title, square in list(squares.items())[:MAPS]}
     positive = np.concatenate([np.empty(0), *(s[s > 0] for s in squares.values())])
     if not positive.size:
         return None
     norm = LogNorm(positive.min(), max(positive.max(), positive.min() * 1.01))
     columns = min(5, len(squares))
     with mpl.rc_context(figures.STYLE):
-        below = 3 * figures.columns_of(1.9 * columns)  # as much room as three lines of a legend
         made, axes = figures.grid(
-            -(-len(squares) // columns), columns, (1.9, 1.9), legend=below, margin=0.55, between=0.3
+            -(-len(squares) // columns),
+            columns,
+            (1.9, 1.9),
+            legend=(),
+            room=3,
+            margin=0.55,
+            between=0.3,
+            titles=max(title.count("\n") for title in squares) + 1,
         )
         image = None
         for ax, (title, square) in zip(axes.flat, squares.items(), strict=False):
             size = len(square)
             image = ax.imshow(square, norm=norm, cmap="viridis", extent=(0.5, size + 0.5, size + 0.5, 0.5))
-            ax.set_title(title if len(title) < 28 else title[:26] + "…", fontsize=9)
+            ax.set_title(title, fontsize=9)
             ax.grid(visible=False)
             ax.spines[:].set_visible(False)
             for axis in (ax.xaxis, ax.yaxis):
@@ -115,7 +121,7 @@ def _colours(figure: Figure, image: Any) -> None:
     low, high = image.norm.vmin, image.norm.vmax
     ticks = [t for e in range(-9, 4) for t in (10.0**e, 2 * 10.0**e, 5 * 10.0**e) if low <= t <= high]
     ticks = ticks[:: -(-len(ticks) // 6)] if ticks else [low]
-    bar.set_ticks(ticks, labels=[f"{t:.2g}°" for t in ticks])
+    bar.set_ticks(ticks, labels=[f"{t:g}°" for t in ticks])
     bar.ax.xaxis.set_minor_locator(NullLocator())
     figure.text(left + (long + 0.12) / width, foot, "for a step of 1 %", fontsize=9)
 
@@ -145,10 +151,13 @@ def _leave_out(ax: Any) -> None:
     for line in far:
         line.remove()
     kept = np.concatenate([values for line, values in drawn.items() if line not in far])
-    ax.set_ylim(kept.min() / 1.1, kept.max() * 1.1)
-    ax.yaxis.set_major_locator(LogLocator(numticks=6) if kept.max() > 30 * kept.min() else MaxNLocator(4))
     told = [text for text in lengths if not text.startswith("_")]
-    ax.text(0.98, 0.97, "above: " + ", ".join(told), transform=ax.transAxes, ha="right", va="top", fontsize=8)
+    span = max(1.2, kept.max() / kept.min())
+    ax.set_ylim(kept.min() / 1.1, kept.max() * 1.1 * span ** (0.14 * len(told)))  # room for what is told
+    ax.yaxis.set_major_locator(LogLocator(numticks=6) if kept.max() > 30 * kept.min() else MaxNLocator(4))
+    if told:
+        text = "\n".join(["above:", *told])
+        ax.text(0.98, 0.98, text, transform=ax.transAxes, ha="right", va="top", fontsize=7)
 
 
 def _say_nothing(ax: Any) -> None:

@@ -3,7 +3,7 @@
 # make reproduce  the published small comparison on Fashion-MNIST again, from nothing (half an hour); goes on if stopped
 # make test      set up .venv, run the tests
 # make lint      formatting, lint, types
-# make docs      regenerate the README's method table and the notebook's outputs
+# make docs      regenerate the README's tables, benchmarks/README.md, and the notebook's outputs
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -33,6 +33,7 @@ lint: .venv/.installed
 
 docs: .venv/.installed
 	$(BIN)/python tests/test_readme.py
+	$(BIN)/python benchmarks/published.py readme
 	$(BIN)/jupyter execute --inplace notebooks/*.ipynb
 
 .venv/.installed: pyproject.toml constraints.txt

@@ -22,7 +22,7 @@ import tables
 from matplotlib import pyplot
 from stability import stability
 
-from stiefel.compare import cli
+from stiefel.compare import cli, words
 from stiefel.compare.page import write_html
 from stiefel.compare.records import Record
 from stiefel.compare.report import Report, file_name, flat
@@ -192,8 +192,8 @@ def readme() -> str:
     return environment.get_template("README.md.j2").render(
         **{name.replace("-", "_"): result for name, result in results.items()},
         commands=shown,
-        percent=tables.percent,
-        small=tables.small,
+        number=words.score,
+        error=words.error,
         holds=holds,
         EI_QR=EI_QR,
         CI_QR=CI_QR,

@@ -11,7 +11,6 @@ from pathlib import Path
 import pandas as pd
 
 from stiefel.compare import words
-from stiefel.compare.rows import powers
 from stiefel.compare.scores import Interval
 from stiefel.methods import control
 
@@ -96,6 +95,20 @@ class Result:
         a, b = (self.row(method, setting) for method in (first, second))
         return bool(a["low"] > b["high"] if self._higher else a["high"] < b["low"])
 
+    def wins(self, first: str, second: str) -> list[str]:
+        """The settings in which it does."""
+        return [setting for setting in self.settings if self.above(first, second, setting)]
+
+    def leads(self, method: str, among: Sequence[str] | None = None) -> list[str]:
+        """The settings in which it is the best, of those given."""
+        return [setting for setting in self.settings if self.best(setting, among) == method]
+
+    def turned(self, method: str, setting: str, moment: str) -> float:
+        """Degrees by which a step of 1 % of one layer turns the gradient of another: median over pairs of layers."""
+        rows = pd.read_csv(self.folder / "dependence.csv.gz")
+        where = (rows.method == method) & (rows.setting == setting) & (rows.moment == moment) & (rows.distance != 0)
+        return float(rows[where].degrees.median())
+
     def ratio(self, method: str) -> float:
         """Its step in steps of the control, geometric mean over the points of the grid."""
         if "step_ratio" not in self.summary:  # there was no cost pass
@@ -124,8 +137,8 @@ class Result:
             runs = runs[runs[name].astype(str) == str(value)]
         knobs = [name for name in runs if str(name).startswith("knob_")]
         plain = runs[runs[knobs].isna().all(axis="columns")]
-        grid = plain.groupby("lr").label.nunique()  # rates in between are one method's
-        plain = plain[plain.lr.isin(grid[grid > 1].index)]
+        grid = plain.groupby("lr").label.nunique()  # rates in between are those of a few methods
+        plain = plain[plain.lr.isin(grid[grid > plain.label.nunique() / 2].index)]
         return plain.pivot_table(index="label", columns="lr", values="best_validation", aggfunc="mean", dropna=False)
 
     def stability(self) -> str:
@@ -143,7 +156,7 @@ class Result:
         quality, cost = (self.runs[self.runs.kind == kind] for kind in ("quality", "cost"))
         tuning, final = (quality[quality.phase == phase] for phase in ("tuning", "final"))
         rates, first = sorted(tuning.lr.unique()), self.runs.iloc[0]
-        each = tuning.groupby(["label", "scale", *_factors(quality)]).size()
+        each = self.summary.tuning_runs
         trials = f"{each.min()}" if each.min() == each.max() else f"{each.min()} to {each.max()}"
         hours = self.runs.wall_seconds.sum() / 3600
         return (
@@ -176,7 +189,7 @@ class Result:
         row = self.row(method, setting)
         if row.state != "scored":
             return str(row.state)
-        text = str(self.interval(method, setting))
+        text = _brief(self.interval(method, setting))
         failed = "" if row.failed == 0 else f", {row.failed:.0f}/{row.runs:.0f} short"
         edge = "*" if row.lr_on_edge else ""
         return f"{f'**{text}**' if bold else text} at {row.lr:g}{edge}{failed}"
@@ -196,21 +209,9 @@ def markdown(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
+def _brief(interval: Interval) -> str:
+    return interval.format(".1e").replace("e-0", "e-") if abs(interval.value) < 0.01 else str(interval)
+
+
 def _score(value: float) -> str:
     return words.NONE if math.isnan(value) else words.score(value)
-
-
-def percent(value: float) -> str:
-    """A fraction in per cent."""
-    return f"{100 * value:.1f} %"
-
-
-def small(value: float) -> str:
-    """An error or a gap, in powers."""
-    return powers(value)
-
-
-def _factors(runs: pd.DataFrame) -> list[str]:
-    known = {"kind", "phase", "problem", "digest", "method", "lr", "seed", "device", "dtype", "scale", "label", "hash"}
-    before = list(runs.columns)[: list(runs.columns).index("scale")]
-    return [name for name in before if name not in known and not name.startswith("knob_") and runs[name].nunique() > 1]

@@ -603,6 +603,14 @@ def test_columns_of_mixed_types_become_text():
     assert found["none"].isna().all()
 
 
+def test_a_factor_keeps_its_column_beside_what_a_run_tells(tmp_path):
+    trained(tmp_path, spec(fields={"steps": 7}), 0.9, **{"steps_to_target": 3, "compile_seconds": 0.0})
+    write(tmp_path, spec(fields={"steps": 7}, seed=1), "done", best_validation=0.5, steps=70)
+    rows = frame(read_all([tmp_path])[0]).set_index("seed")
+    assert rows.steps.tolist() == [7, 7]
+    assert rows.run_steps[1] == 70
+
+
 def test_frame_has_a_row_per_run(root):
     records, _ = read_all([root])
     assert len(frame(records)) == len(records) == len(read_report(root).runs())

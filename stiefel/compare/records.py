@@ -187,7 +187,10 @@ def read_all(roots: Iterable[Path]) -> tuple[list[Record], list[str]]:
 
 
 def frame(records: Iterable[Record]) -> pd.DataFrame:
-    """A row per run: spec, status, summary, with the problem's factors and the scale as columns."""
+    """A row per run: spec, status, summary, with the problem's factors and the scale as columns.
+
+    Where a factor has the name of something in the summary, as ``steps``, that is ``run_steps``.
+    """
     import pandas as pd
 
     rows = []
@@ -205,7 +208,8 @@ def frame(records: Iterable[Record]) -> pd.DataFrame:
                 "hash": spec.hash,
                 "status": record.status,
             }
-            | {"reason": record.reason, **record.summary}
+            | {"reason": record.reason}
+            | {f"run_{k}" if k in spec.fields else k: v for k, v in record.summary.items()}
         )
     return pd.DataFrame(rows)
 

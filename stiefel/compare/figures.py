@@ -68,16 +68,17 @@ def curves(summary: Summary, setting: Setting) -> Figure:
     }
     panels = [("step", "train_loss"), ("seconds", "train_loss"), ("step", "error")]
     panels += [("step", "validation"), ("seconds", "validation")]
-    styles = method_styles(summary)
+    styles, wide = method_styles(summary), _wide(summary)
     with mpl.rc_context(STYLE):
         figure, axes = grid(2, 3, (3.6, 2.5), legend=list(legend_of(styles)))
         for row in setting.rows:
             data, style = _series(row, summary.metric), styles[row.label]
             for ax, (along, what) in zip(axes.flat, panels, strict=False):
-                _band(ax, data, along, what, style)
+                _band(ax, data, along, what, style, log=what != "validation" or wide)
             _per_layer(axes[1, 2], row, style)
         for ax, (along, what) in zip(axes.flat, panels, strict=False):
-            label_axis(ax, names[what], f"training {'steps' if along == 'step' else along}", log=what != "validation")
+            log = what != "validation" or wide
+            label_axis(ax, names[what], f"training {'steps' if along == 'step' else along}", log=log)
             if what == "validation" and setting.target is not None:
                 _line(ax, setting.target)
         label_axis(axes[1, 2], "‖XXᵀ−I‖/√p per layer, at the end", "constrained layer", log=True)
@@ -359,11 +360,11 @@ def _series(row: Row, metric: str) -> dict[str, Any]:
     return {name: np.array(values) for name, values in found.items()}
 
 
-def _band(ax: Any, data: dict[str, Any], along: str, what: str, style: dict[str, Any]) -> None:
+def _band(ax: Any, data: dict[str, Any], along: str, what: str, style: dict[str, Any], *, log: bool) -> None:
     if not data:
         return
     # An error of exactly zero has no place on a logarithmic axis.
-    y = data[what] if what == "validation" else np.maximum(data[what], 1e-16)
+    y = np.maximum(data[what], 1e-16) if log else data[what]
     known = ~np.isnan(y).any(axis=0)
     x, y = np.median(data[along], axis=0)[known], y[:, known]
     ax.plot(x, np.median(y, axis=0), **style)
@@ -377,4 +378,5 @@ def _per_layer(ax: Any, row: Row, style: dict[str, Any]) -> None:
         return
     heights = np.maximum(np.median(np.array(layers), axis=0), 1e-16)
     ax.plot(range(1, len(heights) + 1), heights, marker="o", ms=3, **style)
-    ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
+    ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8, min_n_ticks=1))
+    ax.set_xlim(min(ax.get_xlim()[0], 0.5), max(ax.get_xlim()[1], len(heights) + 0.5))

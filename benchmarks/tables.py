@@ -67,6 +67,10 @@ class Result:
         """Of these, the ones that are not the control."""
         return [method for method in self.right if method != control()]
 
+    def ran(self, method: str, setting: str) -> bool:
+        """Whether a method is in a setting at all: a learnable scale is for some only."""
+        return bool(((self.summary.method == method) & (self.summary.setting == setting)).any())
+
     def row(self, method: str, setting: str) -> pd.Series:
         """What is known of a method in a setting."""
         found = self.summary[(self.summary.method == method) & (self.summary.setting == setting)]
@@ -90,8 +94,22 @@ class Result:
         """The one with the worst."""
         return max(among or self.right, key=lambda method: self._place(method, setting))
 
+    def lowest(self, settings: Sequence[str], among: Sequence[str] | None = None) -> float:
+        """The smallest score of the methods in some settings."""
+        return float(self._scores(settings, among).min())
+
+    def highest(self, settings: Sequence[str], among: Sequence[str] | None = None) -> float:
+        """The largest."""
+        return float(self._scores(settings, among).max())
+
+    def _scores(self, settings: Sequence[str], among: Sequence[str] | None) -> pd.Series:
+        rows = self.summary[self.summary.setting.isin(settings) & self.summary.method.isin(among or self.right)]
+        return rows[self.metric]
+
     def above(self, first: str, second: str, setting: str) -> bool:
         """Whether one score's interval lies on the better side of the other's."""
+        if not (self.ran(first, setting) and self.ran(second, setting)):
+            return False
         a, b = (self.row(method, setting) for method in (first, second))
         return bool(a["low"] > b["high"] if self._higher else a["high"] < b["low"])
 
@@ -186,6 +204,8 @@ class Result:
         return words.NONE if math.isnan(self.ratio(method)) else f"{self.ratio(method):.2f}×"
 
     def _cell(self, method: str, setting: str, bold: bool) -> str:
+        if not self.ran(method, setting):
+            return words.NONE
         row = self.row(method, setting)
         if row.state != "scored":
             return str(row.state)
@@ -195,7 +215,7 @@ class Result:
         return f"{f'**{text}**' if bold else text} at {row.lr:g}{edge}{failed}"
 
     def _place(self, method: str, setting: str) -> float:
-        score = self.score(method, setting)
+        score = self.score(method, setting) if self.ran(method, setting) else math.nan
         return math.inf if math.isnan(score) else -score if self._higher else score
 
     @property

@@ -10,6 +10,7 @@ Records go to ``runs/published/NAME``, a folder per comparison; a run that is st
 from __future__ import annotations
 
 import argparse
+import re
 import shlex
 import sys
 from collections.abc import Sequence
@@ -189,7 +190,7 @@ def readme() -> str:
     )
     results = {name: tables.Result(HERE / "results" / name) for name in ARGUMENTS}
     shown = {name: "stiefel " + shlex.join(command(name)) for name in ARGUMENTS}
-    return environment.get_template("README.md.j2").render(
+    text = environment.get_template("README.md.j2").render(
         **{name.replace("-", "_"): result for name, result in results.items()},
         commands=shown,
         number=words.score,
@@ -199,6 +200,8 @@ def readme() -> str:
         CI_QR=CI_QR,
         CAYT=CAYT,
     )
+    # What a claim leaves behind where it holds: spaces, alone in a line or at the end of one.
+    return re.sub(r"[ \t]+$", "", re.sub(r"\n[ \t]+(?=\n)", "", text), flags=re.MULTILINE)
 
 
 def holds(claim: bool) -> str:

@@ -159,14 +159,18 @@ class Result:
         plain = plain[plain.lr.isin(grid[grid > plain.label.nunique() / 2].index)]
         return plain.pivot_table(index="label", columns="lr", values="best_validation", aggfunc="mean", dropna=False)
 
+    def near_best(self) -> list[int]:
+        """How many of each method's rates ended near the best of all."""
+        return pd.read_csv(self.folder / "stability.csv")["all"].tolist()
+
     def stability(self) -> str:
         """A table: how many of the rates tried ended near the best, of metrics that are better when smaller."""
         found = pd.read_csv(self.folder / "stability.csv").sort_values(["setting", "all", "own"], ascending=False)
         lines = [
-            [row["setting"], f"`{row['method']}`", *(f"{row[part]} of {row['rates']}" for part in ("own", "all"))]
+            [f"`{row['method']}`", *(f"{row[part]} of {row['rates']}" for part in ("own", "all"))]
             for row in found.to_dict("records")
         ]
-        heads = ["setting", "method", "rates within twice its own best", "within twice the best of all"]
+        heads = ["method", "rates within twice its own best", "within twice the best of all"]
         return markdown(heads, lines)
 
     def protocol(self) -> str:

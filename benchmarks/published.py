@@ -122,8 +122,11 @@ def collect(name: str, runs: Path) -> int:
         frames["stability"] = pd.DataFrame(map(asdict, stability(report.problems[0].records, FACTOR)))
     for what, rows in frames.items():
         if len(rows):
-            suffix = "csv" if what in ("summary", "stability") else "csv.gz"
-            compact(flat(rows)).to_csv(folder / f"{what}.{suffix}", index=False)
+            small = what in ("summary", "stability")
+            packed = (
+                None if small else {"method": "gzip", "mtime": 0}
+            )  # without the time: the same records, the same file
+            compact(flat(rows)).to_csv(folder / f"{what}.csv{'' if small else '.gz'}", index=False, compression=packed)
     draw(report, name, folder)
     size = sum(file.stat().st_size for file in folder.iterdir())
     print(f"{folder}: {size / 1e6:.2f} MB")

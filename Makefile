@@ -1,6 +1,6 @@
 # make compare   set up .venv, compare four methods on digits, print where the report is (a short form: see COMPARE)
 # make cost      what the methods cost beside other packages (a short form: make cost COST=--full for all of it)
-# make reproduce  the published small comparison on Fashion-MNIST again, from nothing (half an hour); goes on if stopped
+# make reproduce the published small comparison on Fashion-MNIST again (some 40 minutes); goes on where it stopped
 # make test      set up .venv, run the tests
 # make lint      formatting, lint, types
 # make docs      regenerate the README's tables, benchmarks/README.md, and the notebook's outputs

@@ -34,9 +34,9 @@ HERE = Path(__file__).parent
 RUNS = Path("runs/published")
 EI_QR = "riemannian:metric=euclidean,retraction=qr"
 CI_QR = "riemannian:metric=canonical,retraction=qr"
+CAYT = "riemannian:metric=canonical,retraction=cayley"
 FACTOR = 2.0
 """Of the best final metric, within which a learning rate counts as good."""
-CAYT = "riemannian:metric=canonical,retraction=cayley"
 
 ARGUMENTS = {
     "omdsm": f"""omdsm.py --budget small --seeds 5 --methods unconstrained own own_pca soft {EI_QR} {CI_QR} {CAYT}
@@ -98,7 +98,7 @@ def run(name: str, more: Sequence[str]) -> int:
 
 def beside(here: pd.DataFrame, published: pd.DataFrame) -> str:
     """The scores of two runs of a comparison, and where their intervals are apart."""
-    score = next(str(column) for column in published if str(column).startswith("test_"))
+    score = tables.score_column(published)
     both = here.merge(published, on=["setting", "method"], suffixes=("_here", "_published"))
     lines = [f"{len(both)} scores beside the published ones, here → published; ≠ where the 95 % intervals are apart:"]
     for _, row in both.iterrows():
@@ -123,9 +123,8 @@ def collect(name: str, runs: Path) -> int:
     for what, rows in frames.items():
         if len(rows):
             small = what in ("summary", "stability")
-            packed = (
-                None if small else {"method": "gzip", "mtime": 0}
-            )  # without the time: the same records, the same file
+            # Without the time, so that the same records give the same file.
+            packed = None if small else {"method": "gzip", "mtime": 0}
             compact(flat(rows)).to_csv(folder / f"{what}.csv{'' if small else '.gz'}", index=False, compression=packed)
     draw(report, name, folder)
     size = sum(file.stat().st_size for file in folder.iterdir())

@@ -12,6 +12,7 @@ import pandas as pd
 
 from stiefel.compare import words
 from stiefel.compare.scores import Interval
+from stiefel.compare.summary import dagger
 from stiefel.methods import control
 
 
@@ -31,6 +32,15 @@ class Result:
         """A row per run."""
         return pd.read_csv(self.folder / "runs.csv.gz", low_memory=False)
 
+    @cached_property
+    def dependence(self) -> pd.DataFrame:
+        """A row per pair of layers."""
+        return pd.read_csv(self.folder / "dependence.csv.gz")
+
+    @cached_property
+    def _near(self) -> pd.DataFrame:
+        return pd.read_csv(self.folder / "stability.csv")
+
     @property
     def name(self) -> str:
         """Of the comparison."""
@@ -39,7 +49,7 @@ class Result:
     @cached_property
     def metric(self) -> str:
         """The column of the score."""
-        return next(str(column) for column in self.summary if str(column).startswith("test_"))
+        return score_column(self.summary)
 
     @cached_property
     def settings(self) -> list[str]:
@@ -123,7 +133,7 @@ class Result:
 
     def turned(self, method: str, setting: str, moment: str) -> float:
         """Degrees by which a step of 1 % of one layer turns the gradient of another: median over pairs of layers."""
-        rows = pd.read_csv(self.folder / "dependence.csv.gz")
+        rows = self.dependence
         where = (rows.method == method) & (rows.setting == setting) & (rows.moment == moment) & (rows.distance != 0)
         return float(rows[where].degrees.median())
 
@@ -145,7 +155,9 @@ class Result:
     def rates(self, **where: object) -> str:
         """A table: best validation metric of the tuning runs at default knobs, by learning rate, in one setting."""
         values = self.by_rate(**where)
-        lines = [[f"`{m}`" + (" †" if m in self.faulty else ""), *map(_score, values.loc[m])] for m in self.methods]
+        lines = [
+            [dagger(f"`{m}`") if m in self.faulty else f"`{m}`", *map(_score, values.loc[m])] for m in self.methods
+        ]
         return markdown(["method", *(f"{rate:g}" for rate in values.columns)], lines)
 
     def by_rate(self, **where: object) -> pd.DataFrame:
@@ -161,11 +173,11 @@ class Result:
 
     def near_best(self) -> list[int]:
         """How many of each method's rates ended near the best of all."""
-        return pd.read_csv(self.folder / "stability.csv")["all"].tolist()
+        return self._near["all"].tolist()
 
     def stability(self) -> str:
         """A table: how many of the rates tried ended near the best, of metrics that are better when smaller."""
-        found = pd.read_csv(self.folder / "stability.csv").sort_values(["setting", "all", "own"], ascending=False)
+        found = self._near.sort_values(["setting", "all", "own"], ascending=False)
         lines = [
             [f"`{row['method']}`", *(f"{row[part]} of {row['rates']}" for part in ("own", "all"))]
             for row in found.to_dict("records")
@@ -225,6 +237,11 @@ class Result:
     @property
     def _higher(self) -> bool:
         return bool(self.runs.higher_is_better.dropna().iloc[0])
+
+
+def score_column(summary: pd.DataFrame) -> str:
+    """Where a table of results has the score."""
+    return next(str(column) for column in summary if str(column).startswith("test_"))
 
 
 def markdown(heads: Sequence[str], lines: Sequence[Sequence[str]]) -> str:

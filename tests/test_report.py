@@ -581,6 +581,16 @@ def test_curves_are_thinned_and_a_missing_one_costs_only_itself(root):
         page(root)
 
 
+def test_epochs_are_those_that_can_be_read(root):
+    whole = read_report(root).epochs()
+    first, second, *_ = (root / hash_ for hash_ in whole.hash.unique())
+    (first / "metrics.jsonl").unlink()
+    (second / "metrics.jsonl").write_text('{"step": 0, ')
+    left = read_report(root).epochs()
+    assert set(whole.hash) - set(left.hash) == {first.name, second.name}
+    assert len(left) == len(whole) - 6  # three epochs each
+
+
 def test_tables_are_written_as_csv_and_parquet(root):
     page(root)
     csv = pd.read_csv(root.parent / "summary.csv").set_index("method")

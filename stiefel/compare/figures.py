@@ -16,7 +16,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocato
 
 from stiefel.compare.profile import profile, times
 from stiefel.compare.rows import TOLERANCES, Row, Trial, number
-from stiefel.compare.summary import Setting, Summary
+from stiefel.compare.summary import Setting, Summary, dagger
 
 # Okabe and Ito's palette, distinguishable in all common forms of colour blindness; line styles tell the rest.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C8C00")
@@ -317,7 +317,7 @@ def styles_of(
     styles = {label: dict(_OTHER) for label in labels}
     styles |= {label: {"label": label, **_CONTROL} for label in controls}
     for i, label in enumerate(faulty):
-        styles[label] = {"label": f"{label} †", "color": COLOURS[i % len(COLOURS)], **_FAULTY}
+        styles[label] = {"label": dagger(label), "color": COLOURS[i % len(COLOURS)], **_FAULTY}
     for i, label in enumerate(coloured):
         styles[label] = {"label": label, "color": COLOURS[i], "ls": STYLES[i % len(STYLES)], "zorder": 3}
     return styles

@@ -16,7 +16,7 @@ from stiefel.compare import figures, why, why_figures
 from stiefel.compare.profile import Unit, profile, times
 from stiefel.compare.recommend import in_setting, overall
 from stiefel.compare.records import Record, frame, read_all
-from stiefel.compare.rows import TOLERANCES, Row, powers
+from stiefel.compare.rows import TOLERANCES, Row, lines_of, parsed, powers
 from stiefel.compare.scores import Interval
 from stiefel.compare.summary import Setting, Summary, summaries
 from stiefel.errors import ProblemError
@@ -121,8 +121,8 @@ class Report:
         """A row per training run and epoch: steps, seconds, loss, what was measured, worst orthogonality error."""
         rows = []
         for record in (r for summary in self.problems for r in summary.records if r.spec.kind == "quality"):
-            for m in record.metrics():
-                parts = {f"{part}_{key}": v for part in ("validation", "test") for key, v in m[part].items()}
+            for m in parsed(lines_of(record)):
+                parts = {f"{part}_{key}": v for part in ("validation", "test") for key, v in m.get(part, {}).items()}
                 told = {key: m[key] for key in ("epoch", "step", "seconds", "train_loss")}
                 rows.append({"hash": record.spec.hash, **told, **parts, "error": m["orthogonality"]["worst"]})
         return pd.DataFrame(rows)

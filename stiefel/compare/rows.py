@@ -221,24 +221,20 @@ class Row:
     @cached_property
     def _measured(self) -> list[list[str]]:
         """The lines of measurements of each reported run that trained to its end; those that can be read."""
-        found = []
-        for record in self.final:
-            if record.status in ENDED:
-                with contextlib.suppress(OSError, UnicodeDecodeError):  # the record counts without its curve
-                    found.append((record.path / "metrics.jsonl").read_text().splitlines())
+        found = [lines_of(record) for record in self.final if record.status in ENDED]
         return [lines for lines in found if lines]
 
     @cached_property
     def curves(self) -> list[list[dict[str, Any]]]:
         """Measurements of each reported run that trained to its end, thinned evenly to what a curve can show."""
         kept = [np.unique(np.linspace(0, len(lines) - 1, POINTS).round().astype(int)) for lines in self._measured]
-        curves = [_parsed([lines[i] for i in at]) for lines, at in zip(self._measured, kept, strict=True)]
+        curves = [parsed([lines[i] for i in at]) for lines, at in zip(self._measured, kept, strict=True)]
         return [curve for curve in curves if curve]
 
     @cached_property
     def ends(self) -> list[dict[str, Any]]:
         """The last measurement of each reported run that trained to its end."""
-        return [row for lines in self._measured for row in _parsed(lines[-1:])]
+        return [row for lines in self._measured for row in parsed(lines[-1:])]
 
     @cached_property
     def diagnoses(self) -> list[list[dict[str, Any]]]:
@@ -254,7 +250,14 @@ class Row:
         return float(np.median(means)) if means else None
 
 
-def _parsed(lines: list[str]) -> list[dict[str, Any]]:
+def lines_of(record: Record) -> list[str]:
+    """A run's lines of measurements; none where they cannot be read: the record counts without them."""
+    with contextlib.suppress(OSError, UnicodeDecodeError):
+        return (record.path / "metrics.jsonl").read_text().splitlines()
+    return []
+
+
+def parsed(lines: list[str]) -> list[dict[str, Any]]:
     """Measurements from their lines; none where one of them is torn, as a power cut leaves it."""
     try:
         rows = [json.loads(line) for line in lines]

@@ -186,7 +186,7 @@ def test_a_rate_far_above_all_others_is_told_and_not_drawn(tmp_path):
         trained(tmp_path, spec(method=method, phase="final", seed=FRESH), 0.9, rows=rows)
     summary = summary_of(tmp_path)
     *_, last, _ = why_figures.depth(summary, Why(summary.settings[0])).axes
-    assert last.get_ylim()[1] < 3
+    assert last.get_ylim()[1] < 2
     assert [text.get_text() for text in last.texts] == ["above:\npogo 2000–2200"]
 
 

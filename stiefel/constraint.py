@@ -15,7 +15,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from numbers import Real
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from jaxtyping import Bool, Float
 
 Schedule = float | Callable[[int], float]
+Decay = Literal["acts", "rescales", "moves"]
 
 RELU_SCALE = math.sqrt(2.0)
 ROUNDING = 64
@@ -92,6 +93,13 @@ class Constraint(ABC):
     real_only: ClassVar[bool] = False
     """Whether complex weights (unitary constraints) are beyond the method."""
     can_learn_scale: ClassVar[bool] = False
+    decay: ClassVar[Decay] = "moves"
+    """What weight decay does to the weight, which decides where :func:`stiefel.optimizer` turns it off.
+
+    ``"moves"``: it is normal to the set and can only disturb: always off. ``"rescales"``: it shortens a proxy of which
+    the weight is a function whatever its length: on where an optimizer multiplies the proxy and nothing else.
+    ``"acts"``: the weight is not held on a set, and decays as any other does.
+    """
     step_length: ClassVar[bool] = False
     """Whether a step is lr long whatever the gradient's size, so that it converges only as lr goes to zero."""
     caveat: ClassVar[str] = ""
@@ -179,6 +187,7 @@ class Control(Constraint):
     """Acts nowhere: an orthogonal start, then the base optimizer alone. What a comparison measures others by."""
 
     place = "none"
+    decay = "acts"
 
 
 class Reparameterization(Constraint):
@@ -221,6 +230,7 @@ class Penalty(Constraint):
     decoupled: bool = False
 
     place = "loss"
+    decay = "acts"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -262,9 +272,18 @@ class Penalty(Constraint):
 
 
 class StepMethod(Constraint):
-    """Acts on the step of any dense first-order optimizer."""
+    """Acts on the step of any dense first-order optimizer, which gets the tangent part of the gradient.
+
+    At a stationary point of the constrained problem the gradient is normal to the set, not zero. Adam divides it entry
+    by entry, momentum adds it up along a path on which normals turn: what they make of it is no longer normal, and no
+    projection of the step takes it away. So they never see it.
+    """
 
     place = "step"
+    tangent: ClassVar[bool] = True
+    """Whether the base optimizer gets ``P_X(G)``; False for a baseline that was published with the gradient itself."""
+    projects: ClassVar[bool] = False
+    """Whether :meth:`step` is a function of ``P_X(U)``: −lr·G may then come instead of −lr·P_X(G)."""
 
     @property
     def lifts(self) -> bool:

@@ -15,6 +15,7 @@ from stiefel.linalg import (
     balance,
     cayley_along,
     exponential_step,
+    frobenius,
     in_double,
     nearest_orthonormal,
     newton_schulz,
@@ -28,6 +29,10 @@ if TYPE_CHECKING:
     from jaxtyping import Float
 
 
+NOISE = 32.0
+"""Largest ‖P_X(SX)‖_F of a normal vector of length 1, in epsilons, at an X that is orthonormal to rounding."""
+
+
 def project_tangent(x: Float[Tensor, "*batch p n"], u: Float[Tensor, "*batch p n"]) -> Float[Tensor, "*batch p n"]:
     """Project U orthogonally onto the tangent space at X: ``U − sym(U Xᵀ) X``.
 
@@ -35,6 +40,23 @@ def project_tangent(x: Float[Tensor, "*batch p n"], u: Float[Tensor, "*batch p n
     symmetric, and both metrics hold them orthogonal to every tangent vector. (Edelman, Arias and Smith 1998, eq. 2.4)
     """
     return add_product(u, sym(u @ x.mH), x, alpha=-1)
+
+
+def tangent_gradient(x: Float[Tensor, "*batch p n"], g: Float[Tensor, "*batch p n"]) -> Float[Tensor, "*batch p n"]:
+    """The tangent part of a gradient, ``P_X(G)``, and exactly 0 where that is no more than the rounding of G.
+
+    An optimizer that divides a gradient by its own size would else make steps of full length of rounding, at every
+    stationary point. What is left there is about 20 epsilons of ‖G‖ at 512×4608 in double, and less elsewhere.
+    """
+    return without_rounding(project_tangent(x, g), g)
+
+
+def without_rounding(
+    part: Float[Tensor, "*batch p n"], whole: Float[Tensor, "*batch p n"]
+) -> Float[Tensor, "*batch p n"]:
+    """``part``, and 0 in each matrix where it is no more than rounding of the ``whole`` that it was taken from."""
+    rounding = NOISE * torch.finfo(whole.dtype).eps * frobenius(whole)
+    return torch.where(frobenius(part) <= rounding, 0, part)  # NaN stays NaN
 
 
 def tangent_direction(x: Float[Tensor, "*batch p n"], u: Float[Tensor, "*batch p n"]) -> Float[Tensor, "*batch p n"]:

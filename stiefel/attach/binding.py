@@ -16,7 +16,7 @@ from stiefel.constraint import Constraint, Reparameterization
 from stiefel.errors import StiefelError, WeightError
 from stiefel.layout import Layout
 from stiefel.linalg import EXACT_DTYPES, full_precision, gram_residual, in_double, is_traced
-from stiefel.optim import Tally
+from stiefel.optim import Mark, Tally
 from stiefel.optim.buckets import stack, unstack
 
 _ATTRIBUTE = "_stiefel"
@@ -24,7 +24,7 @@ _ATTRIBUTE = "_stiefel"
 
 @dataclass
 class Binding:
-    """One method on one tensor of one module. It holds no reference to either, so that a module copies freely.
+    """One method on one tensor of one module. It holds no reference to the module, which copies freely.
 
     Args:
         constraint: the method with its options.
@@ -33,6 +33,7 @@ class Binding:
         position: the tensor's place among its module's parameters, which a reparameterization gives up and release
             restores, so that the order of ``parameters()`` is the plain module's again.
         tally: optimizer steps taken, and how many of them were shortened.
+        marks: what lets optimizers know the parameters that the tensor is made of, in copies of the module too.
     """
 
     constraint: Constraint
@@ -40,6 +41,7 @@ class Binding:
     label: str
     position: int = 0
     tally: Tally = field(default_factory=Tally)
+    marks: list[Mark] = field(default_factory=list, repr=False, compare=False)
 
     @torch.no_grad()
     def nearest(self, weight: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from torch.nn.utils import parametrize
 from stiefel.attach.binding import ConstrainedWeight, bindings_of
 from stiefel.constraint import Constraint, ManifoldMethod, Penalty, Reparameterization, StepMethod
 from stiefel.errors import WeightError
-from stiefel.optim import Ownership, hand_over, is_watched, watch
+from stiefel.optim import Ownership, Watched, hand_over, is_watched, watch
 
 
 def take_over(found: ConstrainedWeight) -> None:
@@ -34,11 +34,11 @@ def take_over(found: ConstrainedWeight) -> None:
     elif method.lifts:
         assert isinstance(method, (StepMethod, Penalty))
         hand_over(parameter, Ownership(method, layout, label, found.binding.tally))
-    watch(parameter, label, found.binding.tally, moved=_moves(method))
+    marks = [watch(parameter, Watched(label, found.binding.tally, _moves(method), method.decay))]
     if isinstance(method, Reparameterization):  # gains and other trained parts: they diverge too, and count no steps
-        for part in found.owner.parametrizations[found.tensor].parameters():  # type: ignore[index, union-attr]
-            if part is not parameter:
-                watch(part, label, None, moved=False)
+        parts = found.owner.parametrizations[found.tensor].parameters()  # type: ignore[index, union-attr]
+        marks += [watch(part, Watched(label, None, False, "acts")) for part in parts if part is not parameter]
+    found.binding.marks = marks
 
 
 def _moves(method: Constraint) -> bool:

@@ -13,6 +13,8 @@ from stiefel.attach.hooks import take_over
 from stiefel.constraint import ManifoldMethod, Penalty
 from stiefel.errors import OptimizerError
 from stiefel.linalg import full_precision
+from stiefel.optim import keep_decay_off
+from stiefel.optim.bases import takes_matrices_only
 from stiefel.optim.buckets import bucket, stack
 from stiefel.optim.lift import Lift, lift
 
@@ -26,7 +28,9 @@ def optimizer(
 
     For reparameterizations, penalties and controls it is ``cls`` itself. Where a weight is on a geoopt manifold it is a
     subclass of geoopt's RiemannianSGD (for SGD) or RiemannianAdam (for Adam). Where a method acts on the step it is
-    ``cls`` lifted: a subclass that hands the base step's displacement to the method.
+    ``cls`` lifted: a subclass that feeds the base optimizer the tangent part of the gradient, and hands its
+    displacement to the method. Weights that decay would move along their set are in ``param_groups`` of their own
+    without it, which follow the groups given.
 
     Args:
         module: the model, constrained before.
@@ -50,14 +54,16 @@ def optimizer(
     if any(m.lifts for m in methods):
         cls = lift(cls)
     try:
-        return cls(module.parameters() if params is None else params, **hyper)
+        made = cls(module.parameters() if params is None else params, **hyper)
     except ValueError as error:
-        if issubclass(cls, Lift) and "2D" in str(error):
+        if issubclass(cls, Lift) and takes_matrices_only(error):
             raise OptimizerError(
                 f"{cls.__mro__[2].__name__} takes matrices only, and one optimizer serves the whole model: {error}; "
                 "use it where all of the model's parameters are 2-D"
             ) from error
         raise
+    keep_decay_off(made, {weight.parameter: weight.binding.constraint.decay for weight in found})
+    return made
 
 
 def penalty(module: nn.Module) -> Tensor:

@@ -40,6 +40,7 @@ class Bjorck(Reparameterization):
     name = "bjorck"
     summary = "Björck iterations of a proxy"
     reference = "Anil et al., ICML 2019"
+    decay = "rescales"
     tuning: ClassVar = {"iterations": (10, 20), "order": (1, 2)}
 
     def __post_init__(self) -> None:

@@ -18,10 +18,10 @@ from stiefel.methods import register
 class ManifoldMuon(StepMethod):
     """``X ← polar(X − (lr/s) A)``, ``A = argmax ⟨G, A⟩`` over tangent A with ``‖A‖₂ ≤ 1``.
 
-    G is the base optimizer's descent direction, of which only the direction counts. By duality the maximum is the
-    minimum over symmetric Λ of ``‖G + 2ΛX‖_*``, found by
+    G is the base optimizer's descent direction, of which the direction of the tangent part counts alone. By duality
+    the maximum is the minimum over symmetric Λ of ``‖G + 2ΛX‖_*``, found from the tangent part by
 
-        Λ₀ = −½ sym(GXᵀ),   A = msign(G + 2ΛX),   Λ ← Λ − 0.1 (1 − t/T)(AXᵀ + XAᵀ),   T times
+        Λ₀ = 0,   A = msign(G + 2ΛX),   Λ ← Λ − 0.1 (1 − t/T)(AXᵀ + XAᵀ),   T times
 
     at ‖G‖_F = √p. At the dual's kink A is not unique and the last one arbitrary (down to half of the optimum for G of
     rank one), so the mean of the second half is taken, made tangent, and shortened where that left ‖A‖₂ > 1: at least
@@ -40,6 +40,7 @@ class ManifoldMuon(StepMethod):
     summary = "steepest tangent step in the spectral norm, by dual ascent"
     reference = "Bernstein, 2025"
     claim = Claim()
+    projects = True
     step_length = True
 
     def __post_init__(self) -> None:
@@ -56,8 +57,8 @@ class ManifoldMuon(StepMethod):
         tangent = tangent_direction(x, g)
         if p == n:
             return msign(tangent @ x.mH) @ x
-        g = torch.where(torch.linalg.matrix_norm(tangent, keepdim=True) > 0, g / balance(g), 0)
-        dual = -0.5 * sym(g @ x.mH)
+        g = tangent / balance(tangent)  # of a normal part the maximum does not depend
+        dual = torch.zeros_like(g[..., :p])
         mean = torch.zeros_like(g)
         for t in range(self.iterations):
             a = msign(g + 2 * dual @ x, steps=8)

@@ -43,6 +43,7 @@ class ONI(Centred):
     name = "oni"
     summary = "Newton-Schulz iterations of a proxy; their number is a dial"
     reference = "Huang et al., CVPR 2020"
+    decay = "rescales"
     tuning: ClassVar = {"iterations": (3, 5, 7, 12)}
 
     def __post_init__(self) -> None:

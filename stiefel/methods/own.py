@@ -35,6 +35,7 @@ class OWN(Centred):
     name = "own"
     summary = "polar factor of a proxy, with a gap-free gradient"
     reference = "Huang et al., AAAI 2018"
+    decay = "rescales"
     claim = Claim(rates=(0, 1.0))
 
     def __post_init__(self) -> None:

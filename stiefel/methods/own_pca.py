@@ -31,6 +31,7 @@ class OWNPCA(Centred):
     name = "own_pca"
     summary = "PCA-whitened proxy: the paper's failing ablation of OWN (OLM_var)"
     reference = "Huang et al., AAAI 2018"
+    decay = "rescales"
     real_only = True  # an eigenvector's phase is arbitrary, not only its sign
     claim = Claim(rates=(0, 1.0))
     caveat = "the weight jumps where eigenvalues cross; the paper shows that it fails to train"

@@ -39,6 +39,7 @@ class POGO(StepMethod):
     summary = "landing direction, then one Newton-Schulz step; long steps are shortened"
     reference = "Javaloy & Vergari, ICML 2026"
     claim = Claim(bound=0.065)
+    projects = True
     tuning: ClassVar = {"polish": (1, 2)}
 
     def __post_init__(self) -> None:

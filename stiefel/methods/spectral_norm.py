@@ -26,6 +26,7 @@ class SpectralNorm(Reparameterization):
     name = "spectral_norm"
     summary = "largest singular value 1, no orthogonality: a control"
     reference = "Miyato et al., ICLR 2018"
+    decay = "acts"
 
     def forward(self, proxy: Tensor, layout: Layout) -> Tensor:
         """Divide by the largest singular value."""

@@ -25,6 +25,7 @@ class WeightNorm(Reparameterization):
     name = "weight_norm"
     summary = "a learned length per output, no orthogonality: a control"
     reference = "Salimans & Kingma, NeurIPS 2016"
+    decay = "acts"
     can_learn_scale = False  # it has a gain per output already
 
     def start(self, x: Tensor, layout: Layout) -> tuple[Tensor, dict[str, Tensor]]:

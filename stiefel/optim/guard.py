@@ -1,45 +1,81 @@
 """Global optimizer hooks on constrained weights: refuse steps that would ruin them, and count the others.
 
-Imports ``optim.lift``; geoopt only where it was imported already.
+Imports ``optim.lift``, ``decay``; geoopt only where it was imported already.
 """
 
 from __future__ import annotations
 
+import copy
 import sys
+import warnings
 from dataclasses import dataclass
 from functools import cache, wraps
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
+from stiefel.constraint import Decay
 from stiefel.errors import DivergenceError, OptimizerError
+from stiefel.optim.bases import decays
+from stiefel.optim.decay import unwelcome
 from stiefel.optim.divergence import tell, tell_later
 from stiefel.optim.lift import Lift, SteppedParameter, Tally, quoted, skipped
 
 
 @dataclass(frozen=True)
 class Watched:
-    """A constrained parameter's name for messages, its tally, and whether its method moves it."""
+    """What is known of a constrained parameter.
+
+    Args:
+        label: its name for messages.
+        tally: what counts its steps; None for parts of a weight that is counted already.
+        moved: whether its method moves it in the step.
+        decay: what weight decay does to its weight.
+    """
 
     label: str
     tally: Tally | None
     moved: bool
+    decay: Decay
 
 
 _ATTRIBUTE = "_stiefel_watched"  # on the parameter itself: a weak reference to it would forbid torch to swap it
 
 
-def watch(parameter: Tensor, label: str, tally: Tally | None, *, moved: bool) -> None:
-    """From now on, look at every optimizer step that has ``parameter``; ``moved`` where a method moves it in the step.
+class Mark:
+    """Keeps a parameter watched through copies and pickles of what holds this: they drop a parameter's attributes."""
+
+    def __init__(self, parameter: Tensor, watched: Watched) -> None:
+        self.parameter, self.watched = parameter, watched
+        setattr(parameter, _ATTRIBUTE, watched)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Mark:
+        return Mark(copy.deepcopy(self.parameter, memo), copy.deepcopy(self.watched, memo))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _watch_again, (self.parameter, self.watched)
+
+
+def _watch_again(parameter: Tensor, watched: Watched) -> Mark:
+    _install()  # in the process that reads a pickle
+    return Mark(parameter, watched)
+
+
+def watch(parameter: Tensor, watched: Watched) -> Mark:
+    """From now on, look at every optimizer step that has ``parameter``.
 
     A step with a gradient that is NaN or infinite raises before anything is changed. So does one of a plain optimizer
     on a weight that a method moves; geoopt's own Riemannian optimizers may step a manifold's weights, which stay on it.
-    Every other step advances ``tally.steps``.
+    So does weight decay of such a weight; of a proxy whose weight it turns it is told by a warning, once. Every other
+    step advances the tally's steps.
+
+    Returns:
+        What to keep beside the parameter's module, so that the copies of both belong together.
     """
-    _install()
-    setattr(parameter, _ATTRIBUTE, Watched(label, tally, moved))
+    return _watch_again(parameter, watched)
 
 
 def unwatch(parameter: Tensor) -> None:
@@ -61,11 +97,13 @@ def is_watched(parameter: Tensor) -> bool:
 
 def _watched(parameter: Tensor) -> Watched | None:
     if isinstance(parameter, SteppedParameter):  # which keeps this also through copies and pickles
-        return Watched(parameter.ownership.label, parameter.ownership.tally, True)
+        owner = parameter.ownership
+        return Watched(owner.label, owner.tally, True, owner.method.decay)
     return getattr(parameter, _ATTRIBUTE, None)
 
 
 _steps_seen = 0
+_told_of_decay: WeakKeyDictionary[torch.optim.Optimizer, set[str]] = WeakKeyDictionary()
 
 
 def steps_seen() -> int:
@@ -99,6 +137,7 @@ def _check(optimizer: torch.optim.Optimizer) -> None:
     members = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
     known = [(p, _watched(p)) for p in members]
     _refuse_plain_step(optimizer, known)
+    _refuse_decay(optimizer)
     _refuse_divergence(optimizer, [(p, watched) for p, watched in known if watched is not None])
 
 
@@ -123,6 +162,26 @@ def _refuse_plain_step(optimizer: torch.optim.Optimizer, members: list[tuple[Ten
                 f"weight '{watched.label}' has lost the class by which its optimizer knows it; call "
                 "stiefel.optimizer(model, ...) again, or stiefel.release(model) first"
             )
+
+
+def _refuse_decay(optimizer: torch.optim.Optimizer) -> None:
+    for group in optimizer.param_groups:
+        if not decays(group):
+            continue
+        for p in group["params"]:
+            watched = _watched(p)
+            options = [] if watched is None or p.grad is None else unwelcome(optimizer, group, watched.decay)
+            if watched is None or not options or watched.label in _told_of_decay.get(optimizer, ()):
+                continue
+            message = (
+                f"{options[0]}={group[options[0]]:g} of {type(optimizer).__name__} would move weight '{watched.label}' "
+                "along its set; make the optimizer with stiefel.optimizer(model, ...), which keeps constrained weights "
+                f"in groups without it, or set {options[0]}=0 there (a checkpoint from before may have brought it back)"
+            )
+            if watched.moved:
+                raise OptimizerError(message)
+            _told_of_decay.setdefault(optimizer, set()).add(watched.label)
+            warnings.warn(message, stacklevel=5)
 
 
 def _refuse_divergence(optimizer: torch.optim.Optimizer, members: list[tuple[Tensor, Watched]]) -> None:

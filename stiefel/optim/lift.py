@@ -1,6 +1,8 @@
-"""Lifting: any dense first-order optimizer, with a step method applied to its displacement.
+"""Lifting: any dense first-order optimizer, fed tangent gradients, with a step method applied to its displacement.
 
-Imports ``constraint``, ``layout``, ``linalg``, ``buckets`` and the errors.
+    T = P_X(G),   U = the base optimizer's displacement for the gradient T,   X ← method(X, U)
+
+Imports ``constraint``, ``geometry``, ``layout``, ``linalg``, ``bases``, ``buckets`` and the errors.
 """
 
 from __future__ import annotations
@@ -17,8 +19,10 @@ from torch import Tensor, nn
 
 from stiefel.constraint import Penalty, StepMethod
 from stiefel.errors import DivergenceError, OptimizerError
+from stiefel.geometry import tangent_gradient
 from stiefel.layout import Layout
 from stiefel.linalg import EXACT_DTYPES, full_precision
+from stiefel.optim.bases import keeps_nothing, refuse
 from stiefel.optim.buckets import bucket, stack, unstack
 from stiefel.optim.divergence import tell_later
 
@@ -26,12 +30,6 @@ if TYPE_CHECKING:
     _Base = torch.optim.Optimizer
 else:
     _Base = object
-
-REFUSED = {
-    torch.optim.LBFGS: "it evaluates the loss several times per step, between which the weight must not leave its set",
-    torch.optim.Rprop: "its step sizes depend on the signs of single entries, which a projection changes",
-    torch.optim.SparseAdam: "it steps some rows only, and a row alone cannot stay orthogonal to the others",
-}
 
 
 @dataclass
@@ -56,6 +54,11 @@ class Ownership:
     layout: Layout
     label: str
     tally: Tally
+
+    def wants_tangent(self, forgets: bool) -> bool:
+        """Whether the base gets P_X(G); where it ``forgets``, a method that projects its step makes the same of G."""
+        method = self.method
+        return isinstance(method, StepMethod) and method.tangent and not (forgets and method.projects)
 
 
 class SteppedParameter(nn.Parameter):
@@ -109,20 +112,14 @@ class Lift(_Base):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        owned = [
-            (p, group["lr"])
-            for group in self.param_groups
-            for p in group["params"]
-            if isinstance(p, SteppedParameter) and p.grad is not None
-        ]
-        for p, _ in owned:
-            if p.dtype not in EXACT_DTYPES:
-                raise OptimizerError(
-                    f"weight '{p.ownership.label}' is {p.dtype}, in which no method holds it; keep the model in "
-                    "float32 and train under torch.autocast"
-                )
-        moves = [_Move(members) for members in bucket(owned, _moves_together)]
+        moves = [_Move(members) for members in bucket(self._owned(), _moves_together)]
+        handed = _Gradients()
         try:
+            for p in (p for group in self.param_groups for p in group["params"]):
+                if p.grad is not None and p.grad.is_conj():  # torch's optimizers refuse such views
+                    handed.replace(p, p.grad.resolve_conj())
+            for move in moves:
+                move.hand_over_gradients(handed)
             self.stepping = True
             super().step()
             if not skipped(self):
@@ -136,7 +133,24 @@ class Lift(_Base):
             raise
         finally:
             self.stepping = False
+            handed.restore()
         return loss
+
+    def _owned(self) -> list[_Owned]:
+        base = type(self).__mro__[2]
+        owned = []
+        for group in self.param_groups:
+            forgets = keeps_nothing(base, group)
+            for p in group["params"]:
+                if not isinstance(p, SteppedParameter) or p.grad is None:
+                    continue
+                if p.dtype not in EXACT_DTYPES:
+                    raise OptimizerError(
+                        f"weight '{p.ownership.label}' is {p.dtype}, in which no method holds it; keep the model in "
+                        "float32 and train under torch.autocast"
+                    )
+                owned.append(_Owned(p, float(group["lr"]), p.ownership.wants_tangent(forgets)))
+        return owned
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         return _rebuild_optimizer, (type(self).__mro__[2],), self.__getstate__()
@@ -153,15 +167,58 @@ def quoted(labels: Iterable[str]) -> str:
     return ", ".join(f"'{label}'" for label in labels)
 
 
+class _Gradients:
+    """Gradients that are replaced while the base optimizer steps, and put back as the user left them."""
+
+    def __init__(self) -> None:
+        self._given: list[tuple[Tensor, Tensor | None]] = []
+
+    def replace(self, parameter: Tensor, gradient: Tensor) -> None:
+        """Let the base optimizer see another gradient of a parameter."""
+        self._given.append((parameter, parameter.grad))
+        parameter.grad = gradient
+
+    def restore(self) -> None:
+        """Put back what was there."""
+        for parameter, gradient in reversed(self._given):
+            parameter.grad = gradient
+
+
+@dataclass(frozen=True)
+class _Owned:
+    """A parameter that a method moves, its learning rate, and whether the base gets its tangent gradient."""
+
+    parameter: SteppedParameter
+    lr: float
+    tangent: bool
+
+
 class _Move:
     """One step of a bucket's weights: where they are before the base step, and what their method makes of it."""
 
-    def __init__(self, members: list[tuple[SteppedParameter, float]]) -> None:
-        self.parameters = [p for p, _ in members]
-        self.lr = float(members[0][1])
+    def __init__(self, members: list[_Owned]) -> None:
+        self.parameters = [m.parameter for m in members]
+        self.lr, self.tangent = members[0].lr, members[0].tangent
         self.layouts = [p.ownership.layout for p in self.parameters]
         self.before = stack(self.layouts, self.parameters, scaled=False, copy=True)
         self.shortened: Tensor | None = None
+
+    def hand_over_gradients(self, handed: _Gradients) -> None:
+        """Give the base optimizer the tangent part of each gradient, where the method wants that."""
+        if not self.tangent:
+            return
+        scale = self.layouts[0].scale
+        with full_precision(self.before.device):
+            x = self.before / scale if scale != 1 else self.before
+            given = [g for p in self.parameters if (g := p.grad) is not None]
+            gradients = [g.to_dense() if g.is_sparse else g for g in given]
+            tangents = unstack(
+                self.layouts, tangent_gradient(x, stack(self.layouts, gradients, scaled=False)), scaled=False
+            )
+        for p, gradient, tangent in zip(self.parameters, gradients, tangents, strict=True):
+            # Kernels over lists of tensors want them laid out alike (channels_last).
+            alike = tangent.stride() == gradient.stride()
+            handed.replace(p, tangent if alike else torch.empty_like(gradient).copy_(tangent))
 
     def finish(self) -> None:
         """Let the method move the weights, from where they were and by what the base step did."""
@@ -223,12 +280,11 @@ def _moved(owner: Ownership, x: Tensor, displacement: Tensor, lr: float) -> tupl
     return result if isinstance(result, tuple) else (result, None)
 
 
-def _moves_together(member: tuple[SteppedParameter, float]) -> Hashable:
-    p, lr = member
-    owner = p.ownership
+def _moves_together(member: _Owned) -> Hashable:
+    p, owner = member.parameter, member.parameter.ownership
     # A penalty may depend on what the kernel does (its stride) and on the number of steps taken.
     more = (owner.layout, owner.tally.steps) if isinstance(owner.method, Penalty) else owner.layout.matrix_shape[1:]
-    return id(owner.method), more, p.dtype, p.device, float(lr)
+    return id(owner.method), more, p.dtype, p.device, member.lr, member.tangent
 
 
 def _rebuild_optimizer(base: type[torch.optim.Optimizer]) -> torch.optim.Optimizer:
@@ -243,9 +299,7 @@ def lift(cls: type[torch.optim.Optimizer]) -> type[torch.optim.Optimizer]:
     """
     if issubclass(cls, Lift):
         return cls
-    for refused, why in REFUSED.items():
-        if issubclass(cls, refused):
-            raise OptimizerError(f"{cls.__name__} cannot serve a method that acts on the step: {why}; use SGD or Adam")
+    refuse(cls)
     return _lifted(cls)  # type: ignore[arg-type]
 
 

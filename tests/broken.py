@@ -274,3 +274,29 @@ class NeverActs(Penalty):
 
     def penalty(self, x: Tensor, layout: Layout) -> Tensor:
         return 1e-6 * gram_residual(x).abs().square().sum(dim=(-2, -1))
+
+
+@rejected_by("fixed_points")
+class LiftsTheRawGradient(Step):
+    """Lets Adam divide a normal gradient entry by entry: what comes out points along the set."""
+
+    tangent = False
+
+
+@rejected_by("fixed_points")
+class LetsDecayIn(Step):
+    """Has the weight decayed as any other, so that Adam's moments get a normal part."""
+
+    decay = "acts"
+
+
+@rejected_by("fixed_points")
+class KeepsNormalMomentum(Step):
+    """Gathers raw gradients in a momentum of its own, and takes their normal part to the set by QR, which turns it."""
+
+    tangent = False
+    gathered: ClassVar[dict[torch.Size, Tensor]] = {}
+
+    def step(self, x: Tensor, displacement: Tensor, lr: float) -> Tensor:
+        self.gathered[x.shape] = 0.9 * self.gathered.get(x.shape, torch.zeros_like(x)) + displacement
+        return qf(x + self.gathered[x.shape])

@@ -89,6 +89,11 @@ def forms(name: str, **options: Any) -> list[stiefel.Constraint]:
     return [replace(first, **dict(zip(words, choice, strict=True))) for choice in product(*words.values())]
 
 
+def on_common_set(method: stiefel.Constraint) -> stiefel.Constraint:
+    """The method with the options that put it on the same set as all others."""
+    return replace(method, **{k: v for k, v in method.comparison.items() if k in {f.name for f in fields(method)}})
+
+
 class Largest(TorchDispatchMode):
     """Keeps the number of entries of the largest tensor that any operation returned."""
 

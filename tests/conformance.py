@@ -9,13 +9,15 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import fields, replace
+from dataclasses import replace
 from functools import cache
 
 import pytest
 import scipy.linalg
 import torch
 from common import Largest, forms
+from common import on_common_set as common
+from fixed_points import bases, departure
 from torch import Tensor, nn
 
 import stiefel
@@ -165,11 +167,6 @@ def eps(dtype: torch.dtype) -> float:
 def polar_factor(x: Tensor) -> Tensor:
     """By scipy, matrix by matrix."""
     return torch.stack([torch.from_numpy(scipy.linalg.polar(m.numpy())[0]) for m in x.cpu()]).to(x)
-
-
-def common(method: Constraint) -> Constraint:
-    """The method with the options that put it on the same set as all others."""
-    return replace(method, **{k: v for k, v in method.comparison.items() if k in {f.name for f in fields(method)}})
 
 
 # --- the checks ---
@@ -330,6 +327,26 @@ def directional(f: Callable[[Tensor], Tensor], x: Tensor, h: float = 1e-6) -> Te
     d = gaussian(x, 9)
     with torch.no_grad():
         return (f(x + h * d) - f(x - h * d)) / (2 * h)
+
+
+def check_fixed_points(method: Constraint, dtype: torch.dtype, device: torch.device) -> None:
+    """A weight at a solution stays there under optimizers with momentum, second moments and decay of either kind.
+
+    ``tests/test_fixed_points.py`` has the whole law. Here the rest that own leaves, of Adam's kind, is a constant.
+    """
+    if method.claim is None or device != CPU:
+        return
+    for cls, hyper in bases():
+        forms = [{"momentum": 0.9}, {}] if cls in (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW) else []
+        if hyper not in forms:
+            continue
+        try:
+            gap = departure(method, cls, {**hyper, "weight_decay": 0.1 if cls is not torch.optim.SGD else 5e-3}, 15)
+        except stiefel.OptimizerError:  # geoopt's has two classes only
+            assert isinstance(method, ManifoldMethod)
+            continue
+        limit = 1e-10 if method.lifts or cls is torch.optim.SGD else 1e-3
+        assert gap < limit, f"{cls.__name__} {hyper} takes it {gap:.1e} away from a solution"
 
 
 def check_late_gradient(method: Constraint, dtype: torch.dtype, device: torch.device) -> None:

@@ -49,9 +49,13 @@ def decay_only_rescales(optimizer: torch.optim.Optimizer, group: dict[str, Any])
     """Whether decay leaves a parameter of zero gradient on the ray on which it is.
 
     A decoupled one does (Loshchilov and Hutter, ICLR 2019), and SGD's. The L2 term of Adam and its relatives does not:
-    it is divided entry by entry.
+    it is divided entry by entry. Where a rate and a decay λ are so large that lr·λ ≥ (1 − √μ)², with momentum μ, the
+    parameter swings through zero (a heavy ball beyond critical damping), and what is left of it points the other way.
     """
-    return isinstance(optimizer, LINEAR_DECAY) or bool(group.get("decoupled_weight_decay"))
+    if not isinstance(optimizer, LINEAR_DECAY) and not group.get("decoupled_weight_decay"):
+        return False
+    momentum = group["momentum"] if isinstance(optimizer, torch.optim.SGD) else 0.0
+    return float(group["lr"]) * sum(float(group[name]) for name in decays(group)) < (1 - momentum**0.5) ** 2
 
 
 def takes_matrices_only(error: ValueError) -> bool:

@@ -1,0 +1,150 @@
+"""Weight decay that would move a weight along its set: kept off by parameter groups, and told of where it is not."""
+
+import copy
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import stiefel
+from stiefel.attach.binding import constrained_weights
+
+
+def model(method: str, **options: Any) -> nn.Module:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4), nn.Linear(4, 4), nn.Linear(4, 2))
+    return stiefel.constrain(net, method, layers=["0", "2"], **options)
+
+
+def held(net: nn.Module) -> set[int]:
+    return {id(w.parameter) for w in constrained_weights(net)}
+
+
+def step(net: nn.Module, optimizer: torch.optim.Optimizer, seed: int = 0) -> None:
+    optimizer.zero_grad()
+    net(torch.randn(8, 6, generator=torch.Generator().manual_seed(seed))).square().sum().backward()
+    optimizer.step()
+
+
+@pytest.mark.parametrize("cls", [torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW, torch.optim.ASGD])
+@pytest.mark.parametrize("method", ["retraction", "landing", "riemannian", "cayley", "matrix_exp", "householder"])
+def test_weights_that_decay_would_move_are_in_a_group_without_it(method: str, cls: type) -> None:
+    net = model(method)
+    try:
+        optimizer = stiefel.optimizer(net, cls, lr=0.1, weight_decay=0.3)
+    except stiefel.OptimizerError:
+        pytest.skip("geoopt has no Riemannian form of it")
+    free, apart = optimizer.param_groups
+    assert {id(p) for p in apart["params"]} == held(net)
+    assert apart["weight_decay"] == 0
+    assert apart.get("lambd", 0) == 0
+    assert free["weight_decay"] == 0.3
+    same = set(free) - {"params", "weight_decay", "lambd"}
+    assert {k: free[k] for k in same} == {k: apart[k] for k in same}
+    assert sum(len(g["params"]) for g in optimizer.param_groups) == len(list(net.parameters()))
+    step(net, optimizer)
+
+
+@pytest.mark.parametrize("method", ["soft", "unconstrained", "weight_norm", "spectral_norm"])
+def test_weights_that_are_not_held_decay_as_any_other(method: str) -> None:
+    optimizer = stiefel.optimizer(model(method), torch.optim.Adam, weight_decay=0.3)
+    assert [g["weight_decay"] for g in optimizer.param_groups] == [0.3]
+
+
+@pytest.mark.parametrize(
+    ("cls", "hyper", "groups"),
+    [
+        (torch.optim.AdamW, {"lr": 0.1}, 1),
+        (torch.optim.Adam, {"lr": 0.1, "decoupled_weight_decay": True}, 1),
+        (torch.optim.SGD, {"lr": 0.1}, 1),
+        (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9, "weight_decay": 5e-4}, 1),
+        (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9}, 2),  # lr·λ is beyond (1 − √μ)²: the proxy would change its sign
+        (torch.optim.Adam, {"lr": 0.1}, 2),
+        (torch.optim.RMSprop, {"lr": 0.1}, 2),
+        (torch.optim.Adagrad, {"lr": 0.1}, 2),
+    ],
+)
+@pytest.mark.parametrize("method", ["own", "oni", "bjorck"])
+def test_a_proxy_whose_length_is_free_keeps_the_decay_that_only_rescales_it(
+    method: str, cls: type, hyper: dict[str, Any], groups: int
+) -> None:
+    net = model(method)
+    optimizer = stiefel.optimizer(net, cls, **{"weight_decay": 0.3, **hyper})
+    assert len(optimizer.param_groups) == groups
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        step(net, optimizer)
+
+
+def test_a_learnable_scale_keeps_its_decay() -> None:
+    net = model("cayley", scale="learnable")
+    optimizer = stiefel.optimizer(net, torch.optim.AdamW, weight_decay=0.3)
+    gains = {id(p) for name, p in net.named_parameters() if name.endswith("gain")}
+    assert len(gains) == 2
+    assert gains <= {id(p) for p in optimizer.param_groups[0]["params"]}
+
+
+def test_groups_of_the_user_are_parted_one_by_one() -> None:
+    net = model("retraction")
+    groups = [
+        {"params": [("a", net[0].weight), ("b", net[0].bias)], "lr": 0.1, "weight_decay": 0.2},
+        {"params": [("c", net[2].weight)], "lr": 0.2},
+        {"params": [("d", net[2].bias)], "weight_decay": 0.0},
+    ]
+    optimizer = stiefel.optimizer(net, torch.optim.AdamW, groups, lr=0.3, weight_decay=0.4)
+    found = [(g["param_names"], g["lr"], g["weight_decay"]) for g in optimizer.param_groups]
+    assert found == [(["b"], 0.1, 0.2), (["c"], 0.2, 0), (["d"], 0.3, 0.0), (["a"], 0.1, 0)]
+
+
+def test_without_decay_there_is_one_group() -> None:
+    assert len(stiefel.optimizer(model("retraction"), torch.optim.Adam).param_groups) == 1
+
+
+def test_a_checkpoint_with_other_groups_says_why() -> None:
+    net = model("retraction")
+    before = torch.optim.AdamW(model("unconstrained").parameters(), lr=0.1).state_dict()
+    optimizer = stiefel.optimizer(net, torch.optim.AdamW, lr=0.1)
+    with pytest.raises(stiefel.OptimizerError, match=r"groups of \[8\] parameters.*\[6, 2\].*without weight decay"):
+        optimizer.load_state_dict(before)
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+
+
+def test_decay_that_a_checkpoint_brings_back_is_refused_before_a_weight_moves() -> None:
+    net = stiefel.constrain(nn.Linear(6, 4, bias=False), "retraction")
+    optimizer = stiefel.optimizer(net, torch.optim.AdamW, lr=0.1)
+    optimizer.param_groups[0]["weight_decay"] = 0.3
+    before = net.weight.detach().clone()
+    net.weight.square().sum().backward()
+    with pytest.raises(stiefel.OptimizerError, match=r"weight_decay=0\.3 of LiftedAdamW would move weight 'weight'"):
+        optimizer.step()
+    assert torch.equal(net.weight, before)
+
+
+def test_a_plain_optimizer_that_would_turn_a_proxy_warns_once() -> None:
+    net = model("cayley")
+    optimizer = torch.optim.AdamW(net.parameters(), lr=0.1)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        step(net, optimizer)
+        step(net, optimizer)
+    for name, warning in zip("02", told, strict=True):  # once for each weight
+        assert f"weight_decay=0.01 of AdamW would move weight '{name}.weight'" in str(warning.message)
+
+
+def test_a_heavy_ball_beyond_critical_damping_would_turn_the_weight() -> None:
+    """The reason for the limit lr·λ < (1 − √μ)²: at 0.1, 0.1 and 0.9 the proxy swings through zero."""
+    for decay, turns in ((0.1, True), (0.02, False)):
+        layer = stiefel.constrain(nn.Linear(6, 4, bias=False, dtype=torch.float64), "own", center=False)
+        start = layer.weight.detach().clone()
+        optimizer = torch.optim.SGD(layer.parameters(), lr=0.1, momentum=0.9, weight_decay=decay)
+        turned = False
+        for _ in range(60):
+            optimizer.zero_grad()
+            (0 * layer.weight).sum().backward()
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                optimizer.step()
+            turned |= bool((layer.weight * start).sum() < 0)
+        assert turned is turns

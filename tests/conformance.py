@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import math
+import pickle
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import cache
@@ -480,16 +481,25 @@ def check_seed(method: Constraint, dtype: torch.dtype, device: torch.device) -> 
 
 
 def check_divergence(method: Constraint, dtype: torch.dtype, device: torch.device) -> None:
-    """A NaN in the loss is told, by name, and no weight is ruined."""
+    """A NaN in the loss is told, by name, and no weight is ruined; by copies and pickles of model and optimizer too."""
     model = line(method, (3, 7), (5, 5), dtype=dtype).to(device)
     opt = stiefel.optimizer(model, torch.optim.SGD, lr=0.01, momentum=0.9)
     train(model, opt, 2)
-    kept = {k: w.detach().clone() for k, w in weights(model).items()}
-    opt.zero_grad()
-    (pull(model) * float("nan")).backward()
-    with pytest.raises(stiefel.DivergenceError, match=r"'a'.*NaN"):
+    pairs = [(model, opt), copy.deepcopy((model, opt)), copy.deepcopy(copy.deepcopy((model, opt)))]
+    if not isinstance(method, Reparameterization):  # torch pickles no parametrized module
+        pairs.append(pickle.loads(pickle.dumps((model, opt))))
+    for model, opt in pairs:
+        kept = {k: w.detach().clone() for k, w in weights(model).items()}
+        opt.zero_grad()
+        (pull(model) * float("nan")).backward()
+        with pytest.raises(stiefel.DivergenceError, match=r"'a'.*NaN"):
+            opt.step()
+        assert all(torch.equal(w, kept[k]) for k, w in weights(model).items())
+        opt.zero_grad()
+        steps = next(constrained_weights(model)).binding.tally.steps
+        pull(model).backward()
         opt.step()
-    assert all(torch.equal(w, kept[k]) for k, w in weights(model).items())
+        assert next(constrained_weights(model)).binding.tally.steps == steps + 1, "a copy counts no steps"
 
 
 def check_memory(method: Constraint, dtype: torch.dtype, device: torch.device) -> None:

@@ -164,7 +164,7 @@ def skipped(optimizer: torch.optim.Optimizer) -> bool:
 
 def quoted(labels: Iterable[str]) -> str:
     """Names of weights, for a message."""
-    return ", ".join(f"'{label}'" for label in labels)
+    return ", ".join(f"'{label}'" for label in dict.fromkeys(labels))
 
 
 class _Gradients:

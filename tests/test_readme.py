@@ -120,5 +120,14 @@ def test_documented_make_targets_exist():
         assert re.search(rf"^{target}:", makefile, flags=re.M), target
 
 
+@pytest.mark.parametrize("name", ["Makefile", "README.md", "CONTRIBUTING.md"])
+def test_editable_installs_are_told_in_the_way_that_type_checkers_see(name):
+    # The default is an import hook, which mypy, pyright and editors do not run.
+    text = (ROOT / name).read_text().replace("\\\n", " ")
+    commands = re.findall(r"pip install\b[^\n`]* -e [^\n`]*", text)
+    assert commands
+    assert all("--config-settings editable_mode=compat" in command for command in commands)
+
+
 if __name__ == "__main__":
     README.write_text(current(README.read_text()))

@@ -267,7 +267,7 @@ class Monitor:
             return False
         if self.every:
             return step % self.every == 0
-        dense = self._opening is not None and self._opening.allows(self._trained)
+        dense = self._opening is not None and self._opening.allows(self._trained, step)
         return dense or self._measuring.allows(self._trained)
 
     def _look_now(self) -> bool:
@@ -282,7 +282,7 @@ class Monitor:
         if measure:
             self._measure(row)
             if self._opening is not None:
-                self._opening.take(self._trained)
+                self._opening.take(self._trained, self.step)
         self._pending.append(pending)
         self._settle()
         (self._measuring if measure else self._writing).spend(time.perf_counter() - start)

@@ -241,6 +241,6 @@ def _durations(ax: Axes, durations: list[tuple[int, float]]) -> None:
     # The first step and a stray one would squeeze all others onto the axis.
     top = 1.5 * values[int(0.98 * (len(values) - 1))]
     above = sum(v > top for v in values)
-    rest = f"\n{above} of {len(values)} steps above {seconds_text(top / 1e3)} are not shown" if above else ""
+    rest = f"\nnot shown: {above} of {len(values)}, above {seconds_text(top / 1e3)}" if above else ""
     ax.set_ylim(0, top)
     ax.set_title(f"step time, median {seconds_text(median / 1e3)}{rest}")

@@ -41,7 +41,8 @@ docs: .venv/.installed
 	  || { echo "stiefel needs Python 3.11 or newer; name one with: make PYTHON=/path/to/python"; exit 1; }
 	@echo "installing into .venv (some minutes the first time: torch is large)"
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[compare,bench,notebooks,dev]"
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt \
+	  --config-settings editable_mode=compat -e ".[compare,bench,notebooks,dev]"
 	@touch $@
 
 clean:

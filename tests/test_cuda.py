@@ -52,6 +52,30 @@ def test_a_gpu_trains_as_a_cpu_does(method: Constraint) -> None:
         torch.testing.assert_close(b.cpu(), a, rtol=1e-3, atol=1e-4)
 
 
+def test_a_monitor_keeps_every_number_and_waits_for_none() -> None:
+    model = stiefel.constrain(net("cuda"), "pogo")
+    monitor = stiefel.Monitor(model, every=10_000, energy=False)
+    running, count = torch.zeros((), device="cuda"), torch.zeros(1, dtype=torch.int64, device="cuda")
+
+    def step() -> None:
+        with monitor:
+            running.add_(0.5)
+            count.add_(2)
+        monitor.log(loss=running, count=count, rate=0.1)
+
+    step()  # the first is measured
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(2_499):
+            step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    steps = range(1, 2_501)
+    assert monitor.history["loss"] == [(n, n / 2) for n in steps]
+    assert monitor.history["count"] == [(n, 2 * n) for n in steps]
+    assert monitor.history["rate"] == [(n, 0.1) for n in steps]
+
+
 def test_divergence_is_told_at_the_latest_a_few_steps_later() -> None:
     model = stiefel.constrain(net("cuda"), "pogo")
     optimizer = stiefel.optimizer(model, torch.optim.SGD, lr=0.1)

@@ -20,6 +20,7 @@ from typing import Any
 
 import pytest
 import torch
+from test_readme import snippet
 from torch import Tensor, nn
 
 import stiefel
@@ -27,8 +28,9 @@ from stiefel.attach.binding import constrained_weights
 from stiefel.errors import OptionError
 from stiefel.measure import display
 from stiefel.measure import monitor as monitor_module
+from stiefel.measure.cadence import SHARE, Budget, Opening
 from stiefel.measure.display import LiveLine
-from stiefel.measure.monitor import SHARE, Budget, Thinned
+from stiefel.measure.history import History, Thinned
 from stiefel.measure.sinks import JsonLines, Table, flat
 
 Monitor = stiefel.Monitor
@@ -181,28 +183,63 @@ def test_a_budget_is_never_overspent_after_its_first(step: float) -> None:
     assert taken >= 0.5 * min(0.005 * trained / cost, trained / step)
 
 
-def test_the_default_cadence_measures_as_rarely_as_its_share_asks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A fake clock: a step of 10 ms, and a measurement of half of what 20 of them pay for."""
+def on_a_fake_clock(
+    monkeypatch: pytest.MonkeyPatch, *, step: float, measurement: float, until: float, **options: Any
+) -> stiefel.Monitor:
+    """A training of so many seconds whose steps and measurements take what is said, and nothing else any time."""
     now = [0.0]
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
 
     def errors(model: nn.Module) -> dict[str, float]:
-        now[0] += 10 * 0.01 * SHARE
+        now[0] += measurement
         return dict.fromkeys(("0.weight", "2.weight"), 1e-7)
 
     monkeypatch.setattr(monitor_module, "errors", errors)
-    model = network()
-    monitor = Monitor(model, live=False)
-    for n in range(1000):
+    model = network()  # kept alive so long
+    monitor = Monitor(model, live=False, **options)
+    for n in range(round(until / step)):
         with monitor:
-            now[0] += 0.01
+            now[0] += step
         monitor.log(loss=n)
-    measured = [row["step"] for row in monitor.rows if "worst" in row]
-    assert measured[0] == 1
+    return monitor
+
+
+def test_the_default_cadence_measures_as_rarely_as_its_share_asks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Steps of 10 ms, a measurement of half of what 20 of them pay for; the first second is another's."""
+    monitor = on_a_fake_clock(monkeypatch, step=0.01, measurement=10 * 0.01 * SHARE, until=11)
+    measured = [row["step"] for row in monitor.rows if "worst" in row and row["step"] > 100]
     assert 45 <= len(measured) <= 51
     assert max(b - a for a, b in pairwise(measured)) <= 42
-    assert len(monitor.rows) == 1000  # writing is free on this clock
-    assert monitor.overhead == pytest.approx(SHARE / 2, rel=0.1)
+    assert len(monitor.rows) == 1100  # writing is free on this clock
+    assert monitor.summary()["later_overhead"] == pytest.approx(SHARE / 2, rel=0.1)
+
+
+@pytest.mark.parametrize("step", [1e-3, 1.6e-3, 7e-3, 0.026, 0.031, 0.04, 0.051, 0.3])
+@pytest.mark.parametrize("measurement", [1e-4, 0.1])
+def test_the_first_second_is_measured_twenty_times_whatever_that_costs(
+    step: float, measurement: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monitor = on_a_fake_clock(monkeypatch, step=step, measurement=measurement, until=30)
+    first = [row["step"] for row in monitor.rows if "worst" in row and row["step"] * step < 1]
+    assert len(first) >= min(20, int(1 / step))
+    assert len(first) <= 50
+    later = sum("worst" in row for row in monitor.rows) - len(first)
+    if measurement == 0.1:
+        assert later <= 2 + 0.5 * SHARE * 29 / measurement
+    assert monitor.summary()["later_overhead"] <= SHARE + measurement / 29
+
+
+@pytest.mark.parametrize("slowest", [1, 3, 30, 1000])
+def test_the_opening_holds_whatever_the_first_step_takes(slowest: int) -> None:
+    for step in [10**k for k in torch.linspace(-5, -0.3, 200).tolist()]:
+        opening, trained, steps, taken = Opening(), slowest * step, 0, 0
+        while trained < Opening.SECONDS:
+            steps += 1
+            if opening.allows(trained, steps):
+                opening.take(trained, steps)
+                taken += 1
+            trained += step
+        assert min(20, steps) <= taken <= 80, step
 
 
 def test_every_step_is_measured_where_it_is_asked_for_and_the_last_one_always() -> None:
@@ -220,7 +257,7 @@ def test_every_step_is_measured_where_it_is_asked_for_and_the_last_one_always() 
 def test_a_name_that_comes_rarely_is_never_left_out() -> None:
     model = network()
     monitor = Monitor(model)
-    monitor._writing.spent = 1e9  # nothing more may be written
+    monitor._opening, monitor._writing.spent = None, 1e9  # nothing more may be written
     for n in range(1, 41):
         with monitor:
             pass
@@ -234,7 +271,7 @@ def test_a_name_that_comes_rarely_is_never_left_out() -> None:
 
 @pytest.mark.parametrize("method", ["own", "pogo"])
 def test_the_overhead_at_the_default_cadence_is_within_one_percent(method: str, tmp_path: Path) -> None:
-    """By the monitor's own account, after its first row; the factor is for a machine that does other things."""
+    """By the monitor's own account, after the first second; the factor is for a machine that does other things."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
@@ -243,18 +280,15 @@ def test_the_overhead_at_the_default_cadence_is_within_one_percent(method: str, 
         monitor = Monitor(model, sinks=[tmp_path / "log.jsonl"], live=False)
         for _ in range(5):
             step()
-        with monitor:
-            step()
-        monitor.log(loss=1.0)
-        first, start = monitor._spent, time.perf_counter()
-        while time.perf_counter() - start < 3:
+        while monitor._trained < 4:
             with monitor:
                 loss = step()
             monitor.log(loss=loss)
-        rest = (monitor._spent - first) / monitor._trained
+        rest = monitor._later_overhead
         monitor.close()
     finally:
         torch.set_num_threads(threads)
+    assert rest is not None
     print(f"{method}: overhead {100 * rest:.2f} % of {monitor._trained:.1f} s, {len(monitor.rows)} rows")
     assert rest <= 0.01
     assert monitor.step > 10
@@ -276,6 +310,88 @@ def test_memory_is_bounded() -> None:
     assert len(monitor._durations.entries) <= 5_000
     assert len(monitor._clock._cpu) <= 1_000
     assert len(monitor._told) <= 1_001
+
+
+# --- every number ---
+
+
+def test_the_readmes_example_is_seen_to_move(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its hundred steps take a tenth of a second: each loss is drawn, and orthogonality as it went."""
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(snippet("Monitor"), names)
+    monitor, (logged, orthogonality, *_) = names["monitor"], names["figure"].axes
+    assert list(logged.lines[0].get_xdata()) == list(range(1, 101))
+    assert [value for _, value in monitor.history["loss"]] == list(logged.lines[0].get_ydata())
+    assert monitor.history["loss"][-1] == (100, names["loss"].item())
+    assert [line.get_label() for line in orthogonality.lines] == ["0.weight", "2.weight"]
+    for line in orthogonality.lines:
+        steps = list(line.get_xdata())
+        assert len(steps) >= 10
+        assert (steps[0], steps[-1]) == (1, 100)
+    text = str(monitor)
+    assert text.count("0 of 100") == 2
+    assert f"worst of {len(steps)} measurements" in text
+    rows = read(tmp_path / "log.jsonl")
+    assert len(rows) >= 10
+    assert all("loss" in row for row in rows)
+
+
+@pytest.mark.parametrize("every", [None, 7])
+def test_every_number_is_kept_however_few_rows_are_written(every: int | None) -> None:
+    model = network("pogo")
+    monitor = Monitor(model, every=every)
+    monitor._opening, monitor._writing.spent, monitor._measuring.spent = None, 1e9, 1e9
+    expected: dict[str, list[tuple[int, float]]] = {"loss": [], "rate": [], "accuracy": []}
+    value = torch.zeros((), requires_grad=True)
+    for n in range(1, 3001):
+        with monitor:
+            loss = (value + n) / 3
+            with torch.no_grad():
+                value.add_(1)  # what was logged before does not follow
+        monitor.log(loss=loss, rate=n)
+        expected["loss"].append((n, loss.item()))
+        expected["rate"].append((n, n))
+        if n % 10 == 0:
+            monitor.log(accuracy=n / 7)
+            expected["accuracy"].append((n, n / 7))
+    if every is None:
+        assert sum("loss" in row for row in monitor.rows) < 10
+    assert monitor.history == expected
+
+
+def test_of_very_many_numbers_an_evenly_spread_part_is_kept() -> None:
+    history = History(limit=100)
+    for n in range(1, 10_001):
+        history.add(n, {"loss": 0.5 * n, "rate": n} if n % 2 else {"loss": 0.5 * n})
+    series = history.series()
+    for name, gap in (("loss", 1), ("rate", 2)):
+        assert 50 <= len(series[name]) <= 100
+        assert len({b[0] - a[0] for a, b in pairwise(series[name])}) == 1
+        assert series[name][0][0] == 1
+        assert (series[name][1][0] - 1) % gap == 0
+    assert all(value == 0.5 * n for n, value in series["loss"])
+
+
+def test_the_last_row_has_the_last_numbers_and_the_summary_speaks_of_all_steps(tmp_path: Path) -> None:
+    model = network(SHORTENING[0])
+    optimizer = stiefel.optimizer(model, torch.optim.SGD, lr=1e6)
+    monitor = Monitor(model, sinks=[tmp_path / "log.jsonl"])
+    monitor._opening, monitor._writing.spent, monitor._measuring.spent = None, 1e9, 1e9
+    for n in range(1, 31):
+        for p in model.parameters():
+            p.grad = torch.ones_like(p)
+        with monitor:
+            optimizer.step()
+        monitor.log(loss=n)
+    assert [row["step"] for row in monitor.rows] == [1]
+    rows = {row.name: row for row in stiefel.report(model).rows}
+    for name, weight in monitor.summary()["weights"].items():
+        assert (weight["steps"], weight["measured"]) == (30, 2)
+        assert weight["shortened"] == rows[name].shortened >= 29
+        assert weight["last"] == rows[name].relative <= weight["worst"]
+    monitor.close()
+    assert [(row["step"], row["loss"]) for row in read(tmp_path / "log.jsonl")] == [(1, 1), (30, 30)]
 
 
 # --- sinks ---
@@ -432,6 +548,16 @@ def test_what_can_be_logged() -> None:
     for name, wrong in {"x": torch.ones(2), "y": "text", "z": None, "w": 1j, "v": torch.tensor(1j)}.items():
         with pytest.raises(OptionError, match=rf"{name}=.* cannot be logged; give a single real number"):
             monitor.log(**{name: wrong})
+    monitor = Monitor(model)
+    with pytest.raises(OptionError, match="loss="):
+        monitor.log(loss="no step")
+    assert monitor.step == 0
+    monitor._opening, monitor._writing.spent, monitor._measuring.spent = None, 1e9, 1e9
+    for loss in (1.0, 2.0, torch.ones(2)):  # also where no row is due
+        with monitor:
+            pass
+        with pytest.raises(OptionError, match="loss=") if isinstance(loss, Tensor) else contextlib.nullcontext():
+            monitor.log(loss=loss)
     with pytest.raises(OptionError, match="'seconds' is a name of the monitor's own"):
         monitor.log(seconds=3)
     with pytest.raises(OptionError, match="every=0"):
@@ -489,6 +615,20 @@ def test_signals_are_measured_in_the_steps_that_are_not_timed() -> None:
     assert monitor.rows[1]["signal"]["0.weight"]["backward"] == pytest.approx(1, rel=1e-5)
     assert monitor.summary()["seconds_per_step"]["n"] == 3
     assert [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model] == hooks
+
+
+def test_signals_are_measured_at_the_default_cadence_too() -> None:
+    model = network("retraction")
+    step, monitor = training(model), Monitor(model, signal=True)
+    for _ in range(100):
+        with monitor:
+            step()
+        monitor.log(loss=1.0)
+    measured = [row["step"] for row in monitor.rows if "signal" in row]
+    assert len(measured) >= 5
+    assert measured == [row["step"] for row in monitor.rows if "worst" in row]
+    assert min(b - a for a, b in pairwise(measured)) > 1  # the steps in between are timed
+    assert monitor.summary()["seconds_per_step"]["n"] >= 50
 
 
 def test_a_model_is_neither_kept_alive_nor_kept_from_being_copied() -> None:
@@ -568,6 +708,53 @@ def test_on_a_gpu_a_row_waits_for_the_device_and_the_loop_does_not(monkeypatch: 
     assert monitor.summary()["seconds"] == pytest.approx(0.03)
 
 
+class Far(Tensor):
+    """A number on a GPU, of which nothing may be asked before it has arrived."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+    is_cuda = True
+
+    def item(self) -> Any:
+        raise AssertionError("the host would wait here")
+
+    tolist = __float__ = item
+
+
+def test_numbers_on_a_gpu_are_all_kept_and_none_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    FakeEvent.made = FakeEvent.reached = 0
+    monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(monitor_module, "peak_allocated_bytes", lambda device: 7)
+    monkeypatch.setattr(monitor_module, "peak_reserved_bytes", lambda device: 8)
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *args, pin_memory=False, **kwargs: empty(*args, **kwargs))
+    monkeypatch.setattr(monitor_module, "MOST_WAITING", 50)
+    model = network()
+    monitor = Monitor(model, every=400, device="cuda:0", energy=False)
+    running, count = torch.zeros(()), torch.zeros(1, dtype=torch.int64)
+    for _ in range(1000):
+        with monitor:
+            running += 0.5
+            count += 2
+        monitor.log(loss=running.as_subclass(Far), count=count.as_subclass(Far), rate=0.1)
+        assert monitor._history.waiting <= 2 * 50 + 2
+    assert monitor.rows == []
+    FakeEvent.reached = FakeEvent.made
+    assert monitor.history == {
+        "rate": [(n, 0.1) for n in range(1, 1001)],
+        "loss": [(n, n / 2) for n in range(1, 1001)],
+        "count": [(n, 2 * n) for n in range(1, 1001)],
+    }
+    assert [(row["step"], row["loss"], row["count"]) for row in monitor.rows] == [
+        (1, 0.5, 2),
+        (400, 200.0, 800),
+        (800, 400.0, 1600),
+    ]
+    monitor.close()
+    assert (monitor.rows[-1]["step"], monitor.rows[-1]["loss"], monitor.rows[-1]["rate"]) == (1000, 500.0, 0.1)
+
+
 # --- what is seen ---
 
 
@@ -581,7 +768,8 @@ def test_it_prints_as_a_table() -> None:
         monitor.log(loss=1.0)
     monitor.close()
     text = str(monitor)
-    for part in ("steps        3", "median and quartiles", "MiB resident", "energy       — (", "0.weight", "0 of 3"):
+    parts = ("steps        3", "median and quartiles", "MiB resident", "energy       — (", "0.weight", "0 of 3")
+    for part in (*parts, "in steps, less after the first second", "worst of 3 measurements"):
         assert part in text
     json.dumps(monitor.summary(), allow_nan=False)
 
@@ -636,6 +824,7 @@ def test_the_figure_has_three_panels_also_with_many_weights(tmp_path: Path) -> N
         monitor.log(loss=math.exp(-n), accuracy=n)
     figure = monitor.plot()
     titles = [ax.get_title() for ax in figure.axes]
-    assert titles[:3] == ["loss, accuracy", "orthogonality ‖XXᵀ−I‖/√p", "step time"]
+    assert titles[:2] == ["loss, accuracy", "orthogonality ‖XXᵀ−I‖/√p"]
+    assert titles[2].startswith("step time, median")
     figure.savefig(tmp_path / "figure.png")
     Monitor(model).plot()  # before the first step

@@ -62,6 +62,8 @@ def deposited(parametrization: nn.Module, tensors: Sequence[Tensor]) -> Tensor |
 def saved_elsewhere() -> bool:
     """Whether hooks take what autograd saves, as gradient checkpointing's do, which count what a part of a pass saves.
 
-    That part runs again in the backward pass, where nothing is deposited: it must compute its weights both times.
+    That part runs again in the backward pass, where nothing is deposited: it must compute its weights both times. Torch
+    tells it under a private name only; where that is missing (torch 2.6 and 2.7) each layer computes its own weight.
     """
-    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    return top is None or top(True) is not None

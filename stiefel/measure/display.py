@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TextIO
 
 from stiefel.measure.sinks import Row
@@ -34,33 +34,46 @@ def bytes_text(size: int | None) -> str:
     return "—" if size is None else f"{size / 2**20:.0f} MiB"
 
 
-def table(summary: dict[str, Any]) -> str:
-    """What a monitor saw, for a terminal."""
+def table(summary: dict[str, Any], *, opening: bool = False) -> str:
+    """What a monitor saw, for a terminal.
+
+    Args:
+        summary: of the monitor.
+        opening: whether it is still in the first second, of which monitoring takes more.
+    """
     spread = summary["seconds_per_step"]
     step = "—"
     if spread:
         step = f"{seconds_text(spread['median'])} [{seconds_text(spread['q1'])}, {seconds_text(spread['q3'])}]"
     joules = summary["gpu_energy_joules"]
     gpu = f"GPU {bytes_text(summary['gpu_peak_bytes'])} allocated, {bytes_text(summary['gpu_reserved_bytes'])} reserved"
+    share, later = f"{100 * summary['overhead']:.2g} % of the time in steps", summary["later_overhead"]
+    if later is not None:
+        share = f"{100 * later:.2g} % of the time in steps after the first second, {share} in all"
+    elif opening:
+        share += ", less after the first second"
     lines = [
         f"steps        {summary['steps']}, {seconds_text(summary['seconds'])} in them",
         f"step time    {step}, median and quartiles",
         f"peak memory  {bytes_text(summary['peak_resident_bytes'])} resident"
         + (f"; {gpu}" if summary["gpu_peak_bytes"] is not None else ""),
         "energy       " + (f"{joules:.4g} J" if joules is not None else f"— ({summary['gpu_reason']})"),
-        f"monitoring   {100 * summary['overhead']:.2f} % of the time in steps",
+        f"monitoring   {share}",
     ]
     weights = summary["weights"]
     if not weights:
-        return "\n".join([*lines, "weights      none is constrained"])
+        none = "none is constrained" if summary["steps"] else "not measured yet"
+        return "\n".join([*lines, f"weights      {none}"])
     columns = {
         "weight": list(weights),
         "method": [w["method"] for w in weights.values()],
         "‖XXᵀ−I‖_F/√p now": [f"{w['last']:.1e}" for w in weights.values()],
-        "worst": [f"{w['worst']:.1e}" for w in weights.values()],
+        f"worst of {max(w['measured'] for w in weights.values())} measurements": [
+            f"{w['worst']:.1e}" for w in weights.values()
+        ],
     }
     if any(w["shortened"] is not None for w in weights.values()):
-        columns["shortened"] = [
+        columns["shortened steps"] = [
             "—" if w["shortened"] is None else f"{w['shortened']} of {w['steps']}" for w in weights.values()
         ]
     head, body = tuple(columns), list(zip(*columns.values(), strict=True))
@@ -120,10 +133,14 @@ _STYLE: Any = {
 _MOST_LINES = len(_COLOURS)
 
 
-def figure(rows: list[Row], durations: list[tuple[int, float]]) -> Figure:
+History = Mapping[str, Sequence[tuple[int, float]]]
+
+
+def figure(history: History, rows: list[Row], durations: list[tuple[int, float]]) -> Figure:
     """Three panels against steps: the user's numbers, orthogonality per weight, step time.
 
     Args:
+        history: steps and values of what was logged, by name.
         rows: of the monitor.
         durations: steps and their seconds.
     """
@@ -133,7 +150,7 @@ def figure(rows: list[Row], durations: list[tuple[int, float]]) -> Figure:
     with mpl.rc_context(_STYLE):
         made = Figure(figsize=(12, 3.6), layout="constrained")
         logged, orthogonality, time = made.subplots(1, 3)
-        _logged(logged, rows)
+        _logged(logged, history)
         _orthogonality(orthogonality, rows)
         _durations(time, durations)
         for ax in (logged, orthogonality, time):
@@ -147,23 +164,38 @@ def _plot(ax: Axes, points: Iterable[tuple[int, Any]], **style: Any) -> None:
     ax.plot([x for x, _ in kept], [y for _, y in kept], marker=marker, markersize=3, **style)
 
 
-def _logged(ax: Axes, rows: list[Row]) -> None:
-    names = list(dict.fromkeys(name for row in rows for name in row if name not in RESERVED))
+def _each_and_mean(ax: Axes, points: Sequence[tuple[int, float]], *, label: str, color: str) -> None:
+    """Every number; of many, pale, with the means of blocks, which the noise of batches would hide."""
+    size = max(5, len(points) // 50)
+    if len(points) < 60:
+        _plot(ax, points, label=label, color=color)
+        return
+    _plot(ax, points, color=color, alpha=0.35, linewidth=0.8)
+    blocks = [points[i : i + size] for i in range(0, len(points) - size + 1, size)]
+    means = [(round(_mean(x for x, _ in block)), _mean(y for _, y in block)) for block in blocks]
+    _plot(ax, means, label=f"{label}, each and mean of {size}", color=color)
+
+
+def _mean(values: Iterable[float]) -> float:
+    found = list(values)
+    return sum(found) / len(found)
+
+
+def _logged(ax: Axes, history: History) -> None:
+    names = list(history)
     ax.set_title(", ".join(names[:_MOST_LINES]) if names else "nothing was logged")
     other = ax.twinx() if len(names) > 1 else None  # an accuracy and a loss have nothing in common
     for name, colour in zip(names, _COLOURS, strict=False):
-        _plot(
-            ax if other is None or name == names[0] else other,
-            ((r["step"], r[name]) for r in rows if name in r),
-            label=name,
-            color=colour,
-        )
+        _each_and_mean(ax if other is None or name == names[0] else other, history[name], label=name, color=colour)
+    if other is None and len(ax.lines) > 1:
+        ax.legend()
     if other is not None:
         other.grid(visible=False)
         other.spines["right"].set_visible(True)
         ax.set_ylabel(names[0])
         other.set_ylabel(", ".join(names[1:_MOST_LINES]))
-        other.legend(handles=[*ax.lines, *other.lines], loc="center right")
+        lines = [line for line in (*ax.lines, *other.lines) if not str(line.get_label()).startswith("_")]
+        other.legend(handles=lines, loc="center right")
 
 
 def _orthogonality(ax: Axes, rows: list[Row]) -> None:
@@ -205,9 +237,10 @@ def _durations(ax: Axes, durations: list[tuple[int, float]]) -> None:
     values = sorted(1e3 * s for _, s in durations)
     median = values[len(values) // 2]
     ax.plot([n for n, _ in durations], [1e3 * s for _, s in durations], ".", ms=2, color=_COLOURS[0], alpha=0.5)
-    ax.axhline(median, color=_COLOURS[1], lw=1.2, label=f"median {median:.3g} ms")
+    ax.axhline(median, color=_COLOURS[1], lw=1.2)
     # The first step and a stray one would squeeze all others onto the axis.
     top = 1.5 * values[int(0.98 * (len(values) - 1))]
     above = sum(v > top for v in values)
+    rest = f"\nnot shown: {above} of {len(values)}, above {seconds_text(top / 1e3)}" if above else ""
     ax.set_ylim(0, top)
-    ax.legend(title=f"{above} of {len(values)} above {top:.3g} ms" if above else None, loc="lower right")
+    ax.set_title(f"step time, median {seconds_text(median / 1e3)}{rest}")

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import math
-import numbers
 import time
 import weakref
 from collections import deque
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from collections.abc import Collection, Iterable
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from stiefel.attach import constrained_weights
 from stiefel.errors import OptionError
+from stiefel.measure.cadence import SHARE, Budget, Opening
 from stiefel.measure.cost import (
     EnergyMeter,
     Spread,
@@ -24,7 +24,8 @@ from stiefel.measure.cost import (
     peak_reserved_bytes,
     peak_resident_bytes,
 )
-from stiefel.measure.display import RESERVED, LiveLine, figure, live_text, table
+from stiefel.measure.display import LiveLine, figure, live_text, table
+from stiefel.measure.history import History, Thinned, Transfer, check, taken
 from stiefel.measure.orthogonality import errors
 from stiefel.measure.signal import Probe
 from stiefel.measure.sinks import Row, flat, sink_of
@@ -36,62 +37,21 @@ if TYPE_CHECKING:
 REFRESH = 0.05
 """Seconds between two looks at what the device has told, and between two states of the live line."""
 
+MOST_WAITING = 1_000
+"""Steps after which durations are taken from the clock, and numbers from a device, though no row is due."""
+
 FLUSH = 1.0
 """Seconds of rows, at most, that a process that is killed takes with it; measured rows are out of its reach at once."""
-
-SHARE = 0.006
-"""Most that monitoring takes of the training time: half for measuring, half for writing.
-
-It leaves room below 1 % for what a monitor cannot see of itself: the caches that it has emptied. On two busy cores that
-was 0.2 to 0.9 % of steps of 17 ms, measured against the same loop without a monitor.
-"""
-
-
-class Budget:
-    """Allows what keeps the time spent within a share of the training time."""
-
-    def __init__(self, share: float) -> None:
-        self.share, self.spent, self.expected = share, 0.0, 0.0
-
-    def allows(self, trained: float) -> bool:
-        """Whether one more like the last few still fits, after ``trained`` seconds of training."""
-        return trained >= self.next
-
-    @property
-    def next(self) -> float:
-        """Seconds of training from which on it does."""
-        return (self.spent + self.expected) / self.share
-
-    def spend(self, seconds: float) -> None:
-        """Account for one that was done."""
-        self.spent += seconds
-        self.expected = (self.expected + seconds) / 2 if self.expected else seconds
-
-
-class Thinned:
-    """At most ``limit`` entries of a sequence of any length, evenly spread: once full, every other one is dropped."""
-
-    def __init__(self, limit: int) -> None:
-        self.limit, self.stride, self.seen = limit, 1, 0
-        self.entries: list[Any] = []
-
-    def add(self, entry: Any) -> None:
-        """Append an entry, or leave it out."""
-        if self.seen % self.stride == 0:
-            self.entries.append(entry)
-            if len(self.entries) > self.limit:
-                self.entries, self.stride = self.entries[::2], 2 * self.stride
-        self.seen += 1
 
 
 @dataclass
 class _Pending:
-    """A row that waits for its numbers to arrive from the device."""
+    """Numbers on their way from the device, and the row, if any, that waits for them."""
 
-    row: Row
-    marked: bool
-    values: dict[str, Tensor] = field(default_factory=dict)
-    ready: torch.cuda.Event | None = None
+    transfers: list[Transfer]
+    row: Row | None = None
+    marked: bool = False
+    names: tuple[str, ...] = ()
 
 
 class Monitor:
@@ -110,9 +70,11 @@ class Monitor:
     ``gpu_peak_bytes``, ``gpu_reserved_bytes``, ``gpu_energy_joules`` since the last measured row, and ``gpu_reason``,
     None or why they are null.
 
-    By default the cadence adapts: a row is measured, or written, only where the time spent on that stays within 1 % of
-    the time in steps, half for either; what a step logged that is not written is gone. The first step, the last (by
-    ``close``), and a name that the step before did not have are always written, so that a metric of every epoch is.
+    By default the cadence adapts: measured at least 20 times in the first second of training, the denser the earlier,
+    then as often as 1 % of the time in steps allows, half of it for measured rows and half for the others. The first
+    step, the last (by ``close``, ``summary`` and ``plot``), and a name that the step before did not have are always
+    written, so that a metric of every epoch is. Every number that is logged is kept, written or not: the figure and
+    ``history`` have them.
 
     Args:
         model: whose constrained weights are measured; it is left as it is, and not kept alive.
@@ -157,11 +119,12 @@ class Monitor:
         self._meter = EnergyMeter(self.device) if energy else None
         self._joules = 0.0
         self._measuring, self._writing = Budget(SHARE / 2), Budget(SHARE / 2)
+        self._opening = Opening() if every is None else None  # until it is over
         self._trained = 0.0  # seconds in steps, as far as the device has told
         self._settled = step  # the last step whose duration it has told
         self._told: dict[int, float] = {}  # durations that a row may still ask for
         self._durations = Thinned(5_000)
-        self._rows, self._marked = Thinned(10_000), Thinned(10_000)
+        self._rows, self._marked, self._history = Thinned(10_000), Thinned(10_000), History()
         self._pending: deque[_Pending] = deque()
         self._weights: dict[str, dict[str, Any]] = {}
         self._latest: Row = {}
@@ -188,7 +151,7 @@ class Monitor:
         if self._unlogged:
             self.log()
             start = time.perf_counter()
-        if self.signal and self._measure_now(self.step + 1) and (model := self._model()) is not None:
+        if self.signal and self._look_now() and (model := self._model()) is not None:
             self._probe = Probe(model)
             self._probe.__enter__()
         self._inside = self._used = True
@@ -227,7 +190,7 @@ class Monitor:
             values: numbers, or tensors of one element, by name.
 
         Raises:
-            OptionError: a value that would be written is not a single number, or its name is one of the monitor's own.
+            OptionError: a value is not a single number, or its name is one of the monitor's own.
         """
         start = time.perf_counter()
         if (
@@ -237,14 +200,15 @@ class Monitor:
             and values.keys() == self._names
             and self._unlogged
         ):
+            self._history.add(self.step, taken(values))
             self._unlogged, self._names_step = False, self.step
             self._writing.spent += time.perf_counter() - start
             return
         spent = self._spent
-        for name, value in values.items():
-            _check(name, value)
+        check(values)
+        values = taken(values)
         if self._inside:
-            self._kept |= {k: v.detach().clone() if isinstance(v, Tensor) else v for k, v in values.items()}
+            self._kept |= values
             return
         if not self._used:
             self.step += 1
@@ -255,13 +219,18 @@ class Monitor:
 
     def _log(self, values: dict[str, Any], now: float) -> None:
         self._unlogged = False
+        self._history.add(self.step, values)
         self._settle()
         measure = self._probe is not None or self._measure_now(self.step)
+        if self.signal and self._used and self.every is None:  # the step that is looked at was chosen before it began
+            measure = self._probe is not None
         self._names_at |= dict.fromkeys(self._names, self._names_step)
         new = any(self._names_at.get(name, -1) < self.step - 1 for name in values)
         self._names, self._names_step = frozenset(values), self.step
         if measure or new or (self.every is None and self._writing.allows(self._trained)):
             self._record(values, measure=measure, marked=measure or new)
+        elif self._history.waiting >= MOST_WAITING:
+            self._pending.append(_Pending(self._history.send()))
         if (
             self._live is not None
             and now >= self._shown + REFRESH
@@ -269,50 +238,54 @@ class Monitor:
         ):
             self._shown = now
             self._live.show(self._line())
+        self._plan(now)
+
+    def _plan(self, now: float) -> None:
+        """Until when nothing is due."""
+        if self._opening is not None and self._trained >= Opening.SECONDS:
+            self._opening = None
+            self._measuring.restart(self._trained)
+            self._writing.restart(self._trained)
+        self._due_step = self.step + MOST_WAITING
         if self.every is None:
             self._due_trained = min(self._measuring.next, self._writing.next)
-            self._due_step = self.step + 1_000  # durations are taken from the clock now and then
         else:
             self._due_trained = math.inf
-            self._due_step = (self.step // self.every + 1) * self.every
+            self._due_step = min(self._due_step, (self.step // self.every + 1) * self.every)
         self._due_clock = now + REFRESH if self._live is not None or not self._on_host else math.inf
+        if self._opening is not None:
+            self._due_clock = now
 
     @property
     def _spent(self) -> float:
-        return self._measuring.spent + self._writing.spent
+        return self._measuring.total + self._writing.total
 
     def _measure_now(self, step: int) -> bool:
         if self._measured_at is None:
             return True
         if step == self._measured_at:
             return False
-        return step % self.every == 0 if self.every else self._measuring.allows(self._trained)
+        if self.every:
+            return step % self.every == 0
+        dense = self._opening is not None and self._opening.allows(self._trained, step)
+        return dense or self._measuring.allows(self._trained)
 
-    def _record(self, values: dict[str, Any], *, measure: bool, marked: bool) -> None:
+    def _look_now(self) -> bool:
+        """Whether the next step is to be looked at, and so not timed: never two in a row, unless that is asked for."""
+        return self._measure_now(self.step + 1) and (self.every is not None or self._measured_at != self.step)
+
+    def _record(self, names: Collection[str], *, measure: bool, marked: bool) -> None:
         start = time.perf_counter()
-        row: Row = {"step": self.step, "seconds": None, "time": start - self._start}
-        pending = _Pending(row, marked)
-        for name, value in values.items():
-            row[name] = value if isinstance(value, (int, float)) else self._number(name, value, pending)
-        if pending.values:
-            device = next(v.device for v in values.values() if isinstance(v, Tensor) and v.is_cuda)
-            pending.ready = torch.cuda.Event()
-            pending.ready.record(torch.cuda.current_stream(device))
+        row: Row = {"step": self.step, "seconds": None, "time": start - self._start, **dict.fromkeys(names)}
+        pending = _Pending(self._history.send(), row, marked, tuple(names))
+        row |= self._history.numbers(self.step, names)
         if measure:
             self._measure(row)
-            now = time.perf_counter()
-            self._measuring.spend(now - start)
-            start = now
+            if self._opening is not None:
+                self._opening.take(self._trained, self.step)
         self._pending.append(pending)
         self._settle()
-        self._writing.spend(time.perf_counter() - start)
-
-    def _number(self, name: str, value: Any, pending: _Pending) -> Any:
-        if not (isinstance(value, Tensor) and value.is_cuda):
-            return value.item() if hasattr(value, "item") else float(value)
-        here = torch.empty((), dtype=value.dtype, pin_memory=True)
-        pending.values[name] = here.copy_(value.detach().reshape(()), non_blocking=True)
-        return None
+        (self._measuring if measure else self._writing).spend(time.perf_counter() - start)
 
     # --- what is due ---
 
@@ -326,10 +299,12 @@ class Monitor:
             shortened = None if tally.shortened is None else int(tally.shortened)
             if shortened is not None:
                 row["shortened"][name] = shortened
+            before = self._weights.get(name, {"worst": last, "measured": 0})
             self._weights[name] = {
                 "method": weight.binding.constraint.name,
                 "last": last,
-                "worst": _worst((last, self._weights.get(name, {}).get("worst", last))),
+                "worst": _worst((last, before["worst"])),
+                "measured": before["measured"] + 1,
                 "steps": tally.steps,
                 "shortened": shortened,
             }
@@ -362,13 +337,15 @@ class Monitor:
             self._timed(self._settled, seconds)
         while self._pending:
             pending = self._pending[0]
-            row, arrived = pending.row, wait or pending.ready is None or pending.ready.query()
-            if not arrived or (self._used and self._settled < row["step"]):
+            row, arrived = pending.row, wait or all(transfer.arrived for transfer in pending.transfers)
+            if not arrived or (row is not None and self._used and self._settled < row["step"]):
                 return
             self._pending.popleft()
-            row["seconds"] = self._told.get(row["step"])
-            row |= {name: here.item() for name, here in pending.values.items()}
-            self._emit(row, pending.marked)
+            self._history.receive(pending.transfers)
+            if row is not None:
+                row["seconds"] = self._told.get(row["step"])
+                row |= self._history.numbers(row["step"], pending.names)
+                self._emit(row, pending.marked)
 
     def _timed(self, step: int, seconds: float) -> None:
         if step not in self._probed:
@@ -414,6 +391,16 @@ class Monitor:
         """The rows so far, in order; of more than 10 000 of a kind (measured ones, others) an evenly spread part."""
         return [row for _, row in sorted(self._rows.entries + self._marked.entries, key=lambda entry: entry[0])]
 
+    @property
+    def history(self) -> dict[str, list[tuple[int, float]]]:
+        """Steps and values of all that was logged, by name; of more than a million of a name an evenly spread part.
+
+        It waits for numbers that a device still has.
+        """
+        self._pending.append(_Pending(self._history.send()))
+        self._settle(wait=True)
+        return self._history.series()
+
     def frame(self) -> pd.DataFrame:
         """The rows as a pandas frame, inner entries as columns ``orthogonality/<weight>``."""
         import pandas as pd
@@ -421,13 +408,16 @@ class Monitor:
         return pd.DataFrame([dict(flat(row)) for row in self.rows])
 
     def summary(self) -> dict[str, Any]:
-        """All rows in one, for JSON.
+        """All rows in one, for JSON; it measures once more where the last step was not measured.
 
         Returns:
             ``steps``, ``seconds`` in them, ``seconds_per_step`` (median, q1, q3, n; None before the first),
-            ``overhead``, the memory fields, ``gpu_energy_joules`` of the whole time, ``gpu_reason``, and ``weights``:
-            by name ``method``, ``last`` and ``worst`` ‖XXᵀ − I‖_F/√p, optimizer ``steps``, how many were ``shortened``.
+            ``overhead``, and ``later_overhead``, that after the first second (None in it, and with ``every``), the
+            memory fields, ``gpu_energy_joules`` of the whole time, ``gpu_reason``, and ``weights``: by name ``method``,
+            ``last`` and ``worst`` ‖XXᵀ − I‖_F/√p of the times it was ``measured``, optimizer ``steps``, how many were
+            ``shortened``.
         """
+        self._catch_up()
         self._settle()
         durations = [seconds for _, seconds in self._durations.entries]
         return {
@@ -435,17 +425,29 @@ class Monitor:
             "seconds": self._trained,
             "seconds_per_step": asdict(Spread.of(durations)) if durations else None,
             "overhead": self.overhead,
+            "later_overhead": self._later_overhead,
             **self._costs(),
             "weights": self._weights,
         }
 
+    @property
+    def _later_overhead(self) -> float | None:
+        start = self._measuring.start
+        later = self._trained - start
+        return (self._measuring.spent + self._writing.spent) / later if start and later else None
+
     def __str__(self) -> str:
-        return table(self.summary())
+        return table(self.summary(), opening=self._opening is not None)
 
     def plot(self) -> Figure:
         """A matplotlib figure against steps: what was logged, orthogonality of each weight, step time."""
-        self._settle()
-        return figure(self.rows, self._durations.entries)
+        self._catch_up()
+        return figure(self.history, self.rows, self._durations.entries)
+
+    def _catch_up(self) -> None:
+        """Measure the last step, if it is not, unless one is under way."""
+        if not self._inside and self._measured_at != self.step and (self._unlogged or self._measured_at is not None):
+            self._record(self._history.names(self.step), measure=True, marked=True)
 
     def close(self) -> None:
         """Measure once more, write what is left, and close the files.
@@ -454,8 +456,7 @@ class Monitor:
         """
         if self._unlogged:
             self.log()
-        if self._measured_at is not None and self._measured_at != self.step:
-            self._record({}, measure=True, marked=True)
+        self._catch_up()
         self._settle(wait=True)
         for sink in self._sinks:
             sink.close()
@@ -468,17 +469,3 @@ def _worst(values: Iterable[float]) -> float | None:
     """The largest, NaN where there is one; None of none."""
     found = list(values)
     return float("nan") if any(v != v for v in found) else max(found, default=None)
-
-
-def _check(name: str, value: Any) -> None:
-    if name in RESERVED:
-        raise OptionError(f"{name!r} is a name of the monitor's own; log it under another, for example 'my_{name}'")
-    if isinstance(value, Tensor):
-        if value.numel() == 1 and not value.is_complex():
-            return
-        came = f"a {value.dtype} tensor of shape {tuple(value.shape)}"
-    elif isinstance(value, numbers.Real):
-        return
-    else:
-        came = type(value).__name__
-    raise OptionError(f"{name}={came} cannot be logged; give a single real number, for example {name}.mean()")

@@ -21,6 +21,7 @@ from stiefel.linalg import (
     newton_schulz,
     polar,
     qf,
+    readable,
     skew,
     sym,
 )
@@ -42,21 +43,28 @@ def project_tangent(x: Float[Tensor, "*batch p n"], u: Float[Tensor, "*batch p n
     return add_product(u, sym(u @ x.mH), x, alpha=-1)
 
 
-def tangent_gradient(x: Float[Tensor, "*batch p n"], g: Float[Tensor, "*batch p n"]) -> Float[Tensor, "*batch p n"]:
-    """The tangent part of a gradient, ``P_X(G)``, and exactly 0 where that is no more than the rounding of G.
+def tangent_gradient_(x: Float[Tensor, "b p n"], g: Float[Tensor, "b p n"]) -> Float[Tensor, "b p n"]:
+    """The tangent part of a gradient, ``P_X(G)``, in G's own memory; 0 where that is no more than G's rounding.
 
     An optimizer that divides a gradient by its own size would else make steps of full length of rounding, at every
     stationary point. What is left there is about 20 epsilons of ‖G‖ at 512×4608 in double, and less elsewhere.
     """
-    return without_rounding(project_tangent(x, g), g)
+    rounding = NOISE * torch.finfo(g.dtype).eps * frobenius(g)
+    return _zero_where(rounding, g.baddbmm_(sym(g @ x.mH), x, alpha=-1))
 
 
 def without_rounding(
     part: Float[Tensor, "*batch p n"], whole: Float[Tensor, "*batch p n"]
 ) -> Float[Tensor, "*batch p n"]:
     """``part``, and 0 in each matrix where it is no more than rounding of the ``whole`` that it was taken from."""
-    rounding = NOISE * torch.finfo(whole.dtype).eps * frobenius(whole)
-    return torch.where(frobenius(part) <= rounding, 0, part)  # NaN stays NaN
+    return _zero_where(NOISE * torch.finfo(whole.dtype).eps * frobenius(whole), part)
+
+
+def _zero_where(rounding: Tensor, part: Tensor) -> Tensor:
+    small = frobenius(part) <= rounding  # false for NaN, which has to be seen
+    if readable(small) and not small.any():
+        return part
+    return torch.where(small, 0, part)
 
 
 def tangent_direction(x: Float[Tensor, "*batch p n"], u: Float[Tensor, "*batch p n"]) -> Float[Tensor, "*batch p n"]:

@@ -55,7 +55,7 @@ class StiefelWeight(geoopt.Stiefel):
     # --- on points (b, p, n) ---
 
     def gradient(self, x: Tensor, g: Tensor) -> Tensor:
-        """Riemannian gradient of the metric; 0 where it is no more than the rounding of G, which Adam would normalize."""
+        """Riemannian gradient of the metric; 0 where it is no more than rounding, which Adam would normalize."""
         return geometry.without_rounding(_GRADIENT[self.metric](x, g), g)
 
     def retract(self, x: Tensor, u: Tensor) -> Tensor:

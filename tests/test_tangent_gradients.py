@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 import stiefel
 from stiefel.constraint import StepMethod
-from stiefel.geometry import project_tangent, random_stiefel, tangent_gradient
+from stiefel.geometry import project_tangent, random_stiefel, tangent_gradient_
 from stiefel.linalg import gram_residual
 
 STEPPED = [m for name in stiefel.available() for m in conformance.variants(name) if m.lifts]
@@ -217,11 +217,11 @@ def test_a_normal_gradient_has_no_tangent_part(p: int, n: int, dtype: torch.dtyp
     for size in (1.0, 1e20, 1e-20):
         s = torch.randn(1, p, p, generator=generator, dtype=dtype) * size
         normal = (s + s.mH) @ x
-        assert not tangent_gradient(x, normal).any()
+        assert not tangent_gradient_(x, normal.clone()).any()
         if p * n == 1 or (p == n == 1):
             continue
         g = normal + 1e3 * torch.finfo(dtype).eps * torch.randn(1, p, n, generator=generator, dtype=dtype) * size
-        assert torch.equal(tangent_gradient(x, g), project_tangent(x, g))
+        assert torch.equal(tangent_gradient_(x, g.clone()), project_tangent(x, g))
     assert gram_residual(x).abs().max() < 1e-5
 
 
@@ -229,7 +229,7 @@ def test_a_gradient_of_nan_is_not_taken_for_rounding() -> None:
     x = random_stiefel(1, 3, 5, generator=torch.Generator().manual_seed(0))
     g = torch.ones_like(x)
     g[0, 0, 0] = torch.nan
-    assert tangent_gradient(x, g).isnan().any()
+    assert tangent_gradient_(x, g).isnan().any()
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,7 +22,7 @@ from stiefel.linalg.products import (
 from stiefel.linalg.qr import qf
 from stiefel.linalg.spectral_map import iterated, spectral_map
 from stiefel.linalg.svd import nearest_in_step, nearest_orthonormal
-from stiefel.linalg.tracing import is_traced
+from stiefel.linalg.tracing import is_traced, readable
 from stiefel.linalg.whitening import whitened
 
 __all__ = [
@@ -48,6 +48,7 @@ __all__ = [
     "one_by_one",
     "polar",
     "qf",
+    "readable",
     "skew",
     "spectral_map",
     "spectral_radius",

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from stiefel.constraint import Penalty, StepMethod
 from stiefel.errors import DivergenceError, OptimizerError
-from stiefel.geometry import tangent_gradient
+from stiefel.geometry import tangent_gradient_
 from stiefel.layout import Layout
 from stiefel.linalg import EXACT_DTYPES, full_precision
 from stiefel.optim.bases import keeps_nothing, refuse
@@ -212,9 +212,8 @@ class _Move:
             x = self.before / scale if scale != 1 else self.before
             given = [g for p in self.parameters if (g := p.grad) is not None]
             gradients = [g.to_dense() if g.is_sparse else g for g in given]
-            tangents = unstack(
-                self.layouts, tangent_gradient(x, stack(self.layouts, gradients, scaled=False)), scaled=False
-            )
+            batch = stack(self.layouts, gradients, scaled=False, copy=True)
+            tangents = unstack(self.layouts, tangent_gradient_(x, batch), scaled=False)
         for p, gradient, tangent in zip(self.parameters, gradients, tangents, strict=True):
             # Kernels over lists of tensors want them laid out alike (channels_last).
             alike = tangent.stride() == gradient.stride()

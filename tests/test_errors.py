@@ -536,3 +536,30 @@ def test_a_frozen_weight_is_no_business_of_the_guard() -> None:
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     model(torch.ones(2, 6)).sum().backward()
     optimizer.step()
+
+
+@pytest.mark.parametrize(
+    ("cls", "options", "said"),
+    [
+        (torch.optim.SGD, {"lr": -1.0}, "SGD .* lr=-1.0"),
+        (torch.optim.SGD, {"momentun": 1}, "SGD .* momentun=1"),
+        (torch.optim.SGD, {"nesterov": True}, "SGD .* nesterov=True"),
+        (torch.optim.SparseAdam, {}, "SparseAdam .* dense gradients"),
+        (torch.optim.Adam, {"differentiable": True}, "Adam .* differentiable=True"),
+        (torch.optim.Adam, {"capturable": True}, "Adam .* capturable=True"),
+        (torch.optim.Muon, {"lr": 0.1}, "Muon takes matrices only"),
+    ],
+)
+@pytest.mark.parametrize("method", ["own", "soft", "unconstrained"])
+def test_what_torch_refuses_at_its_first_step_is_refused_when_an_optimizer_is_made(method, cls, options, said):
+    model = stiefel.constrain(nn.Linear(9, 4), method)
+    with pytest.raises(stiefel.OptimizerError, match=said):
+        stiefel.optimizer(model, cls, **options)
+
+
+def test_a_proxy_that_has_overflowed_is_told_by_name():
+    model = stiefel.constrain(nn.Sequential(nn.Linear(9, 4)), "own")
+    with torch.no_grad():
+        model.get_parameter("0.parametrizations.weight.original").fill_(torch.inf)
+    with pytest.raises(stiefel.DivergenceError, match=r"proxy of '0\.weight'.*infinite"):
+        model(torch.randn(2, 9))

@@ -13,7 +13,7 @@ from torch.nn.utils import parametrize
 from stiefel.attach.deposits import deposited
 from stiefel.attach.snapshot import Snapshot, can_be_watched
 from stiefel.constraint import Constraint, Reparameterization
-from stiefel.errors import StiefelError, WeightError
+from stiefel.errors import DivergenceError, StiefelError, WeightError
 from stiefel.layout import Layout
 from stiefel.linalg import EXACT_DTYPES, full_precision, gram_residual, in_double, is_traced
 from stiefel.optim import Mark, Tally
@@ -204,7 +204,14 @@ class Bucket:
         assert isinstance(method, Reparameterization)
         with full_precision(stacked[0].device):
             parts = dict(zip(names, stacked[len(stacked) - len(names) :], strict=True))
-            x = method.forward(stacked[0], self.layouts[0], **parts)
+            try:
+                x = method.forward(stacked[0], self.layouts[0], **parts)
+            except torch.linalg.LinAlgError as error:
+                labels = ", ".join(f"'{p.binding.label}'" for p in self.parametrizations)
+                raise DivergenceError(
+                    f"no weight can be computed from the proxy of {labels}: {error} Its entries are NaN, infinite or "
+                    "too large; lower the learning rate"
+                ) from error
             return x if self.first.gain is None else x * stacked[1].reshape(*x.shape[:2], 1)
 
     def weights(self, tensors: Sequence[Tensor]) -> list[Tensor]:

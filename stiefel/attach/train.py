@@ -14,9 +14,9 @@ from stiefel.constraint import ManifoldMethod, Penalty
 from stiefel.errors import OptimizerError
 from stiefel.linalg import full_precision
 from stiefel.optim import keep_decay_off
-from stiefel.optim.bases import takes_matrices_only
+from stiefel.optim.bases import make
 from stiefel.optim.buckets import bucket, stack
-from stiefel.optim.lift import Lift, lift
+from stiefel.optim.lift import lift
 
 
 def optimizer(
@@ -53,15 +53,7 @@ def optimizer(
         cls = riemannian(cls)
     if any(m.lifts for m in methods):
         cls = lift(cls)
-    try:
-        made = cls(module.parameters() if params is None else params, **hyper)
-    except ValueError as error:
-        if issubclass(cls, Lift) and takes_matrices_only(error):
-            raise OptimizerError(
-                f"{cls.__mro__[2].__name__} takes matrices only, and one optimizer serves the whole model: {error}; "
-                "use it where all of the model's parameters are 2-D"
-            ) from error
-        raise
+    made = make(cls, module.parameters() if params is None else params, hyper)
     keep_decay_off(made, {weight.parameter: weight.binding.constraint.decay for weight in found})
     return made
 

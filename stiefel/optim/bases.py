@@ -58,6 +58,45 @@ def decay_only_rescales(optimizer: torch.optim.Optimizer, group: dict[str, Any])
     return float(group["lr"]) * sum(float(group[name]) for name in decays(group)) < (1 - momentum**0.5) ** 2
 
 
-def takes_matrices_only(error: ValueError) -> bool:
-    """Whether an optimizer refused its parameters because some are not 2-D, as Muon does."""
-    return "2D" in str(error)
+def make(cls: type[torch.optim.Optimizer], params: Any, hyper: dict[str, Any]) -> torch.optim.Optimizer:
+    """An optimizer, of a class as it is or lifted.
+
+    Raises:
+        OptimizerError: the class refuses its options or the parameters, now or at its first step.
+    """
+    name = own_class(cls).__name__
+    try:
+        made = cls(params, **hyper)
+        if own_class(cls).__module__.startswith("torch.optim"):  # a user's own may count its steps, or write them down
+            _try_out(made, hyper)
+    except OptimizerError:
+        raise
+    except (TypeError, ValueError, RuntimeError, AssertionError) as error:
+        if "2D" in str(error):
+            raise OptimizerError(
+                f"{name} takes matrices only, and one optimizer serves the whole model: {error}; use it where all "
+                "parameters of the model are 2-D"
+            ) from error
+        options = ", ".join(f"{option}={value!r}" for option, value in hyper.items())
+        raise OptimizerError(
+            f"{name} cannot train this model with the options {options or 'given'}: {error}"
+        ) from error
+    return made
+
+
+def own_class(cls: type[torch.optim.Optimizer]) -> type[torch.optim.Optimizer]:
+    """The class of which another is the lifted form; itself where it is none."""
+    return getattr(cls, "base", cls)
+
+
+def _try_out(optimizer: torch.optim.Optimizer, hyper: dict[str, Any]) -> None:
+    """One step of a small parameter for each group, dtype and device: what a class refuses at a step is refused now."""
+    cls: Any = own_class(type(optimizer))
+    for group in optimizer.param_groups:
+        options = {key: value for key, value in group.items() if key not in ("params", "param_names")}
+        for dtype, device in {(p.dtype, p.device) for p in group["params"]}:
+            if not (dtype.is_floating_point or dtype.is_complex) or device.type == "meta":
+                continue
+            p = torch.nn.Parameter(torch.ones(2, 2, dtype=dtype, device=device))
+            p.grad = torch.ones_like(p)
+            cls([{"params": [p], **options}], **hyper).step(lambda: 0.0)

@@ -103,6 +103,7 @@ class Lift(_Base):
     A dynamic subclass rather than hooks: hooks vanish on deepcopy and pickle, silently leaving Euclidean steps.
     """
 
+    base: type[torch.optim.Optimizer]
     stepping = False  # true inside the base step, which may carry the optimizer hooks a second time
 
     @torch.no_grad()
@@ -137,10 +138,9 @@ class Lift(_Base):
         return loss
 
     def _owned(self) -> list[_Owned]:
-        base = type(self).__mro__[2]
         owned = []
         for group in self.param_groups:
-            forgets = keeps_nothing(base, group)
+            forgets = keeps_nothing(self.base, group)
             for p in group["params"]:
                 if not isinstance(p, SteppedParameter) or p.grad is None:
                     continue
@@ -153,7 +153,7 @@ class Lift(_Base):
         return owned
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        return _rebuild_optimizer, (type(self).__mro__[2],), self.__getstate__()
+        return _rebuild_optimizer, (self.base,), self.__getstate__()
 
 
 def skipped(optimizer: torch.optim.Optimizer) -> bool:
@@ -304,6 +304,5 @@ def lift(cls: type[torch.optim.Optimizer]) -> type[torch.optim.Optimizer]:
 
 @cache
 def _lifted(cls: type[torch.optim.Optimizer]) -> type[torch.optim.Optimizer]:
-    return type(
-        "Lifted" + cls.__name__, (Lift, cls), {"__doc__": f"{cls.__name__}, followed by the methods' own steps."}
-    )
+    doc = f"{cls.__name__}, fed tangent gradients and followed by the methods' own steps."
+    return type("Lifted" + cls.__name__, (Lift, cls), {"__doc__": doc, "base": cls})

@@ -30,6 +30,8 @@ OURS: dict[str, dict[str, Any]] = {
 }
 """By name, the first word of which is the method's, with its options."""
 STACKED = ("landing", "pogo")
+LIFTED = ("retraction", "projection", "landing", "pogo", "spel")
+"""Measured with momentum too: a base optimizer with a memory is handed tangent gradients."""
 
 
 def steps() -> list[Candidate]:
@@ -37,6 +39,8 @@ def steps() -> list[Candidate]:
     found = [Candidate(PRODUCT, "unit", product)]
     found += [Candidate(name, "ours", partial(separate, name=name, **options)) for name, options in OURS.items()]
     found += [Candidate(f"{name}, stacked", "ours", partial(stacked, name=name)) for name in STACKED]
+    with_momentum = {"momentum": 0.9}
+    found += [Candidate(f"{n}, momentum", "ours", partial(separate, name=n, hyper=with_momentum)) for n in LIFTED]
     for name, canonical in (("geoopt Stiefel", False), ("geoopt CanonicalStiefel", True)):
         found.append(Candidate(name, "geoopt", partial(geoopt_loop, canonical=canonical), "geoopt", True))
     found.append(Candidate("pogo-torch, stacked", "pogo-torch", partial(pogo_torch, one=True), "pogo"))
@@ -51,11 +55,11 @@ class Stacked(nn.Module):
         self.weight = nn.Parameter(x)
 
 
-def separate(case: Case, name: str, **options: Any) -> Work:
-    """Ours on one parameter per matrix."""
+def separate(case: Case, name: str, hyper: dict[str, Any] | None = None, **options: Any) -> Work:
+    """Ours on one parameter per matrix; ``hyper``: more of SGD's options."""
     model = Layers(case)
     stiefel.constrain(model, name.split()[0], **options)
-    return _work(model, list(model.parameters()), list(case.gradients()))
+    return _work(model, list(model.parameters()), list(case.gradients()), **(hyper or {}))
 
 
 def stacked(case: Case, name: str) -> Work:
@@ -65,8 +69,8 @@ def stacked(case: Case, name: str) -> Work:
     return _work(model, [model.weight], [case.gradients()])
 
 
-def _work(model: nn.Module, parameters: list[nn.Parameter], gradients: list[Tensor]) -> Work:
-    optimizer = stiefel.optimizer(model, torch.optim.SGD, lr=LR)
+def _work(model: nn.Module, parameters: list[nn.Parameter], gradients: list[Tensor], **hyper: Any) -> Work:
+    optimizer = stiefel.optimizer(model, torch.optim.SGD, lr=LR, **hyper)
     if stiefel.penalty(model).grad_fn is None:
         return _given(optimizer, parameters, gradients)
 

@@ -32,6 +32,14 @@ def gram_residual(x: Float[Tensor, "*batch p n"]) -> Float[Tensor, "*batch p p"]
     return x @ x.mH - torch.eye(x.shape[-2], dtype=x.dtype, device=x.device)
 
 
+def is_rounding(delta: Float[Tensor, "*batch p p"]) -> bool:
+    """Whether Gram residuals ``X Xᴴ − I`` are known to be rounding; never where that makes a host wait for a device."""
+    if not readable(delta) or not delta.numel():
+        return False
+    most = 4 * torch.finfo(delta.dtype).eps * delta.shape[-1] ** 0.5
+    return bool(torch.linalg.vector_norm(delta, dim=(-2, -1)).max() <= most)
+
+
 def add_product(
     c: Float[Tensor, "*batch p n"], a: Float[Tensor, "*batch p q"], b: Float[Tensor, "*batch q n"], alpha: float = 1.0
 ) -> Float[Tensor, "*batch p n"]:

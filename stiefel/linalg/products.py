@@ -32,11 +32,12 @@ def gram_residual(x: Float[Tensor, "*batch p n"]) -> Float[Tensor, "*batch p p"]
     return x @ x.mH - torch.eye(x.shape[-2], dtype=x.dtype, device=x.device)
 
 
-def is_rounding(delta: Float[Tensor, "*batch p p"]) -> bool:
-    """Whether Gram residuals ``X Xᴴ − I`` are known to be rounding; never where that makes a host wait for a device."""
-    if not readable(delta) or not delta.numel():
+def is_orthonormal(gram: Float[Tensor, "*batch p p"]) -> bool:
+    """Whether Gram matrices are known to be I to rounding; never where asking makes a host wait for a device."""
+    if not readable(gram) or not gram.numel():
         return False
-    most = 4 * torch.finfo(delta.dtype).eps * delta.shape[-1] ** 0.5
+    delta = gram - torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    most = 4 * torch.finfo(gram.dtype).eps * gram.shape[-1] ** 0.5
     return bool(torch.linalg.vector_norm(delta, dim=(-2, -1)).max() <= most)
 
 

@@ -21,7 +21,7 @@ class ManifoldMuon(StepMethod):
     G is the base optimizer's descent direction, of which the direction of the tangent part counts alone. By duality
     the maximum is the minimum over symmetric Λ of ``‖G + 2ΛX‖_*``, found from the tangent part by
 
-        Λ₀ = 0,   A = msign(G + 2ΛX),   Λ ← Λ − 0.1 (1 − t/T)(AXᵀ + XAᵀ),   T times
+        Λ₀ = 0,   A = msign(G + 2ΛX),   Λ ← Λ − 0.15 (1 − t/T)(AXᵀ + XAᵀ),   T times
 
     at ‖G‖_F = √p. At the dual's kink A is not unique and the last one arbitrary (down to half of the optimum for G of
     rank one), so the mean of the second half is taken, made tangent, and shortened where that left ‖A‖₂ > 1: at least
@@ -62,7 +62,7 @@ class ManifoldMuon(StepMethod):
         mean = torch.zeros_like(g)
         for t in range(self.iterations):
             a = msign(g + 2 * dual @ x, steps=8)
-            dual = dual - 0.2 * (1 - t / self.iterations) * sym(a @ x.mH)
+            dual = dual - 0.3 * (1 - t / self.iterations) * sym(a @ x.mH)
             if t >= self.iterations // 2:
                 mean += a
         a = project_tangent(x, mean / (self.iterations - self.iterations // 2))

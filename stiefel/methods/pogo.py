@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from stiefel.constraint import Claim, StepMethod
-from stiefel.linalg import frobenius, gram_residual, is_rounding, newton_schulz
+from stiefel.linalg import frobenius, is_orthonormal, newton_schulz
 from stiefel.methods import register
 
 LONGEST = 0.5
@@ -53,10 +53,11 @@ class POGO(StepMethod):
 
     def step(self, x: Tensor, displacement: Tensor, lr: float) -> tuple[Tensor, Tensor]:
         """The POGO step, and which matrices' steps were shortened."""
-        psi = torch.baddbmm(displacement, x @ displacement.mH, x, beta=-0.5, alpha=0.5)
-        delta = gram_residual(x)
-        if not is_rounding(delta):  # −½(U − XUᵀX) is then all of Ψ, as it is after most steps
-            psi = psi.baddbmm_(delta, displacement, alpha=-0.5)
+        turn, gram = x @ displacement.mH, x @ x.mH
+        if is_orthonormal(gram):  # as after most steps: Ψ = −½(U − XUᵀX)
+            psi = torch.baddbmm(displacement, turn, x, beta=-0.5, alpha=0.5)
+        else:
+            psi = torch.baddbmm(torch.bmm(turn, x), gram, displacement, beta=0.5, alpha=-0.5)
         length = frobenius(psi)
         rounding = NOISE * torch.finfo(length.dtype).eps * frobenius(displacement)
         kept = torch.minimum(LONGEST / length.clamp_min(LONGEST), NORMAL / rounding.clamp_min(NORMAL))

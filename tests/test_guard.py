@@ -201,3 +201,15 @@ def test_weights_in_half_precision_are_not_stepped(method):
         p.grad = torch.ones_like(p)
     with pytest.raises(stiefel.OptimizerError, match="bfloat16"):
         optimizer.step()
+
+
+@pytest.mark.parametrize("method", ["unconstrained", "soft", "own"])
+def test_a_weight_that_overflows_while_its_gradient_is_finite_is_told(method: str) -> None:
+    layer = stiefel.constrain(nn.Linear(9, 4, bias=False), method)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    (parameter,) = layer.parameters()
+    with torch.no_grad():
+        parameter[0, 0] = torch.inf
+    parameter.grad = torch.ones_like(parameter)
+    with pytest.raises(stiefel.DivergenceError, match=r"the value of weight 'weight' is NaN or infinite"):
+        optimizer.step()

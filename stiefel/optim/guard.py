@@ -190,22 +190,24 @@ def _refuse_divergence(optimizer: torch.optim.Optimizer, members: list[tuple[Ten
     if torch.compiler.is_compiling() or (members[0][0].is_cuda and torch.cuda.is_current_stream_capturing()):
         return  # nothing may be read back here
     tell()
-    values = [g.coalesce().values() if g.is_sparse else g for p, _ in members if (g := p.grad) is not None]
+    gradients = [g.coalesce().values() if g.is_sparse else g for p, _ in members if (g := p.grad) is not None]
+    values = gradients + [p.detach() for p, _ in members]  # which overflow, if the loss does not depend on them much
     sizes = torch._foreach_norm(values, 1)  # infinite or NaN where an entry is, or where entries are enormous
     if all(v.is_cuda for v in sizes):
         finite = torch.stack([v.to(sizes[0].device, non_blocking=True) for v in sizes]).isfinite().all()
         labels = [w.label for _, w in members]
-        tell_later(finite, lambda: f"a gradient of weights {quoted(labels)} was NaN or infinite: the loss has diverged")
+        what = "a gradient or an entry of weights"
+        tell_later(finite, lambda: f"{what} {quoted(labels)} was NaN or infinite: the loss has diverged")
         return
     if torch.stack([v.cpu() for v in sizes]).isfinite().all():
         return
-    spoilt = [w.label for (_, w), v in zip(members, values, strict=True) if not v.isfinite().all()]
-    if not spoilt:
-        return
-    raise DivergenceError(
-        f"the gradient of weight {quoted(spoilt)} is NaN or infinite: the loss has diverged. This step changed no "
-        "weight; lower the learning rate, or look at the loss before it"
-    )
+    for what, tensors in (("the gradient of", gradients), ("the value of", values[len(gradients) :])):
+        spoilt = [w.label for (_, w), v in zip(members, tensors, strict=True) if not v.isfinite().all()]
+        if spoilt:
+            raise DivergenceError(
+                f"{what} weight {quoted(spoilt)} is NaN or infinite: the loss has diverged. This step changed no "
+                "weight; lower the learning rate, or look at the loss before it"
+            )
 
 
 def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:

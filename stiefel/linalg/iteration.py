@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from stiefel.linalg.precision import in_double
+from stiefel.linalg.products import newton_schulz
 from stiefel.linalg.spectral_map import Map, gram_factor, spectral_map
 from stiefel.linalg.svd import nearest_orthonormal
 from stiefel.linalg.tracing import readable
@@ -110,4 +111,4 @@ def _is_near(gram: Tensor, dtype: torch.dtype) -> bool:
 
 def _completed(x: Tensor) -> Tensor:
     """The nearest orthonormal matrix, with the derivative of what there is of it; NaN stays, to be told elsewhere."""
-    return x + (nearest_orthonormal(x) - x).detach() if bool(x.isfinite().all()) else x
+    return x + (newton_schulz(nearest_orthonormal(x)) - x).detach() if bool(x.isfinite().all()) else x

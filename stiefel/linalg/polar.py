@@ -12,6 +12,7 @@ from stiefel.linalg.inverse_root import inverse_root, inverse_root_by_iteration
 from stiefel.linalg.lu import solve
 from stiefel.linalg.lyapunov import lyapunov, lyapunov_by_doubling, lyapunov_by_products
 from stiefel.linalg.precision import full_precision, in_double
+from stiefel.linalg.products import newton_schulz
 from stiefel.linalg.tracing import is_traced, readable
 
 if TYPE_CHECKING:
@@ -107,7 +108,8 @@ def _decompose(v: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
             s = _floor(s, eps)
             return ((d / s.unsqueeze(-2)) @ d.mH) @ wide, d, s
     d, s, wh = torch.linalg.svd(wide, full_matrices=False)
-    return (d * (s[..., None, :1] > 0)) @ wh, d, _floor(s, eps)
+    x = (d * (s[..., None, :1] > 0)) @ wh
+    return newton_schulz(x), d, _floor(s, eps)  # long rows of an SVD are orthonormal to 1e-13 only
 
 
 def _floor(s: Tensor, eps: float) -> Tensor:

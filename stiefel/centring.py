@@ -10,7 +10,7 @@ from torch import Tensor
 from stiefel.constraint import Reparameterization
 from stiefel.errors import LayoutError, OptionError
 from stiefel.layout import Layout
-from stiefel.linalg import nearest_orthonormal
+from stiefel.linalg import nearest_orthonormal, unit_sized
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +52,12 @@ class Centred(Reparameterization):
         if self.center is False or not _can_center(layout):
             return v
         return v - v.mean(dim=-1, keepdim=True)
+
+    def normalized(self, proxy: Tensor, layout: Layout) -> Tensor:
+        """:meth:`centred`, at a size at which nothing overflows or vanishes: what is made of it forgets V's size."""
+        v = self.centred(unit_sized(proxy), layout)
+        normalized = unit_sized(v)  # rows may be nothing but their means
+        return v if normalized is v else self.centred(normalized, layout)
 
 
 def _can_center(layout: Layout) -> bool:

@@ -87,8 +87,7 @@ def test_orthogonality_is_that_of_the_weights(records):
         if r["section"] == "rest" or r["candidate"] == PRODUCT:
             assert r["error"] is None
     ill = {r["candidate"]: r.get("error") for r in records if r.get("condition") == sections.ILL}
-    assert ill["own"] < 2e-6
-    assert ill["oni"] > 1e-3  # twelve iterations do not converge there, and the record says so
+    assert max(ill["own"], ill["oni"], ill["bjorck"]) < 2e-6
 
 
 def test_what_is_written_agrees(written, records):

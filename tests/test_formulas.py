@@ -1017,7 +1017,7 @@ def exactly_twice(name, options, at):
     iteration has forgotten the bound.
     """
     method = stiefel.get(name, **options)
-    forgets = name != "oni" or method.bound == "frobenius" or method.iterations >= 12
+    forgets = name != "oni" or method.bound == "frobenius" or method.count is None or method.count >= 12
     return name != "own_pca" and not (name == "spectral_norm" and at == "start") and forgets
 
 

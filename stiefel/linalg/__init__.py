@@ -3,6 +3,7 @@
 from stiefel.linalg.cayley import cayley_along, cayley_step
 from stiefel.linalg.exponential import exponential_step
 from stiefel.linalg.householder import householder_rows, householder_vectors
+from stiefel.linalg.iteration import iterated
 from stiefel.linalg.lu import one_by_one
 from stiefel.linalg.lyapunov import lyapunov
 from stiefel.linalg.msign import msign
@@ -15,13 +16,15 @@ from stiefel.linalg.products import (
     frobenius,
     gram_residual,
     is_orthonormal,
+    is_short,
     newton_schulz,
     skew,
     squared_residual,
     sym,
+    unit_sized,
 )
 from stiefel.linalg.qr import qf
-from stiefel.linalg.spectral_map import iterated, spectral_map
+from stiefel.linalg.spectral_map import spectral_map
 from stiefel.linalg.svd import nearest_in_step, nearest_orthonormal
 from stiefel.linalg.tracing import is_traced, readable
 from stiefel.linalg.whitening import whitened
@@ -40,6 +43,7 @@ __all__ = [
     "householder_vectors",
     "in_double",
     "is_orthonormal",
+    "is_short",
     "is_traced",
     "iterated",
     "lyapunov",
@@ -56,5 +60,6 @@ __all__ = [
     "spectral_radius",
     "squared_residual",
     "sym",
+    "unit_sized",
     "whitened",
 ]

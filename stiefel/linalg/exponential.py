@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from stiefel.linalg.cayley import low_rank_blocks
-from stiefel.linalg.products import balance, skew
+from stiefel.linalg.precision import in_double
+from stiefel.linalg.products import balance, is_short, skew
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -17,26 +18,28 @@ if TYPE_CHECKING:
 def exponential_step(x: Float[Tensor, "*batch p n"], b: Float[Tensor, "*batch p n"]) -> Float[Tensor, "*batch p n"]:
     """Rotate the rows of X by an exponential: ``X expm(A)`` with ``A = XᴴB − BᴴX``, as :func:`cayley_step` does.
 
-    A has rank 2p. With ``cUZ = A``, ``U = [Xᴴ, B̂ᴴ]``, ``Z = [B̂; −X]``, ``B = c B̂`` and ``φ(M) = (e^M − I)/M``,
+    A has rank 2p. With ``cUZ = A``, ``U = [Xᴴ, B̂ᴴ]``, ``Z = [B̂; −X]``, ``B = c B̂``, Z carries X, and
+    ``Z f(UZ) = f(ZU) Z`` for every power series f:
 
-        X⁺ = X + c · XU φ(c ZU) Z,        [e^M, φ(M); 0, I] = expm [M, I; 0, 0]
+        X⁺ = X − [0, I] (expm(c ZU) − I) Z
 
-    so that nothing is larger than 4p×4p; where 4p ≥ n the n×n exponential is cheaper, and taken.
+    so that the exponential is of a 2p×2p matrix; where 2p ≥ n the n×n one is cheaper, and taken. Either is computed in
+    double unless B is short, since digits are lost in proportion to the length of the rotation; where B has a lower
+    rank than X, to its square, which double bears up to lengths of 10⁵.
 
     Args:
         x: the point, p ≤ n; orthonormal rows are kept orthonormal.
         b: the direction; for a tangent U take ``B = U(I − ½XᴴX)``, which makes X A = U.
 
-    Source: Higham, Functions of Matrices (2008), Theorem 1.35 and Problem 10.10.
+    Source: Higham, Functions of Matrices (2008), Theorem 1.35 and Corollary 1.34.
     """
     p, n = x.shape[-2:]
-    if 4 * p >= n:
+    if not is_short(b) and x.dtype != in_double(x).dtype:
+        return exponential_step(in_double(x), in_double(b)).to(x.dtype)
+    if 2 * p >= n:
         return x @ torch.linalg.matrix_exp(2 * skew(x.mH @ b))
     c = balance(b)
     b = b / c
-    xu, zu = low_rank_blocks(x, b)
-    eye = torch.eye(2 * p, dtype=x.dtype, device=x.device).expand(*x.shape[:-2], 2 * p, 2 * p)
-    top = torch.cat([c * zu, eye], dim=-1)
-    phi = torch.linalg.matrix_exp(torch.cat([top, torch.zeros_like(top)], dim=-2))[..., : 2 * p, 2 * p :]
-    w = c * (xu @ phi)
-    return x + w[..., :p] @ b - w[..., p:] @ x
+    _, zu = low_rank_blocks(x, b)
+    turned = torch.linalg.matrix_exp(c * zu)[..., p:, :] - torch.eye(2 * p, dtype=x.dtype, device=x.device)[p:]
+    return x - turned[..., :p] @ b + turned[..., p:] @ x

@@ -12,7 +12,8 @@ from stiefel.linalg.inverse_root import inverse_root, inverse_root_by_iteration
 from stiefel.linalg.lu import solve
 from stiefel.linalg.lyapunov import lyapunov, lyapunov_by_doubling, lyapunov_by_products
 from stiefel.linalg.precision import full_precision, in_double
-from stiefel.linalg.tracing import is_traced
+from stiefel.linalg.products import newton_schulz
+from stiefel.linalg.tracing import is_traced, readable
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 
 SMALL = 2**12
 """Total size b·p² of a batch's Gram matrices below which their eigendecompositions are faster (2 CPU cores)."""
+ILL = 1e-5
+"""Ratio of extreme singular values below which a Gram matrix, also in double, has lost the digits that X needs."""
 
 
 def polar(
@@ -34,13 +37,13 @@ def polar(
     It has no ``1/(s_i² − s_j²)``, the term that makes autograd through ``eigh`` or ``svd`` return NaN at an orthonormal
     V. Second and higher derivatives are exact too.
 
-    Singular values below ``eps · s_max`` are raised to it; where V = 0 they count as 1. A rank-deficient V thus gives
-    a finite X whose lost directions have singular values below 1 (visible in the report), with a finite gradient, and
-    V = 0 gives X = 0 with gradient G: a gradient step leaves that point.
+    A rank-deficient V is completed: X is orthonormal, and one of the nearest. In the gradient singular values below
+    ``eps · s_max`` are raised to it, which keeps it finite. V = 0 gives X = 0 with gradient G: a gradient step leaves
+    that point. On a GPU, and under a compiler, where nothing is read back, X lacks the directions that V has lost.
 
     Args:
         v: p ≤ n.
-        eps: relative floor of the singular values; default 1e-6, and 1e-9 for float64.
+        eps: relative floor of the singular values in the gradient; default 1e-6, and 1e-9 for float64.
         solver: one of ``SOLVERS``, or None for the fastest that is accurate for the dtype, device and size.
             ``"eigen"``: float64 by SVD, anything narrower by the eigenvalues of its Gram matrix in float64 (accurate to
             1e-8 for condition numbers up to 1e4, where a float32 Gram matrix loses everything). ``"products"``: float32
@@ -97,14 +100,16 @@ _DOUBLE = (torch.float64, torch.complex128)
 
 def _decompose(v: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """Polar factor X, left singular vectors D and floored singular values s of V, in double precision."""
-    if v.dtype in _DOUBLE:
-        d, s, wh = torch.linalg.svd(v, full_matrices=False)
-        floored = _floor(s, eps)
-        return d @ ((s / floored).unsqueeze(-1) * wh), d, floored
     wide = in_double(v)
-    values, d = torch.linalg.eigh(wide @ wide.mH)
-    s = _floor(values.clamp_min(0).sqrt(), eps)
-    return ((d / s.unsqueeze(-2)) @ d.mH) @ wide, d, s
+    if v.dtype not in _DOUBLE:
+        values, d = torch.linalg.eigh(wide @ wide.mH)
+        s = values.clamp_min(0).sqrt()
+        if not readable(s) or bool((s[..., 0] >= ILL * s[..., -1]).all()):
+            s = _floor(s, eps)
+            return ((d / s.unsqueeze(-2)) @ d.mH) @ wide, d, s
+    d, s, wh = torch.linalg.svd(wide, full_matrices=False)
+    x = (d * (s[..., None, :1] > 0)) @ wh
+    return newton_schulz(x), d, _floor(s, eps)  # long rows of an SVD are orthonormal to 1e-13 only
 
 
 def _floor(s: Tensor, eps: float) -> Tensor:

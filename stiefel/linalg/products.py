@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 PLAIN = (1e-12, 1e12)
 """Norms in this range are right without rescaling: no square overflows, and those that vanish do not count."""
+MODERATE = (1e-6, 1e6)
+"""Matrices with norms in this range are left as they are: not even fourth powers of them overflow, or vanish."""
 
 
 def sym(a: Float[Tensor, "*batch p p"]) -> Float[Tensor, "*batch p p"]:
@@ -107,3 +109,31 @@ def balance(b: Float[Tensor, "*batch p n"]) -> Float[Tensor, "*batch 1 1"]:
     """The constant ``‖B‖_F/√p`` that makes B's rows as long as those of an orthonormal matrix; 1 where B = 0."""
     c = frobenius(b.detach()) / b.shape[-2] ** 0.5
     return torch.where(c > 0, c, 1.0)
+
+
+def is_short(b: Float[Tensor, "*batch p n"]) -> bool:
+    """Whether ``‖B‖_F ≤ √p`` is known of every matrix: a rotation along B then turns by a radian or so."""
+    return readable(b) and (not b.numel() or float(balance(b).max()) <= 1)
+
+
+def unit_sized(v: Float[Tensor, "*batch p n"]) -> Float[Tensor, "*batch p n"]:
+    """``2^k V``, each matrix with the k that brings its largest entry into [½, 1): for maps that forget V's size.
+
+    No digit changes, so that what follows is bit by bit what it is for every other multiple of V by a power of two, and
+    the gradient that of ``2^k V`` times 2^k, also where squares of V's entries would overflow or vanish. V = 0 has no
+    direction, and counts as [I, 0]. On a CPU, a batch of moderate size is returned as it is.
+
+    Args:
+        v: finite. Where its size is below 1e-38 the gradient may be more than a float32 can be, and then is infinite.
+    """
+    fixed = v.detach()
+    if fixed.numel() and readable(fixed):
+        smallest, largest = torch.linalg.vector_norm(fixed, dim=(-2, -1)).aminmax()
+        if smallest > MODERATE[0] and largest < MODERATE[1]:
+            return v
+    sizes = torch.maximum(fixed.real.abs(), fixed.imag.abs()) if fixed.is_complex() else fixed.abs()
+    largest = sizes.amax(dim=(-2, -1), keepdim=True)
+    exponent = -torch.frexp(largest).exponent  # 2^149 is more than a float32 can be: it takes two factors
+    half = exponent.div(2, rounding_mode="floor")
+    instead = torch.eye(*v.shape[-2:], dtype=v.dtype, device=v.device) * (largest == 0)
+    return v * torch.exp2(half.to(largest.dtype)) * torch.exp2((exponent - half).to(largest.dtype)) + instead

@@ -3,56 +3,42 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from itertools import repeat
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from stiefel.linalg.precision import full_precision, in_double
+from stiefel.linalg.precision import full_precision
 from stiefel.linalg.tracing import is_traced
 
 if TYPE_CHECKING:
     from jaxtyping import Float
 
+Map = Callable[[Tensor], Tensor]
 
 SMALL = 2**15
 """Entries up to which going backwards through f, operation by operation, is quicker, and its memory no matter."""
 
 
-def spectral_map(f: Callable[[Tensor], Tensor], x: Float[Tensor, "*batch p n"]) -> Float[Tensor, "*batch p n"]:
+def spectral_map(f: Callable[[Tensor], tuple[Tensor, Map]], x: Float[Tensor, "*batch p n"]) -> Tensor:
     """``f(X)`` for an f that takes singular values to singular values, ``U diag(s) Wᴴ ↦ U diag(φ(s)) Wᴴ``.
 
     Such a map is the gradient of ``Σ Φ(sᵢ)``, Φ' = φ, so that its derivative is symmetric: the gradient that is handed
     back is the derivative along the gradient that came. It takes as many products as going backwards through f, and
     keeps nothing of an iteration but its start.
 
+    Args:
+        f: gives f(X), and the same map without the decisions that it took on the way, to be differentiated.
+        x: p ≤ n.
+
     Source: Lewis, Derivatives of spectral functions, 1996, for the scalar function.
     """
     forward_mode = torch.autograd.forward_ad._current_level >= 0
     small = x.numel() <= SMALL
-    return f(x) if small or forward_mode or is_traced() else _SpectralMap.apply(f, x)
+    return f(x)[0] if small or forward_mode or is_traced() else _SpectralMap.apply(f, x)
 
 
-def iterated(
-    polynomial: Callable[[Tensor], Tensor], count: int, x: Float[Tensor, "*batch p n"]
-) -> Float[Tensor, "*batch p n"]:
-    """``X ← T(X Xᴴ) X``, ``count`` times, with a polynomial T of the Gram matrix: a map of singular values.
-
-    Where rows are long it is iterated on the Gram matrix, in double, since that squares the condition number
-    (:func:`gram_factor`).
-
-    Source: Björck and Bowie (1971), for the polynomials.
-    """
-    if 2 * x.shape[-2] > x.shape[-1]:
-        for _ in range(count):
-            x = polynomial(x @ x.mH) @ x
-        return x
-    wide = in_double(x)
-    return (gram_factor(repeat(polynomial, count), wide @ wide.mH) @ wide).to(x.dtype)
-
-
-def gram_factor(polynomials: Iterable[Callable[[Tensor], Tensor]], gram: Float[Tensor, "*batch p p"]) -> Tensor:
+def gram_factor(polynomials: Iterable[Map], gram: Float[Tensor, "*batch p p"]) -> Tensor:
     """The Z for which ``Z X`` is X after steps ``X ← T(X Xᴴ) X``, from ``M = X Xᴴ`` alone.
 
         Z ← T(M) Z,   M ← T(M) M T(M)
@@ -72,13 +58,13 @@ def gram_factor(polynomials: Iterable[Callable[[Tensor], Tensor]], gram: Float[T
 
 class _SpectralMap(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, f: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        ctx.f = f
+    def forward(ctx: Any, f: Callable[[Tensor], tuple[Tensor, Map]], x: Tensor) -> Tensor:
+        y, ctx.repeated = f(x)
         ctx.save_for_backward(x)
-        return f(x)
+        return y
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[None, Tensor]:
         (x,) = ctx.saved_tensors
         with full_precision(x.device):
-            return None, torch.func.jvp(ctx.f, (x,), (gradients[0],))[1]
+            return None, torch.func.jvp(ctx.repeated, (x,), (gradients[0],))[1]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from stiefel.linalg.precision import full_precision, in_double
-from stiefel.linalg.products import sym
+from stiefel.linalg.products import newton_schulz, sym
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -40,7 +40,7 @@ class _Whitened(torch.autograd.Function):
             d, s, x = torch.linalg.svd(in_double(v), full_matrices=False)
             d, s, x = d.flip(-1), s.flip(-1), x.flip(-2)
             signs = torch.sgn(torch.take_along_dim(d, d.abs().argmax(dim=-2, keepdim=True), dim=-2))
-            d, x = d * signs, x * signs.mT
+            d, x = d * signs, newton_schulz(x * signs.mT)  # long rows of an SVD are orthonormal to 1e-13 only
             s = s.clamp_min(eps * s[..., -1:]).clamp_min(torch.finfo(s.dtype).tiny)
         ctx.save_for_backward(x, d, s, v)
         ctx.eps = eps

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -12,7 +11,7 @@ from torch import Tensor
 from stiefel.constraint import Claim, Reparameterization
 from stiefel.errors import OptionError
 from stiefel.layout import Layout
-from stiefel.linalg import iterated, spectral_map
+from stiefel.linalg import iterated, unit_sized
 from stiefel.methods import register
 
 SERIES = (1 / 2, 3 / 8, 5 / 16, 35 / 128)
@@ -28,42 +27,52 @@ class Bjorck(Reparameterization):
     iterations: at an orthonormal 100×100 start it is about 8.
 
     Args:
-        iterations: how many; 20 converge to rounding at condition numbers below about 30 (order 1).
+        iterations: how many, as a dial, or ``"auto"``: until the rows are orthonormal to rounding, which V's condition
+            number decides (:func:`stiefel.linalg.iterated`, also for what GPUs do instead, up to condition 1e6). A
+            number promises nothing; 20 do at condition numbers below about 30 (order 1).
         order: terms of the series, 1 to 4.
 
     Source: Björck and Bowie (1971); Anil, Lucas and Grosse, Sorting out Lipschitz function approximation, ICML 2019.
     """
 
-    iterations: int = 20
+    iterations: int | Literal["auto"] = "auto"
     order: int = 1
 
     name = "bjorck"
-    summary = "Björck iterations of a proxy"
+    summary = "Björck iterations of a proxy, until they converge"
     reference = "Anil et al., ICML 2019"
     decay = "rescales"
-    tuning: ClassVar = {"iterations": (10, 20), "order": (1, 2)}
+    tuning: ClassVar = {"iterations": (10, "auto"), "order": (1, 2)}
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.require_count("iterations")
+        if self.iterations != "auto":
+            self.require_count("iterations")
         if self.order not in range(1, len(SERIES) + 1) or isinstance(self.order, bool):
             raise OptionError(f"order={self.order!r}: expected a whole number from 1 to {len(SERIES)}")
 
     @property
+    def count(self) -> int | None:
+        """How many iterations, or None for as many as it takes."""
+        return None if self.iterations == "auto" else self.iterations
+
+    @property
     def claim(self) -> Claim | None:  # type: ignore[override]
-        """To rounding where the iterations can raise a singular value of 1/500 to 1; fewer promise nothing."""
-        return Claim(rates=(0, 0.1)) if (1 + sum(SERIES[: self.order])) ** self.iterations >= 500 else None
+        """To rounding where the iteration goes on until it is; a number of them promises nothing."""
+        return Claim(rates=(0, 0.1)) if self.count is None else None
 
     @property
     def coefficients(self) -> tuple[float, float] | None:
-        """(1, 1), the polar factor's, where the iteration has converged."""
-        return (1.0, 1.0) if self.claim else None
+        """(1, 1), the polar factor's, where the iteration has converged: it can raise 1/500 to 1."""
+        enough = self.count is None or (1 + sum(SERIES[: self.order])) ** self.count >= 500
+        return (1.0, 1.0) if enough else None
 
     def forward(self, proxy: Tensor, layout: Layout) -> Tensor:
         """Bound the proxy's singular values, then iterate."""
-        sizes = proxy.abs()
+        v = unit_sized(proxy)
+        sizes = (v if self.count is not None else v.detach()).abs()  # the limit does not depend on the bound
         bound = (sizes.sum(-1).amax(-1) * sizes.sum(-2).amax(-1)).sqrt()[..., None, None]
-        return spectral_map(partial(iterated, self.factor, self.iterations), proxy / bound)
+        return iterated(self.factor, self.count, v / bound)
 
     def factor(self, gram: Tensor) -> Tensor:
         """A step as a factor: the truncated series of ``(X Xᵀ)^{-1/2}``, in Horner's form."""

@@ -17,13 +17,13 @@ from stiefel.trivialization import Trivialization
 class MatrixExp(Trivialization):
     """``X = X₀ expm(A)``, ``A`` skew of rank 2p with ``X₀ A = P(V)``, the tangent part of the proxy at X₀.
 
-    The exponential is of a 4p×4p matrix where the usual one is of n×n.
+    The exponential is of a 2p×2p matrix where the usual one is of n×n.
 
     Source: Lezcano-Casado and Martínez-Rubio, ICML 2019; Lezcano-Casado, NeurIPS 2019.
     """
 
     name = "matrix_exp"
-    summary = "matrix exponential from the start, 4p×4p"
+    summary = "matrix exponential from the start, 2p×2p"
     reference = "Lezcano-Casado, NeurIPS 2019"
 
     def rotate(self, base: Tensor, tangent: Tensor) -> Tensor:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from typing import ClassVar, Literal, get_args
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor
 from stiefel.centring import Centred
 from stiefel.constraint import Claim
 from stiefel.layout import Layout
-from stiefel.linalg import iterated, spectral_map, spectral_radius
+from stiefel.linalg import iterated, spectral_radius
 from stiefel.methods import register
 
 Bound = Literal["spectral", "frobenius"]
@@ -23,51 +22,59 @@ Bound = Literal["spectral", "frobenius"]
 class ONI(Centred):
     """``X₀ = V_c / c``, ``X ← 1.5 X − 0.5 (X Xᵀ) X``, T times.
 
-    Each step moves every singular value of X₀, which lie in (0, 1] (up to 1.1 where c is an estimate), towards 1: T
-    trades orthogonality for capacity. The published form ``B ← 1.5 B − 0.5 B³ S`` is the same in exact arithmetic and
-    diverges in float32 from T = 10 on.
+    Each step moves every singular value of X₀, which lie in (0, 1] (up to 1.1 where c is an estimate), towards 1, the
+    small ones by a factor of 1.5: T trades orthogonality for capacity. The published form ``B ← 1.5 B − 0.5 B³ S`` is
+    the same in exact arithmetic and diverges in float32 from T = 10 on.
 
     Args:
         center: subtract row means, as in OWN.
-        iterations: T. The paper trains with 5 (convolutions) and 4 (linear layers) as its dial; 12 are orthogonal to
-            rounding while the proxy's condition number is below 10 or so.
+        iterations: T, as a dial: the paper trains with 5 (convolutions) and 4 (linear layers). A number promises
+            nothing: singular values below c · 1.5^{-T} stay below 1. ``"auto"``: until the rows are orthonormal to
+            rounding, which V's condition number decides: 2 at the start, 6 at condition 2, 29 at 1e4
+            (:func:`stiefel.linalg.iterated`, also for what GPUs do instead, up to condition 1e6).
         bound: c. ``"frobenius"``, the paper's ``√‖V_c V_cᵀ‖_F``, starts at p^{-1/4} even where V is orthonormal, so
             that small T do not start at the common point. ``"spectral"``, an estimate of ``‖V_c‖₂``, does.
 
     Source: Huang et al., Controllable Orthogonalization in Training DNNs, CVPR 2020 (arXiv 2004.00917), Algorithm 1.
     """
 
-    iterations: int = 12
+    iterations: int | Literal["auto"] = "auto"
     bound: Bound = "spectral"
 
     name = "oni"
-    summary = "Newton-Schulz iterations of a proxy; their number is a dial"
+    summary = "Newton-Schulz iterations of a proxy, until they converge; their number is a dial"
     reference = "Huang et al., CVPR 2020"
     decay = "rescales"
-    tuning: ClassVar = {"iterations": (3, 5, 7, 12)}
+    tuning: ClassVar = {"iterations": (3, 5, 7, "auto")}
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.require_count("iterations")
+        if self.iterations != "auto":
+            self.require_count("iterations")
         self.require_one_of("bound", get_args(Bound))
 
     @property
+    def count(self) -> int | None:
+        """T, or None for as many as it takes."""
+        return None if self.iterations == "auto" else self.iterations
+
+    @property
     def claim(self) -> Claim | None:  # type: ignore[override]
-        """To rounding from 12 iterations on; fewer are a dial, and promise nothing."""
-        return Claim(rates=(0, 0.1)) if self.iterations >= 12 else None
+        """To rounding where the iteration goes on until it is; a number of steps is a dial, and promises nothing."""
+        return Claim(rates=(0, 0.1)) if self.count is None else None
 
     @property
     def coefficients(self) -> tuple[float, float] | None:
         """(1, 1) where the iteration has converged: with the spectral bound it has at the start, whatever T."""
-        return (1.0, 1.0) if self.bound == "spectral" or self.iterations >= 12 else None
+        return (1.0, 1.0) if self.bound == "spectral" or self.count is None or self.count >= 12 else None
 
     def forward(self, proxy: Tensor, layout: Layout) -> Tensor:
         """Bound the (centred) proxy's singular values, then iterate."""
-        v = self.centred(proxy, layout)
-        gram = v @ v.mH
+        v = self.normalized(proxy, layout)
+        fixed = v if self.count is not None else v.detach()  # the limit does not depend on c
+        gram = fixed @ fixed.mH
         square = spectral_radius(gram, 16) if self.bound == "spectral" else torch.linalg.matrix_norm(gram)
-        x = v / square.sqrt()[..., None, None]
-        return spectral_map(partial(iterated, newton, self.iterations), x)
+        return iterated(newton, self.count, v / square.sqrt()[..., None, None])
 
 
 def newton(gram: Tensor) -> Tensor:

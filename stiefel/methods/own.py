@@ -24,8 +24,8 @@ class OWN(Centred):
 
     Args:
         center: subtract row means, the paper's choice; ``"auto"``: where p ≤ n − 1 and rows are filters.
-        eps: relative floor of the proxy's singular values, which keeps a rank-deficient proxy finite; default 1e-6, and
-            1e-9 for float64 (:func:`stiefel.linalg.polar`).
+        eps: relative floor of the proxy's singular values in the gradient, which keeps that of a rank-deficient proxy
+            finite; default 1e-6, and 1e-9 for float64 (:func:`stiefel.linalg.polar`).
 
     Source: Huang, Liu, Lang, Yu and Li, Orthogonal Weight Normalization, AAAI 2018 (arXiv 1709.06079).
     """
@@ -50,4 +50,4 @@ class OWN(Centred):
 
     def forward(self, proxy: Tensor, layout: Layout) -> Tensor:
         """Orthonormalize the (centred) proxy."""
-        return polar(self.centred(proxy, layout), self.eps)
+        return polar(self.normalized(proxy, layout), self.eps)

@@ -46,4 +46,4 @@ class OWNPCA(Centred):
 
     def forward(self, proxy: Tensor, layout: Layout) -> Tensor:
         """Whiten the (centred) proxy."""
-        return whitened(self.centred(proxy, layout))
+        return whitened(self.normalized(proxy, layout))

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from stiefel.constraint import Reparameterization
 from stiefel.layout import Layout
+from stiefel.linalg import unit_sized
 from stiefel.methods import register
 
 
@@ -30,6 +31,7 @@ class SpectralNorm(Reparameterization):
 
     def forward(self, proxy: Tensor, layout: Layout) -> Tensor:
         """Divide by the largest singular value."""
-        sigma = torch.linalg.svd(proxy, full_matrices=False).S
+        v = unit_sized(proxy)
+        sigma = torch.linalg.svd(v, full_matrices=False).S
         leads = sigma >= sigma[..., :1] * (1 - 1e3 * torch.finfo(sigma.dtype).eps)
-        return proxy / ((sigma * leads).sum(-1) / leads.sum(-1))[..., None, None]
+        return v / ((sigma * leads).sum(-1) / leads.sum(-1))[..., None, None]

@@ -13,7 +13,7 @@ from torch.nn.utils.parametrizations import orthogonal
 
 from stiefel.constraint import Claim, Reparameterization
 from stiefel.layout import Layout
-from stiefel.linalg import newton_schulz, one_by_one
+from stiefel.linalg import in_double, is_short, newton_schulz, one_by_one
 from stiefel.methods import register
 
 MAPS = ("matrix_exp", "cayley", "householder")
@@ -70,6 +70,9 @@ class TorchOrthogonal(Reparameterization):
 
     def forward(self, proxy: Tensor, layout: Layout, base: Tensor) -> Tensor:
         """Hand the transposed proxy to torch, with the diagonal that stands for no sign change."""
+        dtype = proxy.dtype
+        if not is_short(proxy):  # an exponential loses digits in proportion to the rotation
+            proxy, base = in_double(proxy), in_double(base)
         v = proxy.mT.tril(-1)
         v = v - torch.eye(*v.shape[-2:], dtype=v.dtype, device=v.device)
 
@@ -77,7 +80,7 @@ class TorchOrthogonal(Reparameterization):
             return functional_call(_parametrization(tuple(v.shape), self.map), {"base": base}, (v,))
 
         x = one_by_one(mapped, v, base).mT if self.map == "cayley" else mapped(v, base).mT
-        return newton_schulz(x)  # a base that came from float32 is orthogonal in float32 only
+        return newton_schulz(x).to(dtype)  # a base that came from float32 is orthogonal in float32 only
 
 
 @cache

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from stiefel.constraint import Reparameterization
 from stiefel.layout import Layout
+from stiefel.linalg import unit_sized
 from stiefel.methods import register
 
 
@@ -34,8 +35,9 @@ class WeightNorm(Reparameterization):
 
     def forward(self, proxy: Tensor, layout: Layout, gain: Tensor) -> Tensor:
         """Filters of the proxy, at the lengths of the gains."""
-        lengths = _lengths(proxy, layout)
-        return proxy * (gain / (self.fixed_scale * lengths.clamp_min(torch.finfo(lengths.dtype).tiny)))
+        filters = unit_sized((proxy.mT if layout.columns else proxy).unsqueeze(-2)).squeeze(-2)  # each on its own
+        v = filters.mT if layout.columns else filters
+        return v * (gain / (self.fixed_scale * _lengths(v, layout)))
 
 
 def _lengths(x: Tensor, layout: Layout) -> Tensor:

@@ -1,0 +1,114 @@
+"""Orthonormalization by steps that are polynomials: so many of them, or until they have converged. Imports ``linalg``.
+
+A step moves every singular value towards 1 and leaves the singular vectors alone: ``X ← T(X Xᴴ) X``.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from stiefel.linalg.precision import in_double
+from stiefel.linalg.products import newton_schulz
+from stiefel.linalg.spectral_map import Map, gram_factor, spectral_map
+from stiefel.linalg.svd import nearest_orthonormal
+from stiefel.linalg.tracing import readable
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
+SMALLEST = 1e-7
+"""Singular values down to this are raised to 1: by as many steps of a Gram matrix as SHIFT lets be taken."""
+SHIFT = 2e-15
+"""Added to Gram matrices: rounding then makes none of their eigenvalues negative, which steps would drive to −∞."""
+POLISH = 4
+"""Steps after those that have raised the smallest singular value to about ½."""
+
+
+def iterated(polynomial: Map, count: int | None, x: Float[Tensor, "*batch p n"]) -> Float[Tensor, "*batch p n"]:
+    """``X ← T(X Xᴴ) X``, ``count`` times, or until the rows are orthonormal.
+
+    Where rows are long, float32 is iterated on its Gram matrix, in double, since that squares the condition number
+    (:func:`stiefel.linalg.spectral_map.gram_factor`).
+
+    *Until they are orthonormal*, on a CPU, is as many steps as bring ``‖XXᴴ − I‖_F`` below √ε, and one, which squares
+    that; the last ones on X itself, which takes away what the Gram matrix leaves. X's condition number says how many.
+    An X without full rank does not converge, and is completed orthonormally. Where no number can be read (on a GPU,
+    whose host must not wait, and under a compiler) it is as many as condition numbers up to 1e5 ask for.
+
+    Args:
+        polynomial: T, of a Hermitian matrix.
+        count: of steps; None for as many as it takes.
+        x: p ≤ n, with singular values of at most 1.1.
+
+    Source: Björck and Bowie (1971), for the polynomials.
+    """
+    return spectral_map(partial(_run, polynomial, count), x)
+
+
+def _run(polynomial: Map, count: int | None, x: Tensor) -> tuple[Tensor, Map]:
+    """The iteration, and its steps as they were taken."""
+    if count is None and readable(x):
+        y, before, after = _until_orthonormal(polynomial, x)
+        return y, partial(_along, polynomial, before, after)
+    before, after = (_most(polynomial), POLISH) if count is None else (count, 0)
+    repeated = partial(_along, polynomial, *((before, after) if _on_gram(x) else (0, before + after)))
+    return repeated(x), repeated
+
+
+def _along(polynomial: Map, before: int, after: int, x: Tensor) -> Tensor:
+    """Steps on the Gram matrix, then steps on X itself."""
+    if before:
+        wide = in_double(x)
+        x = (gram_factor(before * [polynomial], _shifted_gram(wide)) @ wide).to(x.dtype)
+    for _ in range(after):
+        x = polynomial(x @ x.mH) @ x
+    return x
+
+
+def _until_orthonormal(polynomial: Map, x: Tensor) -> tuple[Tensor, int, int]:
+    """The limit, and how many steps were taken on the Gram matrix and on X itself."""
+    most, before = _most(polynomial), 0
+    if _on_gram(x):
+        wide = in_double(x)
+        gram, before = _shifted_gram(wide), 1
+        t = z = polynomial(gram)
+        while before < most and not _is_near(gram, x.dtype):
+            gram = t @ gram @ t
+            t = polynomial(gram)
+            z, before = t @ z, before + 1
+        x = (z @ wide).to(x.dtype)
+    for after in range(1, most - before + 2 * POLISH):
+        gram = x @ x.mH
+        x = polynomial(gram) @ x
+        if before + after > 1 and _is_near(gram, x.dtype):  # one step alone has another second derivative
+            return x, before, after
+    return _completed(x), before, after
+
+
+def _most(polynomial: Map) -> int:
+    """Steps that raise SMALLEST to about 1, by T(0) each."""
+    return math.ceil(-math.log(SMALLEST) / math.log(polynomial(torch.zeros(1, 1)).item()))
+
+
+def _on_gram(x: Tensor) -> bool:
+    return 2 * x.shape[-2] <= x.shape[-1] and x.dtype not in (torch.float64, torch.complex128)
+
+
+def _shifted_gram(x: Tensor) -> Tensor:
+    return x @ x.mH + SHIFT * torch.eye(x.shape[-2], dtype=x.dtype, device=x.device)
+
+
+def _is_near(gram: Tensor, dtype: torch.dtype) -> bool:
+    """Whether one more step leaves rounding alone: it squares what is left."""
+    residual = torch.linalg.matrix_norm(gram.detach() - torch.eye(gram.shape[-1], dtype=gram.dtype))
+    return not residual.numel() or bool(residual.max() <= torch.finfo(dtype).eps ** 0.5)
+
+
+def _completed(x: Tensor) -> Tensor:
+    """The nearest orthonormal matrix, with the derivative of what there is of it; NaN stays, to be told elsewhere."""
+    return x + (newton_schulz(nearest_orthonormal(x)) - x).detach() if bool(x.isfinite().all()) else x

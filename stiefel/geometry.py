@@ -16,6 +16,7 @@ from stiefel.linalg import (
     cayley_along,
     exponential_step,
     in_double,
+    limited,
     nearest_orthonormal,
     newton_schulz,
     polar,
@@ -26,6 +27,12 @@ from stiefel.linalg import (
 
 if TYPE_CHECKING:
     from jaxtyping import Float
+
+LONGEST = 1e4
+"""Length ‖U‖_F at which Cayley's retraction ends: its angles are within 4e-4 of where they go, and what rounding makes
+of them is no more than one Newton-Schulz step takes away."""
+LONGEST_GEODESIC = 1e6
+"""Where exponentials end: beyond, rotations are a matter of rounding, in float32 that of U itself."""
 
 
 def project_tangent(x: Float[Tensor, "*batch p n"], u: Float[Tensor, "*batch p n"]) -> Float[Tensor, "*batch p n"]:
@@ -89,9 +96,9 @@ def retract_cayley(x: Float[Tensor, "*batch p n"], u: Float[Tensor, "*batch p n"
     """Cayley retraction of a tangent U: the transform of ``A = XᵀB − BᵀX``, ``B = U(I − ½XᵀX)``, for which X A = U.
 
     For U = −η(G − XGᵀX) it is the update of Wen and Yin (2013), ``A = η(GᵀX − XᵀG)``. A product of many rotations would
-    add up their rounding: one Newton-Schulz step takes it away.
+    add up their rounding: one Newton-Schulz step takes it away. What is longer than ``LONGEST`` counts as so long.
     """
-    return newton_schulz(cayley_along(x, u))
+    return newton_schulz(cayley_along(x, limited(u, LONGEST)))
 
 
 def exp_euclidean(x: Float[Tensor, "*batch p n"], u: Float[Tensor, "*batch p n"]) -> Float[Tensor, "*batch p n"]:
@@ -102,12 +109,15 @@ def exp_euclidean(x: Float[Tensor, "*batch p n"], u: Float[Tensor, "*batch p n"]
         X⁺ = expm(−A) [I, 0] expm([[A, c I], [−S/c, A]]) [X; U/c]
 
     Any c gives the same point; this one balances the blocks. With c = 1 the norm of the block matrix is ‖U‖², and
-    float32 loses the manifold at ‖U‖ ≈ 100.
+    float32 loses the manifold at ‖U‖ ≈ 100. S is taken as ``VVᵀ − A²``, V = U − AX: where rounding has left U not quite
+    tangent, or X not quite on the manifold, UUᵀ would make the exponential grow with ‖U‖.
 
     Source: Edelman, Arias and Smith (1998), eq. 2.14 (2p×2p exponentials, nothing of size n×n).
     """
     p, c = x.shape[-2], balance(u)
-    a, s = skew(u @ x.mH), u @ (u / c).mH
+    a = skew(u @ x.mH)
+    v = add_product(u, a, x, alpha=-1) / c
+    s = c * (v @ v.mH) - (a / c) @ a
     eye = torch.eye(p, dtype=x.dtype, device=x.device)
     block = torch.cat([torch.cat([a, c * eye], -1), torch.cat([-s, a], -1)], -2)
     top = torch.linalg.matrix_exp(block)[..., :p, :]
@@ -130,16 +140,17 @@ def retract_exp_euclidean(
 ) -> Float[Tensor, "*batch p n"]:
     """:func:`exp_euclidean` as a retraction for any number of steps of any length.
 
-    Exponentials lose digits in proportion to the length of the step: it is taken in double, and ends on the set.
+    Exponentials lose digits in proportion to the length of the step: it is taken in double, ends on the set, and what
+    is longer than ``LONGEST_GEODESIC`` counts as so long.
     """
-    return polar(exp_euclidean(in_double(x), in_double(u))).to(x.dtype)
+    return polar(exp_euclidean(in_double(x), limited(in_double(u), LONGEST_GEODESIC))).to(x.dtype)
 
 
 def retract_exp_canonical(
     x: Float[Tensor, "*batch p n"], u: Float[Tensor, "*batch p n"]
 ) -> Float[Tensor, "*batch p n"]:
     """:func:`exp_canonical` as a retraction, as :func:`retract_exp_euclidean`."""
-    return polar(exp_canonical(in_double(x), in_double(u))).to(x.dtype)
+    return polar(exp_canonical(in_double(x), limited(in_double(u), LONGEST_GEODESIC))).to(x.dtype)
 
 
 def random_stiefel(

@@ -16,7 +16,9 @@ from stiefel.linalg import (
     cayley_along,
     exponential_step,
     in_double,
+    is_traced,
     limited,
+    nearest_in_step,
     nearest_orthonormal,
     newton_schulz,
     polar,
@@ -29,8 +31,8 @@ if TYPE_CHECKING:
     from jaxtyping import Float
 
 LONGEST = 1e4
-"""Length ‖U‖_F at which Cayley's retraction ends: its angles are within 4e-4 of where they go, and what rounding makes
-of them is no more than one Newton-Schulz step takes away."""
+"""Length ‖U‖_F at which Cayley's retraction ends, its largest angle near π: what rounding makes of the point there is
+no more than one Newton-Schulz step takes away."""
 LONGEST_GEODESIC = 1e6
 """Where exponentials end: beyond, rotations are a matter of rounding, in float32 that of U itself."""
 
@@ -87,9 +89,13 @@ def retract_qr(x: Float[Tensor, "*batch p n"], u: Float[Tensor, "*batch p n"]) -
 def retract_polar(x: Float[Tensor, "*batch p n"], u: Float[Tensor, "*batch p n"]) -> Float[Tensor, "*batch p n"]:
     """Polar retraction: ``polar(X + U)``, the nearest point to X + U (ibid., Example 4.1.3).
 
-    One Newton-Schulz step keeps it on the manifold where U is so long that X + U is ill-conditioned.
+    Where it is differentiated, one Newton-Schulz step keeps it on the manifold if U is so long that X + U is
+    ill-conditioned.
     """
-    return newton_schulz(polar(x + u))
+    v = x + u
+    if is_traced() or (torch.is_grad_enabled() and v.requires_grad):
+        return newton_schulz(polar(v))
+    return nearest_in_step(v)
 
 
 def retract_cayley(x: Float[Tensor, "*batch p n"], u: Float[Tensor, "*batch p n"]) -> Float[Tensor, "*batch p n"]:

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 SHORT = 4.0
 """Largest ‖U‖_F at which N below is well conditioned, by 1 + ¼‖U‖² at most."""
 LONGEST = 1e8
-"""Largest ‖B‖_F of a transform: A's digits end there even in double, and its angles are within 1e-8 of where they go."""
+"""Largest ‖B‖_F of a transform: beyond, even double has none of the digits of I left beside A."""
 
 
 def cayley_step(x: Float[Tensor, "*batch p n"], b: Float[Tensor, "*batch p n"]) -> Float[Tensor, "*batch p n"]:

@@ -3,9 +3,12 @@
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import gradcheck
 
 import stiefel
-from stiefel.linalg import gram_residual, nearest_orthonormal
+from stiefel.constraint import ROUNDING
+from stiefel.geometry import canonical_gradient, retract_cayley, retract_exp_canonical, retract_exp_euclidean
+from stiefel.linalg import cayley, cayley_along, cayley_step, gram_residual, nearest_orthonormal
 
 SHAPES = [(1, 10), (2, 7), (8, 64), (32, 32), (16, 100)]
 
@@ -51,3 +54,47 @@ def test_retractions_hold_for_gradients_of_rank_one(map_name: str, p: int, n: in
         g = torch.randn(3, p, 1, generator=generator) @ torch.randn(3, 1, n, generator=generator)
         x = method.step(x, -rate * g / torch.linalg.matrix_norm(g, keepdim=True), rate)
         assert method.claim.allows(residual(x) / p**0.5, torch.float32, p)
+
+
+def gradient(kind: str, shape: tuple[int, int, int], dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+    """Of norm 1: dense, or of rank one."""
+    b, p, n = shape
+    if kind == "dense":
+        g = torch.randn(shape, generator=generator, dtype=dtype)
+    else:
+        g = torch.randn(b, p, 1, generator=generator, dtype=dtype) @ torch.randn(
+            b, 1, n, generator=generator, dtype=dtype
+        )
+    return g / torch.linalg.matrix_norm(g, keepdim=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.complex64])
+@pytest.mark.parametrize(("p", "n"), [(1, 1), (3, 3), (5, 7), (3, 7), (1, 10), (33, 33), (8, 64)])
+@pytest.mark.parametrize("length", [1.0, 1e3, 1e6, 1e8, 1e18, 1e30])
+@pytest.mark.parametrize("kind", ["dense", "rank one"])
+@pytest.mark.parametrize("retract", [retract_cayley, retract_exp_euclidean, retract_exp_canonical])
+def test_rotations_of_any_length_end_on_the_set(retract, kind, length: float, p: int, n: int, dtype) -> None:
+    x, generator = point(p, n, dtype), torch.Generator().manual_seed(3)
+    for _ in range(5):
+        x = retract(x, length * canonical_gradient(x, gradient(kind, (3, p, n), dtype, generator)))
+        assert residual(x) <= ROUNDING * torch.finfo(dtype).eps * p**0.5
+
+
+@pytest.mark.parametrize(("p", "n"), [(5, 5), (5, 7), (3, 7), (1, 10), (33, 33)])
+@pytest.mark.parametrize("length", [1e-3, 1.0, 1e3, 1e8])
+def test_cayley_without_reading_numbers_is_the_same(monkeypatch, length: float, p: int, n: int) -> None:
+    x, generator = point(p, n, torch.float32), torch.Generator().manual_seed(4)
+    u = length * canonical_gradient(x, gradient("dense", (3, p, n), torch.float32, generator))
+    here = retract_cayley(x, u)
+    monkeypatch.setattr(cayley, "readable", lambda tensor: False)  # as on a GPU
+    torch.testing.assert_close(retract_cayley(x, u), here, rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize(("p", "n"), [(3, 3), (3, 4), (2, 7)])
+@pytest.mark.parametrize("size", [0.1, 10.0])
+@pytest.mark.parametrize("along", [cayley_step, cayley_along])
+def test_derivative_of_cayley_at_any_length(monkeypatch, along, size: float, p: int, n: int) -> None:
+    monkeypatch.setattr(cayley, "LONGEST", 5.0)  # where the length ends, the derivative along it does
+    x, generator = point(p, n, torch.float64), torch.Generator().manual_seed(5)
+    b = size * gradient("dense", (3, p, n), torch.float64, generator)
+    assert gradcheck(along, (x.requires_grad_(), b.requires_grad_()))

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from stiefel.linalg import gram_residual, nearest_in_step, nearest_orthonormal, polar, qf, squared_residual
+from stiefel.linalg import gram_residual, nearest_in_step, nearest_orthonormal, polar, qf, squared_residual, svd
 from stiefel.linalg.inverse_root import SPREAD, inverse_root
 from stiefel.linalg.lyapunov import lyapunov_by_doubling, lyapunov_by_products
 from stiefel.linalg.polar import SOLVERS
@@ -18,6 +18,8 @@ from stiefel.linalg.qr import _by_reflections, _without_waiting
 
 SHAPES = [(3, 1, 5), (2, 16, 144), (3, 64, 64), (2, 64, 576), (2, 128, 128)]
 KINDS = ["even", "few_large", "few_small"]
+DOUBLE = (torch.float64, torch.complex128)
+LARGE = pytest.param(256, 256, marks=pytest.mark.slow)
 
 
 def singular(kind: str, p: int, condition: float) -> Tensor:
@@ -181,6 +183,45 @@ def test_qr_of_a_point_is_the_point() -> None:
     assert distance(qf(x), x) <= 1e-14
 
 
+LACKING = {
+    "a zero row": lambda a: a.index_fill(-2, torch.tensor([a.shape[-2] // 2]), 0),
+    "zero rows": lambda a: a * (torch.arange(a.shape[-2]) % 2)[:, None],
+    "equal rows": lambda a: torch.cat([a[:, :-1], a[:, :1]], dim=-2),
+    "rank one": lambda a: a[:, :, :1] @ a[:, :1],
+    "nothing": torch.zeros_like,
+    "half of the identity": lambda a: torch.eye(*a.shape[-2:]).to(a) * (torch.arange(a.shape[-1]) < a.shape[-2] / 2),
+    "the identity shifted": lambda a: torch.eye(*a.shape[-2:]).to(a).triu(1).roll(1, -1).expand_as(a),
+    "small": lambda a: 1e-18 * a,
+    "large": lambda a: 1e18 * a,
+}
+
+
+@pytest.mark.parametrize("kind", LACKING)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.complex64])
+@pytest.mark.parametrize(("p", "n"), [(1, 1), (1, 10), (2, 2), (5, 5), (64, 64), (48, 200), LARGE])
+def test_rows_that_lack_are_completed(dtype: torch.dtype, kind: str, p: int, n: int) -> None:
+    """On a CPU and without reading anything back from the device, as on a GPU."""
+    a = LACKING[kind](torch.randn(2, p, n, dtype=dtype, generator=torch.Generator().manual_seed(25)))
+    maps = [qf, _without_waiting, nearest_in_step] + ([] if dtype == torch.float64 else [svd._by_iteration])
+    for nearest in maps:
+        x = nearest(a)
+        assert x.dtype == dtype
+        assert residual(x) <= 24 * torch.finfo(dtype).eps
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.complex64])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("condition", [1, 1e2, 1e4, 1e6, 1e8])
+@pytest.mark.parametrize(("p", "n"), [(5, 5), (64, 64), (48, 200), LARGE])
+def test_the_nearest_without_reading_numbers(dtype, kind: str, condition: float, p: int, n: int) -> None:
+    v, _, _ = with_singular_values(singular(kind, p, condition), 2, n, dtype, seed=26)
+    v = v.to(dtype)
+    x = svd._by_iteration(v)
+    assert residual(x) <= torch.finfo(dtype).eps
+    if condition <= 1e4:
+        assert distance(x, nearest_orthonormal(v.to(torch.promote_types(dtype, torch.float64)))) <= 1e-5
+
+
 @pytest.mark.parametrize("rank", [0, 3])
 def test_qr_of_dependent_rows_is_still_orthonormal(rank: int) -> None:
     a = torch.zeros(2, 6, 9)
@@ -192,6 +233,7 @@ def test_gradient_of_qr() -> None:
     a, _, _ = with_singular_values(singular("even", 4, 2), 2, 6, torch.float64, seed=15)
     assert torch.autograd.gradcheck(qf, (a.requires_grad_(),))
     assert torch.autograd.gradgradcheck(qf, (a,))
+    assert torch.autograd.gradcheck(_without_waiting, (a,))
 
 
 @pytest.mark.parametrize("condition", [1, 3, 1e3])
@@ -200,6 +242,24 @@ def test_nearest_in_step_is_the_nearest(condition: float) -> None:
     assert distance(nearest_in_step(v.float()), exact) <= 1e-6 * (1 if condition < 10 else 100)
     assert residual(nearest_in_step(v.float())) <= 2e-6
     assert distance(nearest_orthonormal(v.float()), exact) <= 1e-7 * max(1, condition)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.complex64, torch.complex128])
+@pytest.mark.parametrize("size", [1e-12, 1e-9, 1e-7, 1e-5, 1e-4, 1e-3, 3e-3, 1e-2, 0.1, 1.0])
+@pytest.mark.parametrize(("p", "n"), [(1, 5), (5, 5), (64, 64), (32, 144)])
+def test_nearest_in_step_is_scipys_polar_factor_near_the_set(monkeypatch, dtype, size: float, p: int, n: int) -> None:
+    if size < 0.25 * 2**-0.5 or dtype in (torch.float32, torch.complex64):  # by products alone
+        monkeypatch.setattr(svd, "nearest_orthonormal", None)
+    s = torch.randn(p, generator=torch.Generator().manual_seed(27), dtype=torch.float64)
+    s = (1 + 0.9 * size * s / s.norm()).sqrt()  # of which ‖VVᴴ − I‖ = 0.9 size
+    v, _, _ = with_singular_values(s, 1, n, dtype, seed=28)
+    v = v.to(dtype)
+    exact, _ = scipy.linalg.polar(v[0].to(torch.promote_types(dtype, torch.float64)).numpy(), side="left")
+    # LAPACK's own factors are off by some 10 epsilons in double.
+    assert (
+        distance(nearest_in_step(v)[0], torch.from_numpy(exact))
+        <= (30 if dtype in DOUBLE else 4) * torch.finfo(dtype).eps
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.complex128])

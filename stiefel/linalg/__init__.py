@@ -1,6 +1,6 @@
 """Batched matrix functions and their gradients. Every function takes ``(*batch, p, n)`` and imports only torch."""
 
-from stiefel.linalg.cayley import cayley_along, cayley_step
+from stiefel.linalg.cayley import cayley_along, cayley_step, limited
 from stiefel.linalg.exponential import exponential_step
 from stiefel.linalg.householder import householder_rows, householder_vectors
 from stiefel.linalg.iteration import iterated
@@ -46,6 +46,7 @@ __all__ = [
     "is_short",
     "is_traced",
     "iterated",
+    "limited",
     "lyapunov",
     "msign",
     "nearest_in_step",

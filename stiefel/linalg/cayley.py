@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 SHORT = 4.0
 """Largest ‖U‖_F at which N below is well conditioned, by 1 + ¼‖U‖² at most."""
+LONGEST = 1e8
+"""Largest ‖B‖_F of a transform: beyond, even double has none of the digits of I left beside A."""
 
 
 def cayley_step(x: Float[Tensor, "*batch p n"], b: Float[Tensor, "*batch p n"]) -> Float[Tensor, "*batch p n"]:
@@ -30,12 +32,14 @@ def cayley_step(x: Float[Tensor, "*batch p n"], b: Float[Tensor, "*batch p n"]) 
     Neither U nor Z is formed, and the solve is from the left: p right-hand sides instead of n.
 
     Without the balancing by c the 2p×2p system mixes entries of very different size, and float32 loses four digits. Any
-    c gives the same point, so the derivative takes it as a constant, and is right at B = 0 too.
+    c gives the same point, so the derivative takes it as a constant, and is right at B = 0 too. Systems are solved in
+    double where B is not short: I − ½A has singular values between 1 and 1 + ½‖A‖, and float32 loses that factor (in
+    the low-rank form its square, for directions of low rank).
 
     Args:
         x: the point, p ≤ n; orthonormal rows are kept orthonormal.
-        b: the direction. For a tangent U take ``B = U(I − ½XᵀX)``, which makes X A = U
-            (:func:`stiefel.geometry.retract_cayley`).
+        b: the direction, of any length; what is longer than ``LONGEST`` counts as so long. For a tangent U take
+            ``B = U(I − ½XᵀX)``, which makes X A = U (:func:`stiefel.geometry.retract_cayley`).
 
     Returns:
         X⁺, the same shape and dtype.
@@ -43,18 +47,17 @@ def cayley_step(x: Float[Tensor, "*batch p n"], b: Float[Tensor, "*batch p n"]) 
     Source: Wen and Yin (2013), Lemma 4, in rows form.
     """
     p, n = x.shape[-2:]
-    if 2 * p >= n:
-        a = 2 * skew(x.mH @ b)
-        eye = torch.eye(n, dtype=x.dtype, device=x.device)
-        # X + XA (I − ½A)⁻¹; the right-hand solve is a solve with the transpose.
-        return x + solve_from_the_right(x @ a, eye - 0.5 * a)
+    b = limited(b, LONGEST)
     c = balance(b)
+    short = readable(c) and float(c.max() if c.numel() else 0) <= 1
+    if 2 * p >= n:
+        wide = x if short else in_double(x)
+        a = 2 * skew(wide.mH @ b.to(wide.dtype))
+        # X + XA (I − ½A)⁻¹; the right-hand solve is a solve with the transpose.
+        return x + solve_from_the_right(wide @ a, _identity(n, a) - 0.5 * a).to(x.dtype)
     b = b / c
-    # For a direction of low rank ZU is singular, and float32 would lose eps · c².
-    short = readable(c) and float(c.detach().max() if c.numel() else 0) <= 1
     xu, zu = low_rank_blocks(x, b) if short else low_rank_blocks(in_double(x), in_double(b))
-    eye = torch.eye(2 * p, dtype=xu.dtype, device=x.device)
-    w = (c * solve_from_the_right(xu, eye - (0.5 * c) * zu)).to(x.dtype)
+    w = (c * solve_from_the_right(xu, _identity(2 * p, xu) - (0.5 * c) * zu)).to(x.dtype)
     return x + w[..., :p] @ b - w[..., p:] @ x
 
 
@@ -73,16 +76,31 @@ def cayley_along(x: Float[Tensor, "*batch p n"], u: Float[Tensor, "*batch p n"])
         u: the tangent, X Uᴴ skew-Hermitian.
     """
     p, n = x.shape[-2:]
-    s = u @ x.mH
-    eye = torch.eye(p, dtype=x.dtype, device=x.device)
+    short = readable(u) and (not u.numel() or float(frobenius(u.detach()).max()) <= SHORT)
     if p == n:  # V = 0
-        turn = skew(s)
-        return x + solve(eye - 0.5 * turn, turn @ x)
+        u = limited(u, LONGEST)
+        wide = x if short else in_double(x)
+        turn = skew(u.to(wide.dtype) @ wide.mH)
+        return x + solve(_identity(p, turn) - 0.5 * turn, turn @ wide).to(x.dtype)
+    s = u @ x.mH
     off_set = torch.is_grad_enabled() and x.requires_grad  # where the two are different functions
-    if off_set or not u.numel() or not readable(u) or float(frobenius(u.detach()).max()) > SHORT:
+    if off_set or not short:
         return cayley_step(x, u - 0.5 * s @ x)
     half = 0.5 * (u @ u.mH - s @ s.mH)
-    return add_product(x, inverse_of(eye + 0.5 * half - 0.5 * skew(s)), add_product(u, half + sym(s), x, alpha=-1))
+    inverse = inverse_of(_identity(p, s) + 0.5 * half - 0.5 * skew(s))
+    return add_product(x, inverse, add_product(u, half + sym(s), x, alpha=-1))
+
+
+def limited(b: Float[Tensor, "*batch p n"], longest: float) -> Float[Tensor, "*batch p n"]:
+    """B, shortened to ``‖B‖_F = longest`` where it is longer, without an overflow."""
+    size = frobenius(b)
+    if readable(b) and (not b.numel() or float(size.detach().max()) <= longest):  # NaN is not
+        return b
+    return b * (longest / size.clamp_min(longest))
+
+
+def _identity(size: int, like: Tensor) -> Tensor:
+    return torch.eye(size, dtype=like.dtype, device=like.device)
 
 
 def low_rank_blocks(x: Float[Tensor, "*batch p n"], b: Float[Tensor, "*batch p n"]) -> tuple[Tensor, Tensor]:

@@ -55,6 +55,13 @@ def inverse_root(v: Float[Tensor, "b p n"]) -> tuple[Float[Tensor, "b p p"], Flo
 
     Source: Higham, Functions of Matrices (2008), sections 4.2 and 4.4.3; Paterson and Stockmeyer (1973).
     """
+    found = inverse_root_of_gram(v)
+    return None if found is None else (found[0], torch.bmm(found[1], found[0]))
+
+
+@torch.no_grad()
+def inverse_root_of_gram(v: Float[Tensor, "b p n"]) -> tuple[Float[Tensor, "b p p"], Float[Tensor, "b p p"]] | None:
+    """:func:`inverse_root` with M itself in the place of its root, which takes another product."""
     if not v.numel():
         return None
     gram = torch.bmm(v, v.mH)
@@ -70,8 +77,7 @@ def inverse_root(v: Float[Tensor, "b p n"]) -> tuple[Float[Tensor, "b p p"], Flo
         rho = _largest(square) ** 0.5
     powers, rho = _powers(e, square, rho)
     if rho <= NEAR:
-        z = _add_identity(_series(powers, rho)) * middle.rsqrt()
-        return z, torch.bmm(gram, z)
+        return _add_identity(_series(powers, rho)).mul_(middle.rsqrt()), gram
     return _far_root(v, middle, rho)
 
 
@@ -80,15 +86,16 @@ def _far_root(v: Tensor, middle: Tensor, rho: float) -> tuple[Tensor, Tensor] | 
     if not rho < 4 * SPREAD:  # also where it is NaN
         return None
     wide = in_double(v)
-    gram = torch.bmm(wide, wide.mH) / middle
-    first = _coarse(gram, 1 + rho)
-    e = _add_identity(torch.bmm(torch.bmm(first, gram), first), -1).to(v.dtype)
+    gram = torch.bmm(wide, wide.mH)
+    scaled = gram / middle
+    first = _coarse(scaled, 1 + rho)
+    e = _add_identity(torch.bmm(torch.bmm(first, scaled), first), -1).to(v.dtype)
     square = torch.bmm(e, e)
     powers, rho = _powers(e, square, _largest(square) ** 0.5)
     if not rho <= NEAR:
         return None
     z = torch.bmm(_add_identity(_series(powers, rho)), first.to(v.dtype))
-    return z * middle.rsqrt(), torch.bmm(gram.to(v.dtype), z) * middle.sqrt()
+    return z.mul_(middle.rsqrt()), gram.to(v.dtype)
 
 
 @torch.no_grad()
@@ -107,10 +114,23 @@ def inverse_root_by_iteration(v: Float[Tensor, "*batch p n"]) -> tuple[Tensor, T
     gram = wide @ wide.mH
     eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
     gram = torch.where(torch.linalg.matrix_norm(gram, keepdim=True) > 0, gram, eye)
-    size = 1.01 * torch.linalg.matrix_norm(gram, keepdim=True)
-    steps = [partial(_quintic, *coefficients) for coefficients in quintics(ITERATIONS, SMALLEST_ROOT)]
-    z = gram_factor(steps, gram / size) * size.rsqrt()
+    z = iterated_inverse_root(gram, 1.01 * torch.linalg.matrix_norm(gram, keepdim=True), ITERATIONS, SMALLEST_ROOT)
     return z, gram @ z
+
+
+def iterated_inverse_root(
+    gram: Float[Tensor, "*batch p p"], largest: Float[Tensor, "*batch 1 1"] | float, steps: int, smallest: float
+) -> Tensor:
+    """The iteration of :func:`inverse_root_by_iteration` on M itself.
+
+    Args:
+        gram: M, in double.
+        largest: a bound of its eigenvalues.
+        steps, smallest: how many steps, made for roots of eigenvalues down to ``smallest`` of the bound's: each
+            multiplies small ones by 4, and four more make them 1 to rounding.
+    """
+    polynomials = [partial(_quintic, *coefficients) for coefficients in quintics(steps, smallest)]
+    return gram_factor(polynomials, gram / largest) / largest**0.5
 
 
 def _quintic(a: float, b: float, c: float, n: Tensor) -> Tensor:

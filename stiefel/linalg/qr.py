@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from stiefel.linalg.fill import fill_like
 from stiefel.linalg.precision import in_double
 from stiefel.linalg.products import add_product
 from stiefel.linalg.tracing import is_traced
@@ -18,6 +19,10 @@ WELL_CONDITIONED = 16.0
 """κ² up to which one Cholesky pass leaves no more than rounding."""
 MOST = 1e3
 """‖L‖_F² ‖L⁻¹‖_F²/p² up to which a second pass takes away what the first one leaves."""
+FILL = 2.0**14
+"""δ below, in units of the dtype's epsilon."""
+SHIFTED = {32: 1, 64: 4}
+"""Passes that make δ times a singular value of 1e-6 large enough for the last, by bits of a real number."""
 
 
 def qf(a: Float[Tensor, "*batch p n"]) -> Float[Tensor, "*batch p n"]:
@@ -28,10 +33,11 @@ def qf(a: Float[Tensor, "*batch p n"]) -> Float[Tensor, "*batch p n"]:
     Near orthonormal rows, where retractions work, ``L Lᴴ = A Aᴴ`` by Cholesky (or by a series, nearer still) and
     ``Q = L⁻¹ A`` is as accurate as Householder reflections and several times faster; a second pass on Q takes away what
     condition numbers up to 30 leave (CholeskyQR2). Everything else goes to LAPACK. On a GPU the choice would make the
-    host wait: there, the first pass is in float64, with a shift that keeps it from breaking down, and others follow.
+    host wait: there, passes are in float64, with a shift that keeps them from breaking down.
 
     Args:
-        a: matrix of full row rank, p ≤ n, real or complex (L's diagonal is positive, Q is unitary).
+        a: p ≤ n, real or complex (L's diagonal is positive, Q is unitary). Where rows depend on those above them, Q is
+            not unique, and has some row there.
 
     Returns:
         Q with Q Qᴴ = I, the dtype of ``a``.
@@ -46,12 +52,14 @@ def qf(a: Float[Tensor, "*batch p n"]) -> Float[Tensor, "*batch p n"]:
 
 def _near(a: Tensor) -> Tensor:
     """A series where A is almost orthonormal, Cholesky passes for thin A, as long as they hold, LAPACK otherwise."""
-    p, gram = a.shape[-2], a @ a.mH
+    p, n = a.shape[-2:]
+    gram = a @ a.mH
     if a.numel() and not (torch.is_grad_enabled() and a.requires_grad):  # a series' second derivative is another's
-        correction = _series(gram)
-        if correction is not None:
-            return add_product(a, correction, a)
-    if 2 * p > a.shape[-1]:  # LAPACK is quicker
+        e = gram - torch.eye(p, dtype=a.dtype, device=a.device)
+        size, rounding = float(torch.linalg.vector_norm(e, dim=(-2, -1)).max()), torch.finfo(a.dtype).eps / 8
+        if size**3 <= rounding:
+            return add_product(a, _series(e, size**2 <= rounding), a)
+    if 2 * p > n:  # LAPACK is quicker
         return _by_reflections(a)
     factor, failed = torch.linalg.cholesky_ex(gram)
     if failed.any():
@@ -65,22 +73,19 @@ def _near(a: Tensor) -> Tensor:
     return q if spread <= 1 + (WELL_CONDITIONED - 1) / p else _pass(q)  # one small singular value may hide in a mean
 
 
-def _series(gram: Tensor) -> Tensor | None:
-    """``L⁻¹ − I`` for ``L Lᴴ = I + E`` with small E, to rounding; None where E is larger.
+def _series(e: Tensor, short: bool) -> Tensor:
+    """``L⁻¹ − I`` for ``L Lᴴ = I + E`` with small E, to the second order, or to the first.
 
-    ``L = I + L₁ − Φ(L₁L₁ᴴ) + O(E³)`` with L₁ = Φ(E), the lower triangle and half of the diagonal. After a step of
-    size t along the manifold E is of size t², so that most steps need the first term alone.
+    ``L = I + F − Φ(FFᴴ) + O(E³)`` with F = Φ(E), the lower triangle and half of the diagonal, of which the inverse is
+    ``I − F + F² + Φ(FFᴴ)``; E = F + Fᴴ makes the last two the lower triangle of FE, less half of FFᴴ's diagonal. After
+    a step of size t along the manifold E is of size t², so that most steps need the first order alone.
     """
-    eps = torch.finfo(gram.dtype).eps
-    e = gram.clone()
-    e.diagonal(dim1=-2, dim2=-1).sub_(1)
-    size = float(torch.linalg.vector_norm(e, dim=(-2, -1)).max())
-    if not size**3 <= eps / 8:
-        return None
     first = _half(e)
-    if size**2 <= eps / 8:
+    if short:
         return first.neg_()
-    return _half(first @ first.mH) + first @ first - first
+    second = (first @ e).tril_()
+    second.diagonal(dim1=-2, dim2=-1).sub_(torch.linalg.vector_norm(first, dim=-1).square(), alpha=0.5)
+    return second.sub_(first)
 
 
 def _half(a: Tensor) -> Tensor:
@@ -100,13 +105,31 @@ def _inverse(factor: Tensor) -> Tensor:
 
 
 def _without_waiting(a: Tensor) -> Tensor:
+    """Cholesky passes in double, all but the last with a shift; rows that the first has left out are filled in.
+
+    With ``L Lᴴ = AAᴴ + sI`` the rows of ``Q₁ = L⁻¹A`` are orthonormal where A's are independent, and what lacks is
+    ``I − Q₁Q₁ᴴ = s L⁻¹L⁻ᴴ``: to Q₁ a small δ times this of :func:`fill_like` is added, which changes ``A = LQ`` by δ√s
+    at most, less than rounding, and gives every row a direction. Each further pass with a shift s makes directions
+    1/√s, or 1e5, times as long, until they are orthonormal.
+    """
     wide = in_double(a)
-    gram = wide @ wide.mH
-    size = gram.diagonal(dim1=-2, dim2=-1).real.sum(-1, keepdim=True)
-    shift = 11 * sum(a.shape[-2:]) * torch.finfo(wide.dtype).eps * size
-    shifted = gram + torch.diag_embed(shift.expand(*shift.shape[:-1], a.shape[-2])).to(gram.dtype)
-    q = (_inverse(torch.linalg.cholesky_ex(shifted)[0]) @ wide).to(a.dtype)
-    return _pass(_pass(q))
+    lengths = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+    wide = wide / torch.where(lengths > 0, lengths, 1)  # Q does not depend on them
+    inverse, shift = _shifted(wide)
+    lacking = shift * (inverse @ inverse.mH)
+    q = inverse @ wide + FILL * torch.finfo(a.dtype).eps * (lacking @ fill_like(wide))
+    for _ in range(SHIFTED[torch.finfo(a.dtype).bits]):
+        q = _shifted(q)[0] @ q
+    return _pass(q).to(a.dtype)
+
+
+def _shifted(a: Tensor) -> tuple[Tensor, Tensor]:
+    """L⁻¹ and s, of the Cholesky factorization ``L Lᴴ = AAᴴ + sI`` that rounding cannot break."""
+    gram = a @ a.mH
+    size = gram.diagonal(dim1=-2, dim2=-1).real.sum(-1)[..., None, None]
+    shift = sum(a.shape[-2:]) * torch.finfo(a.dtype).eps * torch.where(size > 0, size, 1)
+    eye = torch.eye(a.shape[-2], dtype=a.dtype, device=a.device)
+    return _inverse(torch.linalg.cholesky_ex(gram + shift * eye)[0]), shift
 
 
 def _by_reflections(a: Tensor) -> Tensor:

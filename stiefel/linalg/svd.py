@@ -7,12 +7,21 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from stiefel.linalg.inverse_root import inverse_root, inverse_root_by_iteration
+from stiefel.linalg.fill import fill_like
+from stiefel.linalg.inverse_root import ITERATIONS, SMALLEST_ROOT, inverse_root_of_gram, iterated_inverse_root
 from stiefel.linalg.precision import in_double
-from stiefel.linalg.tracing import is_traced
+from stiefel.linalg.products import balance, gram_residual
+from stiefel.linalg.tracing import is_traced, readable
 
 if TYPE_CHECKING:
     from jaxtyping import Float
+
+SERIES = (-1 / 2, 3 / 8, -5 / 16, 35 / 128, -63 / 256)
+"""Coefficients of ``(1 + e)^{-1/2} − 1``."""
+NEAR = 0.25
+"""Largest ‖VVᴴ − I‖_F of which the first four terms are worth while in double: what they leave is 2e-4 and less."""
+LARGEST = 16.0
+"""Bound of X₂X₂ᴴ below: ‖X₁‖₂ ≤ 1, ‖I − X₁X₁ᴴ‖₂ ≤ 1, ‖E‖₂ ≤ 3."""
 
 
 @torch.no_grad()
@@ -34,14 +43,61 @@ def nearest_orthonormal(v: Float[Tensor, "*batch p n"]) -> Float[Tensor, "*batch
 
 @torch.no_grad()
 def nearest_in_step(v: Float[Tensor, "*batch p n"]) -> Float[Tensor, "*batch p n"]:
-    """:func:`nearest_orthonormal` for methods that take one per step: float32 by products where they are accurate.
+    """:func:`nearest_orthonormal` for methods that take one per step: by products alone wherever they are as accurate.
 
-    That is to 1e-6, on a CPU wherever V is not ill-conditioned; on a GPU always, so that the host need not wait for it,
-    and what a GPU is handed with linearly dependent rows then lacks rows.
+    That is near the set to rounding, and further away to 1e-6 for float32: on a CPU wherever V is not ill-conditioned,
+    on a GPU always, so that the host need not wait for it. All complete the rows of a V that lacks some.
     """
-    if v.dtype in (torch.float32, torch.complex64) and not is_traced():
-        batch = v.reshape(-1, *v.shape[-2:])
-        root = inverse_root_by_iteration(batch) if v.is_cuda else inverse_root(batch)
-        if root is not None:
-            return (root[0] @ batch.to(root[0].dtype)).to(v.dtype).reshape(v.shape)
-    return nearest_orthonormal(v)
+    if v.numel() and readable(v):
+        x = _by_products(v.reshape(-1, *v.shape[-2:]))
+        return nearest_orthonormal(v) if x is None else x.reshape(v.shape)
+    single = v.dtype in (torch.float32, torch.complex64)
+    return _by_iteration(v) if v.is_cuda and single and not is_traced() else nearest_orthonormal(v)
+
+
+def _by_products(v: Tensor) -> Tensor | None:
+    """``V + ((I + E)^{-1/2} − I) V``, E = VVᴴ − I, by one, two or four terms where they do; None far away.
+
+    After a step of size t along the manifold E is of size t², so that most steps need the first term alone: two
+    products. Where four are too few, float32 takes more terms of another series, and float64 the same again.
+    """
+    eps = torch.finfo(v.dtype).eps
+    e = torch.bmm(v, v.mH)
+    e.diagonal(dim1=-2, dim2=-1).sub_(1)
+    size = float(torch.linalg.vector_norm(e, dim=(-2, -1)).max())
+    for terms in (1, 2, 4):
+        if abs(SERIES[terms]) * size ** (terms + 1) <= eps / 8:
+            return torch.baddbmm(v, _series(e, terms), v)
+    if v.dtype in (torch.float32, torch.complex64):
+        root = inverse_root_of_gram(v)
+        return None if root is None else torch.bmm(root[0], v)
+    return _by_products(torch.baddbmm(v, _series(e, 4), v)) if size <= NEAR else None
+
+
+def _series(e: Tensor, terms: int) -> Tensor:
+    """So many terms of ``(I + E)^{-1/2} − I``; E is overwritten."""
+    if terms == 1:
+        return e.mul_(SERIES[0])
+    square = torch.bmm(e, e)
+    if terms == 2:
+        return e.mul_(SERIES[0]).add_(square, alpha=SERIES[1])
+    higher = torch.add(SERIES[2] * e, square, alpha=SERIES[3])
+    return e.mul_(SERIES[0]).add_(square, alpha=SERIES[1]).baddbmm_(square, higher)
+
+
+def _by_iteration(v: Tensor) -> Tensor:
+    """In double, by a fixed number of products, right in float32: nothing is read back from the device.
+
+        X₁ = Z V,   X₂ = X₁ + (I − X₁X₁ᴴ) E,   X = (X₂X₂ᴴ)^{-1/2} X₂
+
+    with Z = (VVᴴ)^{-1/2} for singular values above 1e-5 ‖V‖_F. Where V has these alone, I − X₁X₁ᴴ is rounding, and the
+    second iteration takes away what a Gram matrix has cost of V's digits; what is less, or missing, is filled from E =
+    :func:`fill_like`, after which singular values are above 1e-6 whatever V lacked, and two more steps reach those.
+
+    Source: :func:`inverse_root_by_iteration`.
+    """
+    wide = in_double(v)
+    wide = wide / (balance(wide) * v.shape[-2] ** 0.5)
+    x = iterated_inverse_root(wide @ wide.mH, 1.01, ITERATIONS, SMALLEST_ROOT) @ wide
+    x = x - gram_residual(x) @ fill_like(x)
+    return (iterated_inverse_root(x @ x.mH, LARGEST, ITERATIONS + 2, SMALLEST_ROOT / 16) @ x).to(v.dtype)

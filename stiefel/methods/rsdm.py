@@ -10,7 +10,8 @@ from torch import Tensor
 
 from stiefel.constraint import Claim, StepMethod, is_number
 from stiefel.errors import OptionError
-from stiefel.linalg import cayley_step, newton_schulz
+from stiefel.geometry import LONGEST
+from stiefel.linalg import cayley_step, limited, newton_schulz
 from stiefel.methods import register
 
 
@@ -54,5 +55,5 @@ class RSDM(StepMethod):
         n = x.shape[-1]
         chosen = torch.randperm(n, device=x.device)[: max(min(2, n), round(self.share * n))]
         moved = x.clone()
-        moved[..., chosen] = cayley_step(x[..., chosen], displacement[..., chosen] / 2)
+        moved[..., chosen] = cayley_step(x[..., chosen], limited(displacement[..., chosen] / 2, LONGEST))
         return newton_schulz(moved)

@@ -1,0 +1,24 @@
+"""A fixed matrix in general position, whose rows complete a matrix that lacks some. Imports only torch."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from jaxtyping import Float
+
+
+def fill_like(x: Float[Tensor, "*batch p n"]) -> Float[Tensor, "p n"]:
+    """``√(2/n) cos(√2 k²)``, k = 1 … pn row by row: to singular values what a Gaussian matrix with rows of length 1 is.
+
+    Rows or columns of the identity, of a Fourier or a cosine transform would not do: where V lacks the directions u of
+    its rows and w of its columns, V + E has them if uᴴEw is far from singular, and neighbouring rows and columns of
+    those matrices are singular to rounding. The phases √2 k² are equidistributed (Weyl), and take no generator's state,
+    no memory between calls and nothing from the host.
+    """
+    p, n = x.shape[-2:]
+    k = torch.arange(1, p * n + 1, dtype=torch.float64, device=x.device)
+    return ((2 / n) ** 0.5 * torch.cos(2**0.5 * k.square())).reshape(p, n).to(x.dtype)

@@ -5,12 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from stiefel.constraint import Reparameterization
 from stiefel.errors import LayoutError, OptionError
 from stiefel.layout import Layout
-from stiefel.linalg import nearest_orthonormal, unit_sized
+from stiefel.linalg import in_double, nearest_orthonormal, unit_sized
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,14 +46,18 @@ class Centred(Reparameterization):
             raise LayoutError(f"center=True cannot hold for {layout}: {why}; use center='auto' or center=False{groups}")
 
     def nearest(self, points: Tensor, layout: Layout) -> Tensor:
-        """The polar factor of the (centred) weight."""
-        return nearest_orthonormal(self.centred(points, layout))
+        """The polar factor of the (centred) weight; of a rank-deficient one, completed by centred rows too."""
+        if not self._centres(layout):
+            return nearest_orthonormal(points)
+        coordinates = _reflected(in_double(points))[..., 1:]  # of the space in which means are zero
+        return _reflected(pad(nearest_orthonormal(coordinates), (1, 0))).to(points.dtype)
 
     def centred(self, v: Tensor, layout: Layout) -> Tensor:
         """V less its row means, where this method centres a weight of that layout."""
-        if self.center is False or not _can_center(layout):
-            return v
-        return v - v.mean(dim=-1, keepdim=True)
+        return v - v.mean(dim=-1, keepdim=True) if self._centres(layout) else v
+
+    def _centres(self, layout: Layout) -> bool:
+        return self.center is not False and _can_center(layout)
 
     def normalized(self, proxy: Tensor, layout: Layout) -> Tensor:
         """:meth:`centred`, at a size at which nothing overflows or vanishes: what is made of it forgets V's size."""
@@ -63,3 +69,10 @@ class Centred(Reparameterization):
 def _can_center(layout: Layout) -> bool:
     _, p, n = layout.matrix_shape
     return not layout.columns and p <= n - 1
+
+
+def _reflected(v: Tensor) -> Tensor:
+    """Rows by the Householder reflection that takes the direction of (1, …, 1) to the first axis, and back."""
+    w = torch.full_like(v[..., :1, :], v.shape[-1] ** -0.5)
+    w[..., 0] -= 1
+    return v - 2 * (v @ w.mT) / (w @ w.mT) * w

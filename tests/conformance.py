@@ -190,6 +190,12 @@ def check_start(method: Constraint, dtype: torch.dtype, device: torch.device) ->
                 if chosen is not method:
                     assert (x - polar_factor(layout.points(given))).abs().max() < tolerance, found.name
             assert stiefel.report(model).worst < ROUNDING * eps(dtype), "starts off the set"
+    for value in (0.0, 1.0):  # the nearest point is then one of many
+        plain = nn.Sequential(nn.Linear(7, 4), nn.Linear(5, 5), nn.Linear(4, 7)).to(device, dtype)
+        for layer in plain:
+            nn.init.constant_(layer.weight, value)
+        worst = stiefel.report(stiefel.constrain(plain, method)).worst
+        assert worst < ROUNDING * eps(dtype), f"starts off the set from weights of {value}"
 
 
 def check_claim(method: Constraint, dtype: torch.dtype, device: torch.device) -> None:

@@ -1,7 +1,7 @@
-"""The Riemannian baselines as the code released with the paper has them, faults and all; imported for their names.
+"""The paper's baselines with their faults, as published and as the code released with it has them; imported for names.
 
-Read from github.com/huangleiBuaa/OthogonalWN (``module/Linear_Weight_{ST,ST_CN,CayT,QR}.lua`` and
-``models/MLP/model_WN_debug.lua``). In each of its layers
+``qr_projection`` is the published QR baseline. The others are read from github.com/huangleiBuaa/OthogonalWN
+(``module/Linear_Weight_{ST,ST_CN,CayT,QR}.lua`` and ``models/MLP/model_WN_debug.lua``). In each of that code's layers
 
 - ``gradPWeight`` is added to in every step and zeroed in none: the step uses the sum of all gradients so far;
 - the start is uniform in ±1/√fan-in, off the set until the first QR factor is taken;
@@ -11,7 +11,7 @@ Its square matrices have orthonormal columns where the package's have orthonorma
 off it, and other QR factors. Biases and the last layer train as everywhere. Its runs were at scale 1 only; here the
 sum, the start and the step are in units of X = W/s at other scales.
 
-A method of these is the memory of one model: make a new one for each, and step it with plain SGD.
+A method of that code is the memory of one model: make a new one for each, and step it with plain SGD.
 """
 
 from __future__ import annotations
@@ -19,13 +19,36 @@ from __future__ import annotations
 from abc import abstractmethod
 from dataclasses import dataclass
 from functools import cached_property
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from stiefel import StepMethod, register
+from stiefel.constraint import Claim
 from stiefel.layout import Layout
 from stiefel.linalg import cayley_step, nearest_orthonormal, qf, sym
+
+
+@register
+@dataclass(frozen=True, kw_only=True)
+class QRProjection(StepMethod):
+    """``X ← qf(X + U)``, whatever U is: the paper's QR baseline as it is published, right otherwise.
+
+    To first order it moves along ``G(I − XᵀX) + (T − Tᵀ)X``, T the strict upper triangle of GXᵀ, where the gradient has
+    ``skew(GXᵀ)X``.
+    """
+
+    name = "qr_projection"
+    summary = "QR factor after each step"
+    reference = "Huang et al., AAAI 2018"
+    claim = Claim()
+    faults = "its direction is no gradient's, and can ascend"
+    tangent: ClassVar[bool] = False
+
+    def step(self, x: Tensor, displacement: Tensor, lr: float) -> Tensor:
+        """The factor of where the optimizer would have gone."""
+        return qf(x + displacement)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +57,7 @@ class AsReleased(StepMethod):
 
     reference = "Huang et al., AAAI 2018, released code"
     faults = "adds up all gradients, starts off the set, and keeps its first learning rate"
+    tangent: ClassVar[bool] = False
 
     @cached_property
     def sums(self) -> dict[torch.Size, Tensor]:

@@ -8,8 +8,8 @@ SGD, the learning rate halved half-way. Which method trains it, at which scale a
     stiefel compare benchmarks/omdsm.py --budget paper       the paper's settings, on Fashion-MNIST or --data mnist
 
 The paper's methods are `riemannian:metric=euclidean,retraction=qr` (EI+QR), `riemannian:metric=canonical,retraction=qr`
-(CI+QR), `riemannian:metric=canonical,retraction=cayley` (CayT), `projection:map=qr` (QR), `own_pca` (OLM_var) and `own`
-(OLM); `ei_qr_as_released` and so on are the Riemannian ones with the faults of the released code.
+(CI+QR), `riemannian:metric=canonical,retraction=cayley` (CayT), `qr_projection` (QR), `own_pca` (OLM_var) and `own`
+(OLM); `ei_qr_as_released` and so on are the first four with the faults of the released code.
 """
 
 from dataclasses import dataclass

@@ -35,12 +35,15 @@ RUNS = Path("runs/published")
 EI_QR = "riemannian:metric=euclidean,retraction=qr"
 CI_QR = "riemannian:metric=canonical,retraction=qr"
 CAYT = "riemannian:metric=canonical,retraction=cayley"
+QR = "qr_projection"
+RENAMED = {"projection:map=qr": QR}
+"""Methods that published records have under another name: that projection was the QR factor of X + U."""
 FACTOR = 2.0
 """Of the best final metric, within which a learning rate counts as good."""
 
 ARGUMENTS = {
     "omdsm": f"""omdsm.py --budget small --seeds 5 --methods unconstrained own own_pca soft {EI_QR} {CI_QR} {CAYT}
-        projection:map=qr pogo landing ei_qr_as_released ci_qr_as_released cayt_as_released qr_as_released""",
+        {QR} pogo landing ei_qr_as_released ci_qr_as_released cayt_as_released qr_as_released""",
     "momentum": f"""momentum.py --budget small --depth 4 8 --seeds 5 --trials 7
         --methods unconstrained own {EI_QR} {CI_QR}""",
     "mlp": """mlp.py --budget small --batch-norm False True --seeds 5 --trials 7
@@ -99,7 +102,9 @@ def run(name: str, more: Sequence[str]) -> int:
 def beside(here: pd.DataFrame, published: pd.DataFrame) -> str:
     """The scores of two runs of a comparison, and where their intervals are apart."""
     score = tables.score_column(published)
-    both = here.merge(published, on=["setting", "method"], suffixes=("_here", "_published"))
+    both = here.merge(
+        published.replace({"method": RENAMED}), on=["setting", "method"], suffixes=("_here", "_published")
+    )
     lines = [f"{len(both)} scores beside the published ones, here → published; ≠ where the 95 % intervals are apart:"]
     for _, row in both.iterrows():
         cells = [

@@ -14,6 +14,7 @@ from torch import nn
 import stiefel
 from stiefel.compare import load_problem
 from stiefel.compare.records import read_all
+from stiefel.linalg import gram_residual, nearest_orthonormal, qf
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 PROBLEMS = ["omdsm", "mlp", "cnn"]
@@ -146,6 +147,23 @@ def test_as_released_scales_with_the_set():
     layer(torch.randn(4, 9, dtype=torch.float64)).square().sum().backward()
     optimizer.step()
     assert stiefel.report(layer).worst < 1e-12
+
+
+def test_the_published_qr_baseline_can_ascend():
+    """On the loss Re⟨G, W⟩, where GXᵀ has twice below the diagonal what it has above; a retraction descends."""
+    load_problem(BENCHMARKS / "omdsm.py")
+    x = nearest_orthonormal(torch.randn(1, 5, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0)))
+    above = torch.ones(5, 5, dtype=torch.float64).triu(1)
+    g = (above + 2 * above.mT) @ x
+    loss = {}
+    for name, options in (("qr_projection", {}), ("projection", {"map": "qr"})):
+        method = stiefel.get(name, **options)
+        moved = method.step(x, -1e-3 * g, 1e-3)
+        assert torch.linalg.matrix_norm(gram_residual(moved)) < 1e-14
+        assert bool(method.faults) == (name == "qr_projection")
+        loss[name] = float((g * (moved - x)).sum())
+    torch.testing.assert_close(stiefel.get("qr_projection").step(x, -g, 1.0), qf(x - g))
+    assert loss["qr_projection"] > 1e-3 > 0 > loss["projection"]
 
 
 # --- what the networks are ---

@@ -1,13 +1,17 @@
 """Steps at the ends of what methods promise: long, normal to the set, or of rank one."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
+from common import forms
 from torch import Tensor
 from torch.autograd import gradcheck
 
 import stiefel
-from stiefel.constraint import ROUNDING
+from stiefel.constraint import ROUNDING, ManifoldMethod, StepMethod
 from stiefel.geometry import canonical_gradient, retract_cayley, retract_exp_canonical, retract_exp_euclidean
+from stiefel.layout import Layout
 from stiefel.linalg import cayley, cayley_along, cayley_step, gram_residual, nearest_orthonormal
 
 SHAPES = [(1, 10), (2, 7), (8, 64), (32, 32), (16, 100)]
@@ -68,16 +72,70 @@ def gradient(kind: str, shape: tuple[int, int, int], dtype: torch.dtype, generat
     return g / torch.linalg.matrix_norm(g, keepdim=True)
 
 
+LENGTHS = [1e-3, 0.1, 1.0, 1e3, 1e6, 1e8, 1e18, 1e30]
+FEASIBLE = [
+    method
+    for name in stiefel.available()
+    for method in forms(name)
+    if isinstance(method, (StepMethod, ManifoldMethod)) and method.feasible
+]
+
+
+def mover(method: stiefel.Constraint, shape: tuple[int, int, int]) -> Callable[[Tensor, Tensor, float], Tensor]:
+    """The step of a method from X, where the base optimizer would go by −lr G."""
+    if isinstance(method, ManifoldMethod):
+        manifold = method.manifold(Layout(shape, batched=True))
+        return lambda x, g, lr: manifold.retract(x, -lr * manifold.gradient(x, g))
+    assert isinstance(method, StepMethod)
+
+    def move(x: Tensor, g: Tensor, lr: float) -> Tensor:
+        result = method.step(x, -lr * g, lr)
+        return result[0] if isinstance(result, tuple) else result
+
+    return move
+
+
+def check_steps(method: stiefel.Constraint, shape: tuple[int, int, int], dtype: torch.dtype, steps: int) -> None:
+    torch.manual_seed(6)  # for methods that draw
+    generator, move = torch.Generator().manual_seed(7), mover(method, shape)
+    for kind in ("dense", "rank one"):
+        for length in LENGTHS:
+            x = point(*shape[1:], dtype)[: shape[0]]
+            for _ in range(steps):
+                x = move(x, gradient(kind, shape, dtype, generator), length)
+                assert residual(x) <= ROUNDING * torch.finfo(dtype).eps * shape[1] ** 0.5, (kind, length)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.complex64])
+@pytest.mark.parametrize(("p", "n"), [(1, 1), (3, 3), (5, 7), (1, 10), (3, 9), (33, 33), (20, 60)])
+@pytest.mark.parametrize("method", FEASIBLE, ids=str)
+def test_steps_of_any_length_end_on_the_set(method: stiefel.Constraint, p: int, n: int, dtype: torch.dtype) -> None:
+    if dtype in method.dtypes:
+        check_steps(method, (2, p, n), dtype, 4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.complex64])
+@pytest.mark.parametrize(
+    ("p", "n", "steps"), [(64, 64, 20), (128, 128, 20), (256, 256, 5), (64, 576, 5), (512, 4608, 1)]
+)
+@pytest.mark.parametrize("method", FEASIBLE, ids=str)
+def test_steps_of_any_length_end_on_large_sets(
+    method: stiefel.Constraint, p: int, n: int, steps: int, dtype: torch.dtype
+) -> None:
+    if dtype in method.dtypes and (p < 512 or dtype == torch.float32):
+        check_steps(method, (1, p, n), dtype, steps)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.complex64])
 @pytest.mark.parametrize(("p", "n"), [(1, 1), (3, 3), (5, 7), (3, 7), (1, 10), (33, 33), (8, 64)])
-@pytest.mark.parametrize("length", [1.0, 1e3, 1e6, 1e8, 1e18, 1e30])
-@pytest.mark.parametrize("kind", ["dense", "rank one"])
 @pytest.mark.parametrize("retract", [retract_cayley, retract_exp_euclidean, retract_exp_canonical])
-def test_rotations_of_any_length_end_on_the_set(retract, kind, length: float, p: int, n: int, dtype) -> None:
+def test_rotations_of_any_length_end_on_the_set(retract, p: int, n: int, dtype: torch.dtype) -> None:
     x, generator = point(p, n, dtype), torch.Generator().manual_seed(3)
-    for _ in range(5):
-        x = retract(x, length * canonical_gradient(x, gradient(kind, (3, p, n), dtype, generator)))
-        assert residual(x) <= ROUNDING * torch.finfo(dtype).eps * p**0.5
+    for kind in ("dense", "rank one"):
+        for length in LENGTHS * 3:
+            x = retract(x, length * canonical_gradient(x, gradient(kind, (3, p, n), dtype, generator)))
+            assert residual(x) <= ROUNDING * torch.finfo(dtype).eps * p**0.5
 
 
 @pytest.mark.parametrize(("p", "n"), [(5, 5), (5, 7), (3, 7), (1, 10), (33, 33)])

@@ -105,6 +105,14 @@ def test_a_rerun_is_set_beside_what_is_published(result, tmp_path):
     assert published.beside(moved, result.summary).count("≠ depth") == 16
 
 
+def test_a_method_of_another_name_is_set_beside_itself(result, tmp_path):
+    here = read_report(tmp_path / "runs").table()
+    assert {"soft"} < set(here.method)
+    (old, new), *_ = published.RENAMED.items()
+    said = published.beside(here.replace({"method": {"soft": new}}), result.summary.replace({"method": {"soft": old}}))
+    assert said.startswith("16 scores beside")
+
+
 def test_a_sentence_must_not_outlive_its_numbers():
     assert published.holds(True) == ""
     with pytest.raises(AssertionError, match="what the records do not"):

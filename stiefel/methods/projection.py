@@ -1,4 +1,4 @@
-"""Projection after each step: the simplest way to stay on the set, and no Riemannian method."""
+"""Projection after each step: the simplest way to stay on the set."""
 
 from __future__ import annotations
 
@@ -8,32 +8,35 @@ from typing import ClassVar
 from torch import Tensor
 
 from stiefel.constraint import Claim, StepMethod
-from stiefel.linalg import nearest_in_step, qf
+from stiefel.geometry import project_tangent, retract_qr
+from stiefel.linalg import nearest_in_step
 from stiefel.methods import register
 
-MAPS = {"polar": nearest_in_step, "qr": qf}
+MAPS = {
+    "polar": lambda x, u: nearest_in_step(x + u),
+    "qr": lambda x, u: retract_qr(x, project_tangent(x, u)),
+}
 
 
 @register
 @dataclass(frozen=True, kw_only=True)
 class Projection(StepMethod):
-    """``X ← map(X + U)``: let the base optimizer step, then go to an orthonormal matrix.
+    """``X ← polar(X + U)``: let the base optimizer step, then go to the nearest orthonormal matrix.
 
-    ``"polar"`` is the nearest one. ``"qr"`` is cheaper, and no projection: to first order it moves along
-    ``G(I − XᵀX) + (U − Uᵀ)X``, U the strict upper triangle of GXᵀ, which can ascend. A long polar step can change the
-    sign of a square weight's determinant.
+    ``"qr"`` is the cheaper retraction ``qf(X + P_X(U))``, ``P_X(U) = U − sym(UXᵀ)X``. (The QR factor of X + U itself
+    would not do: to first order it moves along ``G(I − XᵀX) + (T − Tᵀ)X``, T the strict upper triangle of GXᵀ, which
+    can ascend.) A long polar step can change the sign of a square weight's determinant.
 
     Args:
         map: ``"polar"`` or ``"qr"``.
 
-    Source: Absil and Malick, Projection-like retractions on matrix manifolds, 2012, for polar; Huang et al., AAAI 2018,
-    for qr (their QR baseline).
+    Source: Absil and Malick, Projection-like retractions on matrix manifolds, 2012.
     """
 
     map: str = "polar"
 
     name = "projection"
-    summary = "nearest orthonormal matrix (or QR factor) after each step"
+    summary = "nearest orthonormal matrix after each step (or a QR retraction)"
     reference = "Absil & Malick, 2012"
     claim = Claim()
     tuning: ClassVar = {"map": tuple(MAPS)}
@@ -43,15 +46,10 @@ class Projection(StepMethod):
         self.require_one_of("map", MAPS)
 
     @property
-    def coefficients(self) -> tuple[float, float] | None:
-        """(1, 1) for polar; qr has no such form."""
-        return (1.0, 1.0) if self.map == "polar" else None
-
-    @property
-    def caveat(self) -> str:  # type: ignore[override]
-        """QR's."""
-        return "" if self.map == "polar" else "its direction is not a gradient's: it stops where that has no use"
+    def coefficients(self) -> tuple[float, float]:
+        """(1, 1)."""
+        return (1.0, 1.0)
 
     def step(self, x: Tensor, displacement: Tensor, lr: float) -> Tensor:
         """The orthonormal matrix that belongs to where the optimizer would have gone."""
-        return MAPS[self.map](x + displacement)
+        return MAPS[self.map](x, displacement)

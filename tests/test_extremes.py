@@ -5,7 +5,8 @@ import torch
 from torch import Tensor
 
 import stiefel
-from stiefel.linalg import gram_residual, nearest_orthonormal
+from stiefel.layout import Layout
+from stiefel.linalg import gram_residual, nearest_orthonormal, newton_schulz
 
 SHAPES = [(1, 10), (2, 7), (8, 64), (32, 32), (16, 100)]
 
@@ -51,3 +52,33 @@ def test_retractions_hold_for_gradients_of_rank_one(map_name: str, p: int, n: in
         g = torch.randn(3, p, 1, generator=generator) @ torch.randn(3, 1, n, generator=generator)
         x = method.step(x, -rate * g / torch.linalg.matrix_norm(g, keepdim=True), rate)
         assert method.claim.allows(residual(x) / p**0.5, torch.float32, p)
+
+
+@pytest.mark.parametrize("size", [1.0, 1e10, 1e26, 1e37])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_reflections_hold_for_proxies_of_any_size(dtype: torch.dtype, size: float) -> None:
+    method, layout = stiefel.get("householder"), Layout((3, 5, 9), batched=True)
+    assert isinstance(method, stiefel.Reparameterization)
+    assert method.claim is not None
+    proxy, parts = method.start(point(5, 9, dtype), layout)
+    noise = torch.randn(proxy.shape, generator=torch.Generator().manual_seed(1), dtype=dtype)
+    proxy = (proxy + size * noise).requires_grad_()
+    x = method.forward(proxy, layout, **parts)
+    assert method.claim.allows(residual(x.detach()) / 5**0.5, dtype, 5)
+    x.sum().backward()
+    assert proxy.grad is not None
+    assert proxy.grad.isfinite().all()
+    assert proxy.grad.abs().max() > 1e-3 / size
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_many_reflections_start_on_the_set(dtype: torch.dtype) -> None:
+    """From a weight of rank one, 64 of them left 3.6e-5 in float32."""
+    method, layout = stiefel.get("householder"), Layout((64, 576))
+    x = newton_schulz(nearest_orthonormal(torch.ones(1, 64, 576, dtype=torch.float64))).to(dtype)
+    assert isinstance(method, stiefel.Reparameterization)
+    assert method.claim is not None
+    proxy, parts = method.start(x, layout)
+    started = method.forward(proxy, layout, **parts)
+    assert method.claim.allows(residual(started) / 8, dtype, 64)
+    assert (started - x).abs().max() < 1e3 * torch.finfo(dtype).eps

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from stiefel.constraint import Claim, Reparameterization
 from stiefel.layout import Layout
-from stiefel.linalg import householder_rows, householder_vectors
+from stiefel.linalg import householder_rows, householder_vectors, newton_schulz
 from stiefel.methods import register
 
 
@@ -38,7 +38,12 @@ class Householder(Reparameterization):
         return vectors, {"signs": signs}
 
     def forward(self, proxy: Tensor, layout: Layout, signs: Tensor) -> Tensor:
-        """Multiply the reflections; of the proxy only what lies above the diagonal counts."""
+        """Multiply the reflections; of the proxy only what lies above the diagonal counts.
+
+        A reflection depends on its vector's direction alone: the vectors are shortened to entries of at most 1, whose
+        squares do not overflow. One Newton-Schulz step takes away the rounding of many reflections.
+        """
         p, n = proxy.shape[-2:]
-        unit = torch.eye(p, n, dtype=proxy.dtype, device=proxy.device)
-        return signs.unsqueeze(-1) * householder_rows(proxy.triu(1) + unit)
+        vectors = proxy.triu(1) + torch.eye(p, n, dtype=proxy.dtype, device=proxy.device)
+        rows = householder_rows(vectors / vectors.detach().abs().amax(dim=-1, keepdim=True))
+        return signs.unsqueeze(-1) * newton_schulz(rows)

@@ -2,6 +2,7 @@
 # make cost      what the methods cost beside other packages (a short form: make cost COST=--full for all of it)
 # make reproduce the published small comparison on Fashion-MNIST again (some 40 minutes); goes on where it stopped
 # make test      set up .venv, run the tests
+# make fuzz      train random configurations (ARGS="--count 10000 --seed 7 --jobs 2")
 # make lint      formatting, lint, types
 # make docs      regenerate the README's tables, benchmarks/README.md, and the notebook's outputs
 
@@ -12,7 +13,7 @@ COMPARE ?= --seeds 3 --trials 7
 COST ?= --short
 ARGS ?=
 
-.PHONY: compare reproduce cost test lint docs clean
+.PHONY: compare reproduce cost test fuzz lint docs clean
 
 compare: .venv/.installed
 	$(BIN)/stiefel compare benchmarks/omdsm.py --methods $(METHODS) $(COMPARE) $(ARGS)
@@ -25,6 +26,9 @@ cost: .venv/.installed
 
 test: .venv/.installed
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 $(ARGS)
+
+fuzz: .venv/.installed
+	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz.py $(ARGS)
 
 lint: .venv/.installed
 	$(BIN)/ruff format --check .

@@ -40,8 +40,10 @@ class Householder(Reparameterization):
     def forward(self, proxy: Tensor, layout: Layout, signs: Tensor) -> Tensor:
         """Multiply the reflections; of the proxy only what lies above the diagonal counts.
 
-        One Newton-Schulz step removes the rounding of many reflections along nearly the same direction.
+        A reflection depends on its vector's direction alone: the vectors are shortened to entries of at most 1, whose
+        squares do not overflow. One Newton-Schulz step takes away the rounding of many reflections.
         """
         p, n = proxy.shape[-2:]
-        unit = torch.eye(p, n, dtype=proxy.dtype, device=proxy.device)
-        return newton_schulz(signs.unsqueeze(-1) * householder_rows(proxy.triu(1) + unit))
+        vectors = proxy.triu(1) + torch.eye(p, n, dtype=proxy.dtype, device=proxy.device)
+        rows = householder_rows(vectors / vectors.detach().abs().amax(dim=-1, keepdim=True))
+        return signs.unsqueeze(-1) * newton_schulz(rows)

@@ -138,6 +138,9 @@ def _check(optimizer: torch.optim.Optimizer) -> None:
     known = [(p, _watched(p)) for p in members]
     _refuse_plain_step(optimizer, known)
     _refuse_decay(optimizer)
+    for p, watched in known:
+        if watched is not None and p.grad.is_conj() and not isinstance(optimizer, Lift):
+            p.grad = p.grad.resolve_conj()  # of weights that were stacked: torch's optimizers refuse such views
     _refuse_divergence(optimizer, [(p, watched) for p, watched in known if watched is not None])
 
 

@@ -199,7 +199,7 @@ def test_gates_in_a_list_that_the_user_stacks_train(name: str, cls: type[torch.o
         state = start
         for gate in torch.stack(list(circuit.gates)).mH:
             state = gate @ state
-        loss = -state[0].abs().square()
+        loss = -state[0].abs().square() / state.abs().square().sum()
         loss.backward()
         before = [p.grad.clone() for p in circuit.parameters()]
         optimizer.step()

@@ -36,7 +36,7 @@ LONGEST = 1e3
 N_LARGEST = 1000
 """Columns up to which methods that build n×n matrices are tested, by the slow part; by the quick one up to a tenth."""
 
-STEPS = {(5, 5): 200, (64, 64): 100, (64, 576): 60, (128, 128): 60, (256, 256): 40, (512, 4608): 3}
+STEPS = {(5, 5): 200, (64, 64): 100, (64, 576): 60, (128, 128): 60, (256, 256): 25, (512, 4608): 2}
 QUICK = {(5, 5): 40, (64, 64): 15, (64, 576): 5}
 
 
@@ -81,7 +81,7 @@ class Trained:
 
 def trained_at_once(method: Constraint, shape: tuple[int, int], dtype: torch.dtype) -> tuple[nn.Module, list[Trained]]:
     """A module of a weight for each start and kind of gradient; an ill-conditioned start is one of the proxy."""
-    conditions = CONDITIONS if shape[0] < 512 else CONDITIONS[::2]
+    conditions = CONDITIONS if shape[0] < 256 else CONDITIONS[::2]
     cases = [(condition, rank_one) for condition in conditions for rank_one in (False, True)]
     model = nn.Module()
     for seed, (condition, _) in enumerate(cases):

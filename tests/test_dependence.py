@@ -97,7 +97,7 @@ def test_layers_of_separate_heads_do_not_depend_on_each_other():
     assert (dependence(stiefel.constrain(Heads().double()), product).turn > 0.1).all()
 
 
-COMMON_START = [m for m in stiefel.available() if m != "oni"]  # whose T = 5 products do not return what they are given
+COMMON_START = stiefel.available()
 
 
 @pytest.mark.parametrize("method", COMMON_START)

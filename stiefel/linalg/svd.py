@@ -45,7 +45,7 @@ def nearest_orthonormal(v: Float[Tensor, "*batch p n"]) -> Float[Tensor, "*batch
 def nearest_in_step(v: Float[Tensor, "*batch p n"]) -> Float[Tensor, "*batch p n"]:
     """:func:`nearest_orthonormal` for methods that take one per step: by products alone wherever they are as accurate.
 
-    That is near the set, to rounding, and further away for float32, to 1e-6: on a CPU wherever V is not ill-conditioned,
+    That is near the set, to rounding, and further away for float32, to 1e-6: on a CPU where V is not ill-conditioned,
     on a GPU always, so that the host need not wait for it. All complete the rows of a V that lacks some.
     """
     if v.numel() and readable(v):

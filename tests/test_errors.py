@@ -563,3 +563,22 @@ def test_a_proxy_that_has_overflowed_is_told_by_name():
         model.get_parameter("0.parametrizations.weight.original").fill_(torch.inf)
     with pytest.raises(stiefel.DivergenceError, match=r"proxy of '0\.weight'.*infinite"):
         model(torch.randn(2, 9))
+
+
+@pytest.mark.parametrize("method", ["soft", "own", "pogo"])
+def test_a_weight_that_is_infinite_has_no_nearest_point_and_is_told_by_name(method):
+    model = stiefel.constrain(nn.Sequential(nn.Linear(9, 4)), method)
+    with torch.no_grad():
+        next(model.parameters()).fill_(torch.inf)
+    with pytest.raises(stiefel.StiefelError, match=r"'0\.weight'.*infinite"):
+        stiefel.project(model)
+
+
+def test_a_gain_of_zero_is_no_reason_to_call_a_weight_off_its_set():
+    model = stiefel.constrain(nn.Linear(9, 4), "own", scale="learnable")
+    with torch.no_grad():
+        model.parametrizations.weight[0].gain[0] = 0
+    assert stiefel.report(model).worst < 1e-6
+    model.weight = torch.randn(4, 9)  # may be assigned all the same
+    assert stiefel.report(model).worst < 1e-6
+    assert not model.weight[0].any()

@@ -159,8 +159,11 @@ class Reparametrized(nn.Module):
         return layout.weight(proxy), parts
 
     def without_gains(self, points: Tensor) -> Tensor:
-        """Points without each output's learnable factor, where there is one."""
-        return points if self.gain is None else points / self.gain.reshape(*points.shape[:2], 1)
+        """Points without each output's learnable factor, where there is one and it is not 0."""
+        if self.gain is None:
+            return points
+        gain = self.gain.reshape(*points.shape[:2], 1)
+        return points / torch.where(gain == 0, 1, gain)
 
 
 def needs_graph(tensors: Sequence[Tensor]) -> bool:
@@ -200,19 +203,28 @@ class Bucket:
 
     def points(self, stacked: Sequence[Tensor]) -> Tensor:
         """The weights, in units of X but with their gains, as functions of the stacked tensors."""
+        x = self.held(stacked)
+        with full_precision(x.device):
+            return x if self.first.gain is None else x * stacked[1].reshape(*x.shape[:2], 1)
+
+    def held(self, stacked: Sequence[Tensor]) -> Tensor:
+        """The same without gains: what the method holds on its set.
+
+        Raises:
+            DivergenceError: a proxy is beyond what can be factorized.
+        """
         method, names = self.first.binding.constraint, self.first.names
         assert isinstance(method, Reparameterization)
         with full_precision(stacked[0].device):
             parts = dict(zip(names, stacked[len(stacked) - len(names) :], strict=True))
             try:
-                x = method.forward(stacked[0], self.layouts[0], **parts)
+                return method.forward(stacked[0], self.layouts[0], **parts)
             except torch.linalg.LinAlgError as error:
                 labels = ", ".join(f"'{p.binding.label}'" for p in self.parametrizations)
                 raise DivergenceError(
                     f"no weight can be computed from the proxy of {labels}: {error} Its entries are NaN, infinite or "
                     "too large; lower the learning rate"
                 ) from error
-            return x if self.first.gain is None else x * stacked[1].reshape(*x.shape[:2], 1)
 
     def weights(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """All in one: the weights in their own shapes."""
@@ -283,8 +295,11 @@ class ConstrainedWeight:
 
     def points(self) -> Tensor:
         """The weight as ``(b, p, n)`` in units in which the constraint is X Xᵀ = I."""
-        points = self.binding.layout.points(self.value)
-        return points if self.parametrization is None else self.parametrization.without_gains(points)
+        parametrization = self.parametrization
+        if parametrization is None or parametrization.gain is None:
+            return self.binding.layout.points(self.value)
+        bucket = Bucket([parametrization])  # a value cannot be divided by a gain that has become 0
+        return bucket.held(bucket.stack(parametrization.tensors(self.parameter)))
 
 
 def first_parametrization(

@@ -25,7 +25,7 @@ from stiefel.attach.hooks import add_hooks, remove_hooks, take_over
 from stiefel.attach.prefetch import prefetch_below, stop_prefetch
 from stiefel.attach.select import Target, layout_of, select
 from stiefel.constraint import ROUNDING, Constraint, ManifoldMethod, Reparameterization
-from stiefel.errors import LayoutError, OptionError
+from stiefel.errors import LayoutError, OptionError, WeightError
 from stiefel.methods import get
 from stiefel.optim import SteppedParameter, take_back, unwatch
 
@@ -136,8 +136,16 @@ def project(module: nn.Module) -> nn.Module:
 
     Returns:
         ``module``.
+
+    Raises:
+        WeightError: a weight has entries that are NaN or infinite.
     """
     for found in constrained_weights(module):
+        if not found.value.isfinite().all():
+            raise WeightError(
+                f"weight '{found.binding.label}' has entries that are NaN or infinite, of which no point of its set is "
+                "the nearest: go back to a checkpoint from before the loss diverged"
+            )
         if found.can_leave and found.residual() > ROUNDING * torch.finfo(found.parameter.dtype).eps:
             found.move_to_nearest()
     return module

@@ -57,8 +57,8 @@ def _near(a: Tensor) -> Tensor:
     if a.numel() and not (torch.is_grad_enabled() and a.requires_grad):  # a series' second derivative is another's
         e = gram - torch.eye(p, dtype=a.dtype, device=a.device)
         size, rounding = float(torch.linalg.vector_norm(e, dim=(-2, -1)).max()), torch.finfo(a.dtype).eps / 8
-        if size**3 <= rounding:
-            return add_product(a, _series(e, size**2 <= rounding), a)
+        if size <= rounding ** (1 / 3):  # powers of a large size overflow
+            return add_product(a, _series(e, size <= rounding**0.5), a)
     if 2 * p > n:  # LAPACK is quicker
         return _by_reflections(a)
     factor, failed = torch.linalg.cholesky_ex(gram)

@@ -21,7 +21,7 @@ SERIES = (-1 / 2, 3 / 8, -5 / 16, 35 / 128, -63 / 256)
 NEAR = 0.25
 """Largest ‖VVᴴ − I‖_F of which the first four terms are worth while in double: what they leave is 2e-4 and less."""
 LARGEST = 16.0
-"""Bound of X₂X₂ᴴ below: ‖X₁‖₂ ≤ 1, ‖I − X₁X₁ᴴ‖₂ ≤ 1, ‖E‖₂ ≤ 3."""
+"""Bound of X₂X₂ᴴ below: ‖X₁‖₂ ≤ 1, ‖I − X₁X₁ᴴ‖₂ ≤ 1 and ‖F‖₂ ≤ 3."""
 
 
 @torch.no_grad()
@@ -45,7 +45,7 @@ def nearest_orthonormal(v: Float[Tensor, "*batch p n"]) -> Float[Tensor, "*batch
 def nearest_in_step(v: Float[Tensor, "*batch p n"]) -> Float[Tensor, "*batch p n"]:
     """:func:`nearest_orthonormal` for methods that take one per step: by products alone wherever they are as accurate.
 
-    That is near the set to rounding, and further away to 1e-6 for float32: on a CPU wherever V is not ill-conditioned,
+    That is near the set, to rounding, and further away for float32, to 1e-6: on a CPU where V is not ill-conditioned,
     on a GPU always, so that the host need not wait for it. All complete the rows of a V that lacks some.
     """
     if v.numel() and readable(v):
@@ -66,7 +66,7 @@ def _by_products(v: Tensor) -> Tensor | None:
     e.diagonal(dim1=-2, dim2=-1).sub_(1)
     size = float(torch.linalg.vector_norm(e, dim=(-2, -1)).max())
     for terms in (1, 2, 4):
-        if abs(SERIES[terms]) * size ** (terms + 1) <= eps / 8:
+        if size <= (eps / 8 / abs(SERIES[terms])) ** (1 / (terms + 1)):  # a power of a large size overflows
             return torch.baddbmm(v, _series(e, terms), v)
     if v.dtype in (torch.float32, torch.complex64):
         root = inverse_root_of_gram(v)
@@ -88,10 +88,10 @@ def _series(e: Tensor, terms: int) -> Tensor:
 def _by_iteration(v: Tensor) -> Tensor:
     """In double, by a fixed number of products, right in float32: nothing is read back from the device.
 
-        X₁ = Z V,   X₂ = X₁ + (I − X₁X₁ᴴ) E,   X = (X₂X₂ᴴ)^{-1/2} X₂
+        X₁ = Z V,   X₂ = X₁ + (I − X₁X₁ᴴ) F,   X = (X₂X₂ᴴ)^{-1/2} X₂
 
     with Z = (VVᴴ)^{-1/2} for singular values above 1e-5 ‖V‖_F. Where V has these alone, I − X₁X₁ᴴ is rounding, and the
-    second iteration takes away what a Gram matrix has cost of V's digits; what is less, or missing, is filled from E =
+    second iteration takes away what a Gram matrix has cost of V's digits; what is less, or missing, is filled from F =
     :func:`fill_like`, after which singular values are above 1e-6 whatever V lacked, and two more steps reach those.
 
     Source: :func:`inverse_root_by_iteration`.

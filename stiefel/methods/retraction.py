@@ -33,7 +33,7 @@ class Retraction(StepMethod):
     name = "retraction"
     summary = "tangent part of any optimizer's update, then a retraction"
     reference = "Absil, Mahony & Sepulchre, 2008"
-    claim = Claim(rates=(0, 1e3))
+    claim = Claim()
     projects = True
     tuning: ClassVar = {"map": tuple(MAPS)}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from stiefel.constraint import Claim, ManifoldMethod
+from stiefel.constraint import ManifoldMethod
 from stiefel.geometry import (
     retract_cayley,
     retract_exp_canonical,
@@ -50,7 +50,6 @@ class Riemannian(ManifoldMethod):
     summary = "geoopt's Riemannian SGD or Adam on a corrected Stiefel manifold"
     reference = "Bécigneul & Ganea, ICLR 2019; geoopt"
     real_only = True  # geoopt's optimizers are
-    claim = Claim(rates=(0, 1e3))
     tuning: ClassVar = {"metric": METRICS, "retraction": tuple(RETRACTIONS)}
 
     def __post_init__(self) -> None:

@@ -36,7 +36,7 @@ class RSDM(StepMethod):
     name = "rsdm"
     summary = "rotation of a random subset of coordinates per step"
     reference = "Han et al., ICML 2025"
-    claim = Claim(rates=(0, 1e3))
+    claim = Claim()
     projects = True
     tuning: ClassVar = {"share": (0.25, 0.5, 1.0)}
 

@@ -569,7 +569,8 @@ def test_a_proxy_that_has_overflowed_is_told_by_name():
 def test_a_weight_that_is_infinite_has_no_nearest_point_and_is_told_by_name(method):
     model = stiefel.constrain(nn.Sequential(nn.Linear(9, 4)), method)
     with torch.no_grad():
-        next(model.parameters()).fill_(torch.inf)
+        for parameter in model.parameters():
+            parameter.fill_(torch.inf)
     with pytest.raises(stiefel.StiefelError, match=r"'0\.weight'.*infinite"):
         stiefel.project(model)
 

@@ -154,7 +154,8 @@ class Trial:
                 self.scaler.scale(loss).backward()
             if "clip" in style:
                 self.scaler.unscale_(self.optimizer)
-                torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+                # torch's foreach functions take no gradient that is a conjugate yet to be taken
+                torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0, foreach=False)
             self.gradients = self.user_gradients()
             self.longest = max([self.longest, *(size(p.grad) for p in self.model.parameters() if p.grad is not None)])
             return loss
@@ -201,10 +202,12 @@ class Trial:
             within = claim is not None and self.is_within(claim, found, moved.get(id(p)))
             self.beyond = self.beyond or not within
             self.longest = max(self.longest, size(p))
-            if not torch.isfinite(p).all() and method.place != "step" and self.longest >= EXTREME:
+            trained = [p] if found.parametrization is None else [p, *found.parametrization.parameters()]
+            broken = not all(t.isfinite().all() for t in trained)
+            if broken and method.place != "step" and self.longest >= EXTREME:
                 self.overflowed = True
                 continue
-            if not torch.isfinite(p).all() or not torch.isfinite(found.value).all():
+            if broken or not found.value.isfinite().all():
                 where = "within" if within else "beyond" if claim is not None else "without"
                 raise Fault(f"NaN: {method.name}, {where} a claim", f"{found.name} of {method}")
             if within and not self.beyond and not found.allows(found.residual()):

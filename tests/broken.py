@@ -199,6 +199,7 @@ class Collapses(Map):
     """Keeps ±1 in the trained tensor and truncates it, so that one step of weight decay makes it 0."""
 
     real_only = True
+    decay = "acts"
 
     def start(self, x: Tensor, layout: Layout) -> tuple[Tensor, dict[str, Tensor]]:
         vectors, signs = householder_vectors(x)

@@ -206,3 +206,23 @@ def test_a_displacement_whose_powers_overflow_a_double_ends_on_the_set(name: str
     moved = moved[0] if isinstance(moved, tuple) else moved
     assert method.claim is not None
     assert method.claim.allows(residual(moved) / 3**0.5, torch.float64, 3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.complex64])
+@pytest.mark.parametrize("attraction", [1e-12, 1.0, 1e3])
+@pytest.mark.parametrize("rate", [0.0, 1e-6, 1.0, 1e6, 1e18, 1e30])
+def test_landing_lands_at_any_rate(rate: float, attraction: float, dtype: torch.dtype) -> None:
+    """From within its tube, also where the pull alone is longer than the numbers that have squares."""
+    method, x = stiefel.get("landing", attraction=attraction), point(8, 64, dtype)
+    assert isinstance(method, stiefel.StepMethod)
+    generator = torch.Generator().manual_seed(1)
+    x = x + 0.02 * torch.randn(x.shape, generator=generator, dtype=dtype)
+    first = residual(x)
+    for size in (0.0, 1.0, 1e30):
+        y = x
+        for _ in range(40):
+            u = torch.randn(x.shape, generator=generator, dtype=dtype)
+            y = method.step(y, size * u / torch.linalg.matrix_norm(u, keepdim=True), rate)[0]
+            assert residual(y) <= 0.5 + 64 * torch.finfo(dtype).eps * 8**0.5
+        if size == 0 and rate * attraction >= 1:
+            assert residual(y) < first / 100

@@ -117,7 +117,7 @@ def test_a_refusal_that_names_nothing_is_found(wrong: str) -> None:
 def test_a_silent_divergence_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(guard, "_refuse_divergence", lambda *_: None)
     verdict = judge(Configuration("own", events=((1, "nan"),)))
-    assert (verdict.outcome, verdict.kind) == ("failed", "a gradient that is NaN is stepped without a word")
+    assert (verdict.outcome, verdict.kind) == ("failed", "a gradient that is NaN or infinite is stepped without a word")
 
 
 def test_an_example_is_reduced_to_what_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -174,11 +174,17 @@ def check(model: nn.Module, where: str) -> None:
         assert found.allows(error), f"off by {error:.1e} {where}"
 
 
+def plain(model: nn.Module, **hyper: float) -> torch.optim.Optimizer:
+    """torch's own: :func:`stiefel.optimizer` turns off decay by which a proxy swings through zero."""
+    return torch.optim.SGD(model.parameters(), **hyper)
+
+
+@pytest.mark.filterwarnings("ignore:.*would move weight")
 @every_held
 def test_decay_without_a_gradient_shrinks_the_proxy_to_nothing_and_the_weight_not_at_all(method: Constraint) -> None:
     """A flat loss: after 500 steps the proxy is of size 1e-11, in the end it is denormal. Momentum makes it swing."""
     model = line(method)
-    optimizer = stiefel.optimizer(model, torch.optim.SGD, lr=0.1, momentum=0.9, weight_decay=0.1)
+    optimizer = plain(model, lr=0.1, momentum=0.9, weight_decay=0.1)
     sizes, kept = [], {k: w.detach().clone() for k, w in conformance.weights(model).items()}
     for step in range(2200):
         for p in model.parameters():
@@ -195,11 +201,12 @@ def test_decay_without_a_gradient_shrinks_the_proxy_to_nothing_and_the_weight_no
     assert sum(1e-36 < s < 1e-20 for s in sizes) > 5
 
 
+@pytest.mark.filterwarnings("ignore:.*would move weight")
 @every_held
 def test_a_proxy_made_zero_and_enormous_gradients(method: Constraint) -> None:
     """lr 1 and decay 1 leave V = 0 where the gradient is zero; the next gradients are huge, and then ordinary again."""
     model = line(method)
-    optimizer = stiefel.optimizer(model, torch.optim.SGD, lr=1.0, weight_decay=1.0)
+    optimizer = plain(model, lr=1.0, weight_decay=1.0)
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
     optimizer.step()

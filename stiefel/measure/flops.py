@@ -81,7 +81,9 @@ class _Counting(TorchDispatchMode):
         super().__init__()
         from torch.utils.flop_counter import flop_registry  # here, for it imports triton where there is a GPU
 
-        self.formulas = {**flop_registry, **PRODUCTS, **FACTORIZATIONS}
+        known = {**flop_registry, **PRODUCTS, **FACTORIZATIONS}
+        in_place = {getattr(aten, f"{op.__name__}_"): f for op, f in known.items() if hasattr(aten, f"{op.__name__}_")}
+        self.formulas = {**in_place, **known}
         self.flops: Counter[Any] = Counter()
         self.calls: Counter[str] = Counter()
         self.uncovered: set[str] = set()

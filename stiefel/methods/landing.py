@@ -14,7 +14,7 @@ from stiefel.linalg import balance, gram_residual, nearest_orthonormal, newton_s
 from stiefel.methods import register
 
 LONGEST = 1e6
-"""Root mean square length of a displacement's rows beyond which it is cut to that."""
+"""Root mean square length of a displacement's rows, and μ, beyond which they are cut to that."""
 
 
 @register
@@ -64,12 +64,12 @@ class Landing(StepMethod):
 
     def step(self, x: Tensor, displacement: Tensor, lr: float) -> tuple[Tensor, Tensor]:
         """The landing step, and which matrices' steps were shortened."""
-        # Longer displacements overflow the norms below in float32, and end at the tube's wall all the same.
+        # Longer ones overflow the norms below in float32, and end at the tube's wall all the same.
         excess = (balance(displacement) / LONGEST).clamp_min(1)
         displacement = displacement / excess
         delta = gram_residual(x)
         d = torch.linalg.matrix_norm(delta)
-        mu = lr * self.attraction
+        mu = min(lr * self.attraction, LONGEST)
         # F = Ψ + μΔX with Ψ = −½(U + ΔU − (XUᵀ)X), in as few products as that takes
         field = torch.baddbmm(displacement, x @ displacement.mH, x, beta=-0.5, alpha=0.5)
         field = torch.baddbmm(field, delta, torch.add(displacement, x, alpha=-2 * mu), alpha=-0.5)

@@ -1,8 +1,10 @@
-"""What happens to a model and its optimizer between two steps. Nothing here may change a weight, but for releases."""
+"""What happens to a model and its optimizer between two steps. Few of these may change a weight (``MOVES``)."""
 
 from __future__ import annotations
 
 import copy
+import io
+import math
 import pickle
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,11 +14,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 from torch.nn.utils import parameters_to_vector, parametrize, vector_to_parameters
+from torch.optim.swa_utils import AveragedModel
 
 import stiefel
 from fuzzing.faults import Fault
-from fuzzing.models import LARGE
-from fuzzing.optimizers import OPTIMIZERS
+from fuzzing.models import LARGE, gaussian
+from fuzzing.optimizers import OPTIMIZERS, needs_closure
 from stiefel import measure
 from stiefel.attach.binding import constrained_weights
 
@@ -45,11 +48,16 @@ def pickled(trial: Trial, step: int) -> None:
 
 def load(trial: Trial, step: int) -> None:
     """State dicts, into a fresh pair that starts elsewhere."""
-    states = copy.deepcopy((trial.model.state_dict(), trial.optimizer.state_dict()))
+    file = io.BytesIO()
+    torch.save((trial.model.state_dict(), trial.optimizer.state_dict()), file)
+    file.seek(0)
+    states = torch.load(file, weights_only=True)
     method = next(constrained_weights(trial.model)).binding.constraint
     options = {k: v for k, v in vars(method).items() if v != getattr(type(method)(), k)}
     other = type(trial)(replace(trial.c, seed=trial.c.seed + 1, start="gaussian"))
+    dtype = trial.starts[0].dtype
     trial.model, trial.optimizer = other.pair(method.name, options)
+    trial.model.to(dtype)
     trial.model.load_state_dict(states[0])
     trial.optimizer.load_state_dict(states[1])
     trial.schedule_from(step)
@@ -104,6 +112,51 @@ def vector(trial: Trial, step: int) -> None:
         vector_to_parameters(flat.detach().clone(), trial.model.parameters())
 
 
+def average(trial: Trial, step: int) -> None:
+    """Of the weights and others like them, which is off the set until it is projected."""
+    averaged = AveragedModel(trial.model)
+    with torch.no_grad():
+        for p in averaged.module.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    stiefel.project(averaged.module)
+    if trial.feasible() and not all(w.allows(w.residual()) for w in constrained_weights(averaged.module)):
+        raise Fault("a projected average is off its claim")
+
+
+def idle(trial: Trial, step: int) -> None:
+    """A step of which no weight has a gradient."""
+    if not needs_closure(trial.c.optimizer) and not trial.overflowed:
+        trial.optimizer.zero_grad()
+        trial.optimizer.step()
+
+
+def double(trial: Trial, step: int) -> None:
+    """Before training: torch's optimizers do not convert what they keep of each parameter."""
+    if not trial.optimizer.state:
+        stiefel.project(trial.model.double())
+        trial.start_over()
+
+
+def freeze(trial: Trial, step: int) -> None:
+    """The first of several weights, or not any longer."""
+    found = list(constrained_weights(trial.model))
+    if len(found) > 1 and not trial.model.stacked:
+        found[0].parameter.requires_grad_(not found[0].parameter.requires_grad)
+
+
+@torch.no_grad()
+def assign(trial: Trial, step: int) -> None:
+    """Another value for each weight, off the set: the method's own point nearest to it is the weight then."""
+    for found in constrained_weights(trial.model):
+        value = gaussian(tuple(found.value.shape), found.value.dtype, trial.c.seed)
+        if found.parametrization is None:
+            found.parameter.copy_(value)
+        else:
+            setattr(found.owner, found.tensor, value)
+    stiefel.project(trial.model)
+    trial.check_weights(moved={})
+
+
 def release(trial: Trial, step: int, method: str) -> None:
     """Release, and constrain by another method."""
     kept = [w.detach().clone() for w in trial.model.weights()]
@@ -117,10 +170,14 @@ def release(trial: Trial, step: int, method: str) -> None:
     trial.start_over()
 
 
-def nan(trial: Trial, step: int) -> None:
-    """The step that follows is spoilt (see ``Trial.step``)."""
+def spoil(trial: Trial, step: int) -> None:
+    """The step that follows has a loss that is NaN or infinite (see ``Trial.step``)."""
 
 
+SPOILT = {"nan": math.nan, "inf": math.inf}
+"""Events by which the next step's loss is that many times what it was."""
+MOVES = ("assign", "double", "release")
+"""Events that change weights, as they say."""
 EVENTS: dict[str, Callable[..., None]] = {
     "deepcopy": deepcopy,
     "pickle": pickled,
@@ -132,6 +189,11 @@ EVENTS: dict[str, Callable[..., None]] = {
     "project": project,
     "refresh": refresh,
     "vector": vector,
+    "average": average,
+    "idle": idle,
+    "double": double,
+    "freeze": freeze,
+    "assign": assign,
     "release": release,
-    "nan": nan,
+    **dict.fromkeys(SPOILT, spoil),
 }

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import stiefel
 from fuzzing.configuration import Configuration
-from fuzzing.events import EVENTS
+from fuzzing.events import EVENTS, MOVES, SPOILT
 from fuzzing.faults import Fault, is_named
 from fuzzing.models import BORN, LOSSES, STARTS, Net, make
 from fuzzing.optimizers import OPTIMIZERS
@@ -47,7 +47,7 @@ class Trial:
                 if when == step:
                     self.happen(event, step)
             if step < c.steps or self.overflowed:
-                self.step(step, spoilt=(step, "nan") in c.events)
+                self.step(step, math.prod(factor for event, factor in SPOILT.items() if (step, event) in c.events))
 
     # --- building ---
 
@@ -110,19 +110,21 @@ class Trial:
             with torch.autocast("cpu", dtype=torch.bfloat16) if self.c.style == "autocast" else nullcontext():
                 total = model(self.c.seed)
         else:
+            share = self.c.active if all(p.requires_grad for p in model.parameters()) else 1.0  # some may be frozen
             terms = [
                 pull(w, start, self.c.seed + k)
                 for k, (w, start) in enumerate(zip(model.weights(), self.starts, strict=True))
-                if torch.rand((), generator=chosen) < self.c.active or k == step % len(self.starts)
+                if torch.rand((), generator=chosen) < share or k == step % len(self.starts)
             ]
             total = torch.stack(terms).sum()
         return self.c.size * total + stiefel.penalty(model)
 
-    def step(self, number: int, spoilt: bool = False) -> None:
-        """One step, and all checks of it; a spoilt one has a loss that is NaN."""
+    def step(self, number: int, factor: float = 1.0) -> None:
+        """One step, and all checks of it; a spoilt one has a loss that is NaN or infinite."""
+        spoilt = not math.isfinite(factor)
         before = [p.detach().clone() for p in self.model.parameters()]
         try:
-            self.take(number, math.nan if spoilt else 1.0)
+            self.take(number, factor)
         except stiefel.DivergenceError as error:
             self.check_divergence(before, error, spoilt)
             self.optimizer.zero_grad()
@@ -130,7 +132,7 @@ class Trial:
         skips = self.scaler.is_enabled()
         seen = [w.parameter.grad for w in constrained_weights(self.model) if w.parameter.grad is not None]
         if spoilt and not skips and not all(g.isfinite().all() for g in seen):
-            raise Fault("a gradient that is NaN is stepped without a word", self.c.method)
+            raise Fault("a gradient that is NaN or infinite is stepped without a word", self.c.method)
         if self.overflowed and not skips:
             raise Fault("trains on from a parameter that is NaN or infinite")
         kept = all(map(same, self.gradients, self.user_gradients()))
@@ -154,7 +156,8 @@ class Trial:
                 self.scaler.scale(loss).backward()
             if "clip" in style:
                 self.scaler.unscale_(self.optimizer)
-                torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+                # torch's foreach functions take no gradient that is a conjugate yet to be taken
+                torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0, foreach=False)
             self.gradients = self.user_gradients()
             self.longest = max([self.longest, *(size(p.grad) for p in self.model.parameters() if p.grad is not None)])
             return loss
@@ -179,7 +182,7 @@ class Trial:
         name, *arguments = event.split()
         kept = [w.detach().clone() for w in self.model.weights()]
         EVENTS[name](self, step, *arguments)
-        if name == "release":
+        if name in MOVES:
             return
         for old, new in zip(kept, self.model.weights(), strict=True):
             moved = name == "load" and self.beyond  # to the nearest point of the set, as a warning tells
@@ -201,10 +204,12 @@ class Trial:
             within = claim is not None and self.is_within(claim, found, moved.get(id(p)))
             self.beyond = self.beyond or not within
             self.longest = max(self.longest, size(p))
-            if not torch.isfinite(p).all() and method.place != "step" and self.longest >= EXTREME:
+            trained = [p] if found.parametrization is None else [p, *found.parametrization.parameters()]
+            broken = not all(t.isfinite().all() for t in trained)
+            if broken and method.place != "step" and self.longest >= EXTREME:
                 self.overflowed = True
                 continue
-            if not torch.isfinite(p).all() or not torch.isfinite(found.value).all():
+            if broken or not found.value.isfinite().all():
                 where = "within" if within else "beyond" if claim is not None else "without"
                 raise Fault(f"NaN: {method.name}, {where} a claim", f"{found.name} of {method}")
             if within and not self.beyond and not found.allows(found.residual()):

@@ -12,8 +12,9 @@ from torch.func import functional_call
 from torch.nn.utils.parametrizations import orthogonal
 
 from stiefel.constraint import Claim, Reparameterization
+from stiefel.geometry import LONGEST_GEODESIC
 from stiefel.layout import Layout
-from stiefel.linalg import in_double, is_short, newton_schulz, one_by_one
+from stiefel.linalg import in_double, is_short, limited, newton_schulz, one_by_one
 from stiefel.methods import register
 
 MAPS = ("matrix_exp", "cayley", "householder")
@@ -73,7 +74,7 @@ class TorchOrthogonal(Reparameterization):
         dtype = proxy.dtype
         if not is_short(proxy):  # an exponential loses digits in proportion to the rotation
             proxy, base = in_double(proxy), in_double(base)
-        v = proxy.mT.tril(-1)
+        v = limited(proxy, LONGEST_GEODESIC).mT.tril(-1)  # more radians mean nothing, and overflow
         v = v - torch.eye(*v.shape[-2:], dtype=v.dtype, device=v.device)
 
         def mapped(v: Tensor, base: Tensor) -> Tensor:

@@ -2,7 +2,8 @@
 
 from stiefel.optim.decay import keep_decay_off
 from stiefel.optim.guard import Mark, Watched, is_watched, steps_seen, unwatch, watch
-from stiefel.optim.lift import Ownership, SteppedParameter, Tally, hand_over, lift, take_back
+from stiefel.optim.lift import lift
+from stiefel.optim.stepped_parameter import Ownership, SteppedParameter, Tally, hand_over, take_back
 
 __all__ = [
     "Mark",

@@ -22,7 +22,8 @@ from stiefel.errors import DivergenceError, OptimizerError
 from stiefel.optim.bases import decays
 from stiefel.optim.decay import unwelcome
 from stiefel.optim.divergence import tell, tell_later
-from stiefel.optim.lift import Lift, SteppedParameter, Tally, quoted, skipped
+from stiefel.optim.lift import Lift, quoted, skipped
+from stiefel.optim.stepped_parameter import SteppedParameter, Tally
 
 
 @dataclass(frozen=True)

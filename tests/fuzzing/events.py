@@ -57,7 +57,8 @@ def load(trial: Trial, step: int) -> None:
     other = type(trial)(replace(trial.c, seed=trial.c.seed + 1, start="gaussian"))
     dtype = trial.starts[0].dtype
     trial.model, trial.optimizer = other.pair(method.name, options)
-    trial.model.to(dtype)
+    if dtype == torch.float64:  # to(a complex dtype) would make real gains complex
+        trial.model.double()
     trial.model.load_state_dict(states[0])
     trial.optimizer.load_state_dict(states[1])
     trial.schedule_from(step)

@@ -583,3 +583,16 @@ def test_a_gain_of_zero_is_no_reason_to_call_a_weight_off_its_set():
     model.weight = torch.randn(4, 9)  # may be assigned all the same
     assert stiefel.report(model).worst < 1e-6
     assert not model.weight[0].any()
+
+
+@pytest.mark.parametrize("cls", [nn.RNN, nn.LSTM, nn.GRU])
+def test_a_recurrent_module_copies_and_takes_weights_after_any_use(cls):
+    rnn = stiefel.constrain(cls(3, 4), "own", layers=["weight_hh_l0"])
+    for use in (lambda: rnn(torch.randn(5, 2, 3)), rnn.double, rnn.float):
+        use()
+        copy.deepcopy(rnn)(torch.randn(5, 2, 3)) if rnn.weight_ih_l0.dtype == torch.float32 else copy.deepcopy(rnn)
+        rnn.weight_hh_l0 = torch.randn_like(rnn.weight_hh_l0)
+        assert stiefel.report(rnn).worst < 1e-6
+    stiefel.release(rnn)
+    rnn.double()(torch.randn(5, 2, 3, dtype=torch.float64))
+    copy.deepcopy(rnn)

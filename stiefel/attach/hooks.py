@@ -56,6 +56,7 @@ def add_hooks(owner: nn.Module, method: Constraint) -> None:
     recomputed = isinstance(owner, nn.RNNBase) and isinstance(method, Reparameterization)
     if recomputed and _drop_flat_weights not in owner._forward_hooks.values():
         owner.register_forward_hook(_drop_flat_weights, always_call=True)
+        type(owner)._apply = _apply_and_drop  # type: ignore[assignment, method-assign]  # torch has given it a class of its own
 
 
 def remove_hooks(owner: nn.Module) -> None:
@@ -122,7 +123,14 @@ def _drop_flat_weights(owner: nn.Module, *args: Any) -> None:
     They are computed anew at the next forward pass anyway, but would make ``copy.deepcopy(model)`` fail.
     """
     if not parametrize._cache_enabled:
-        owner._flat_weights = []  # type: ignore[assignment]
+        owner._flat_weights = [None] * len(owner._flat_weights_names)  # type: ignore[assignment, arg-type]
+
+
+def _apply_and_drop(owner: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
+    """A recurrent module's ``to()`` and its like, which compute its weights too."""
+    applied = type(owner).__mro__[1]._apply(owner, *args, **kwargs)  # type: ignore[attr-defined]
+    _drop_flat_weights(owner)
+    return applied
 
 
 def _save_tally(owner: nn.Module, state: dict[str, Any], prefix: str, metadata: dict[str, Any]) -> None:

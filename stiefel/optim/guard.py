@@ -135,14 +135,15 @@ def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> An
 
 
 def _check(optimizer: torch.optim.Optimizer) -> None:
-    members = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    known = [(p, _watched(p)) for p in members]
-    _refuse_plain_step(optimizer, known)
+    known = [(p, _watched(p)) for group in optimizer.param_groups for p in group["params"]]
+    stepped = [(p, watched) for p, watched in known if p.grad is not None]
+    _refuse_plain_step(optimizer, stepped)
     _refuse_decay(optimizer)
-    for p, watched in known:
+    for p, watched in stepped:
         if watched is not None and p.grad.is_conj() and not isinstance(optimizer, Lift):
             p.grad = p.grad.resolve_conj()  # of weights that were stacked: torch's optimizers refuse such views
-    _refuse_divergence(optimizer, [(p, watched) for p, watched in known if watched is not None])
+    if stepped:
+        _refuse_divergence(optimizer, [(p, watched) for p, watched in known if watched is not None])
 
 
 def _refuse_plain_step(optimizer: torch.optim.Optimizer, members: list[tuple[Tensor, Watched | None]]) -> None:
@@ -194,8 +195,11 @@ def _refuse_divergence(optimizer: torch.optim.Optimizer, members: list[tuple[Ten
     if torch.compiler.is_compiling() or (members[0][0].is_cuda and torch.cuda.is_current_stream_capturing()):
         return  # nothing may be read back here
     tell()
-    gradients = [g.coalesce().values() if g.is_sparse else g for p, _ in members if (g := p.grad) is not None]
-    values = gradients + [p.detach() for p, _ in members]  # which overflow, if the loss does not depend on them much
+    gradients = [
+        (g.coalesce().values() if g.is_sparse else g, w.label) for p, w in members if (g := p.grad) is not None
+    ]
+    entries = [(p.detach(), w.label) for p, w in members]  # which overflow, if the loss does not depend on them much
+    values = [value for value, _ in gradients + entries]
     sizes = torch._foreach_norm(values, 1)  # infinite or NaN where an entry is, or where entries are enormous
     if all(v.is_cuda for v in sizes):
         finite = torch.stack([v.to(sizes[0].device, non_blocking=True) for v in sizes]).isfinite().all()
@@ -205,8 +209,8 @@ def _refuse_divergence(optimizer: torch.optim.Optimizer, members: list[tuple[Ten
         return
     if torch.stack([v.cpu() for v in sizes]).isfinite().all():
         return
-    for what, tensors in (("the gradient of", gradients), ("the value of", values[len(gradients) :])):
-        spoilt = [w.label for (_, w), v in zip(members, tensors, strict=True) if not v.isfinite().all()]
+    for what, found in (("the gradient of", gradients), ("the value of", entries)):
+        spoilt = [label for value, label in found if not value.isfinite().all()]
         if spoilt:
             raise DivergenceError(
                 f"{what} weight {quoted(spoilt)} is NaN or infinite: the loss has diverged. This step changed no "

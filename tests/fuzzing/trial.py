@@ -203,13 +203,13 @@ class Trial:
             method, claim, p = found.binding.constraint, found.binding.constraint.claim, found.parameter
             within = claim is not None and self.is_within(claim, found, moved.get(id(p)))
             self.beyond = self.beyond or not within
-            self.longest = max(self.longest, size(p))
             trained = [p] if found.parametrization is None else [p, *found.parametrization.parameters()]
-            broken = not all(t.isfinite().all() for t in trained)
+            self.longest = max(self.longest, *map(size, trained))
+            broken = not all(t.isfinite().all() for t in [*trained, found.value])
             if broken and method.place != "step" and self.longest >= EXTREME:
                 self.overflowed = True
                 continue
-            if broken or not found.value.isfinite().all():
+            if broken:
                 where = "within" if within else "beyond" if claim is not None else "without"
                 raise Fault(f"NaN: {method.name}, {where} a claim", f"{found.name} of {method}")
             if within and not self.beyond and not found.allows(found.residual()):
@@ -234,7 +234,9 @@ class Trial:
             raise Fault("a DivergenceError that names nothing", str(error))
         if "max_eval" in self.optimizer.defaults:  # it calls its closure several times, between which it moves weights
             raise error
-        if not self.overflowed and not all(map(torch.equal, before, self.model.parameters())):
+        held = {id(w.parameter) for w in constrained_weights(self.model)}  # where a step overflows, the free ones step
+        pairs = [(old, p) for old, p in zip(before, self.model.parameters(), strict=True) if id(p) in held]
+        if not self.overflowed and not all(torch.equal(old, p) for old, p in pairs):
             raise Fault("a divergence is told after a weight has changed", str(error))
         gradients = [p.grad for p in self.model.parameters() if p.grad is not None]
         methods = [found.binding.constraint for found in constrained_weights(self.model)]

@@ -416,3 +416,11 @@ def test_shapes_alone_can_be_had():
         assert cayley_along(torch.randn(2, 3, 9), torch.randn(2, 3, 9)).shape == (2, 3, 9)
     assert frobenius(torch.randn(2, 3, 5, device="meta")).shape == (2, 1, 1)
     assert cayley_along(*torch.randn(2, 2, 3, 5, device="meta")).shape == (2, 3, 5)
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0])
+@pytest.mark.parametrize("shape", [(64, 576), (256, 256), (512, 4608)], ids=str)
+def test_the_nearest_point_of_a_matrix_of_low_rank_is_on_the_set_to_rounding(shape, value):
+    x = nearest_orthonormal(torch.full((1, *shape), value, dtype=torch.float64))
+    residual = torch.linalg.matrix_norm(x @ x.mT - torch.eye(shape[0], dtype=x.dtype)).item()
+    assert residual / shape[0] ** 0.5 < 64 * torch.finfo(torch.float64).eps

@@ -10,7 +10,7 @@ from torch import Tensor
 from stiefel.linalg.fill import fill_like
 from stiefel.linalg.inverse_root import ITERATIONS, SMALLEST_ROOT, inverse_root_of_gram, iterated_inverse_root
 from stiefel.linalg.precision import in_double
-from stiefel.linalg.products import balance, gram_residual
+from stiefel.linalg.products import balance, gram_residual, newton_schulz
 from stiefel.linalg.tracing import is_traced, readable
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def nearest_orthonormal(v: Float[Tensor, "*batch p n"]) -> Float[Tensor, "*batch
     Source: Fan and Hoffman (1955); Higham, Functions of Matrices (2008), Theorem 8.4.
     """
     u, _, vh = torch.linalg.svd(in_double(v), full_matrices=False)
-    return (u @ vh).to(v.dtype)
+    return newton_schulz(u @ vh).to(v.dtype)  # LAPACK's long null vectors are orthonormal to 1e-13 only
 
 
 @torch.no_grad()

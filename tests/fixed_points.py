@@ -40,7 +40,7 @@ def pca(b: int, p: int, n: int, *, repeated: bool, dtype: torch.dtype, seed: int
         values[1:p:2] = values[0 : p - p % 2 : 2][: len(values[1:p:2])]
         values[p + 1 :: 2] = values[p : n - (n - p) % 2 : 2][: len(values[p + 1 :: 2])]
     c = (q * values) @ q.mH
-    return lambda x: 0.5 * ((x @ c) * x.conj()).real.sum((-2, -1)), q.mH[:, :p]
+    return lambda x: 0.5 * ((x @ c.to(x.device)) * x.conj()).real.sum((-2, -1)), q.mH[:, :p]
 
 
 def procrustes(b: int, p: int, n: int, *, dtype: torch.dtype, seed: int) -> tuple[Callable, Tensor]:
@@ -48,7 +48,7 @@ def procrustes(b: int, p: int, n: int, *, dtype: torch.dtype, seed: int) -> tupl
     t = stiefel.geometry.random_stiefel(b, p, n, generator=torch.Generator().manual_seed(seed), dtype=dtype)
     t = t + 0.3 * _random(b, p, n, seed=seed + 1, dtype=dtype) / n**0.5
     u, _, vh = torch.linalg.svd(t, full_matrices=False)
-    return lambda x: (x * t.conj()).real.sum((-2, -1)), u @ vh
+    return lambda x: (x * t.to(x.device).conj()).real.sum((-2, -1)), u @ vh
 
 
 @cache
@@ -64,7 +64,12 @@ def ica(p: int, *, samples: int = 400, seed: int = 0) -> tuple[Callable, Tensor,
     vh = torch.linalg.svd(z, full_matrices=False).Vh
     z = vh * samples**0.5
     x = torch.linalg.qr(_random(1, p, p, seed=seed + 3))[0]
-    return lambda x: -(torch.logaddexp(x @ z, -(x @ z)).mean(-1).sum(-1)), fast_ica(x, z), lambda x: fast_ica(x, z)
+
+    def contrast(x: Tensor) -> Tensor:
+        y = x @ z.to(x.device)
+        return -(torch.logaddexp(y, -y).mean(-1).sum(-1))
+
+    return contrast, fast_ica(x, z), lambda x: fast_ica(x, z)
 
 
 def fast_ica(x: Tensor, z: Tensor, steps: int = 300) -> Tensor:
@@ -86,7 +91,7 @@ def product(p: int, n: int, m: int, seed: int) -> tuple[Callable, Tensor, Tensor
     u, s, vh = torch.linalg.svd(_random(n, m, seed=seed), full_matrices=True)
     matrix = (u[:, :m] * s / s[0]) @ vh
     first, second = u.mT[None, :p], torch.cat([vh.mT, torch.zeros(m, p - m, dtype=u.dtype)], dim=1)[None]
-    return lambda x1, x2: (x2 @ x1 @ matrix).diagonal(dim1=-2, dim2=-1).sum(-1), first, second
+    return lambda x1, x2: (x2 @ x1 @ matrix.to(x1.device)).diagonal(dim1=-2, dim2=-1).sum(-1), first, second
 
 
 # --- a model of them ---
@@ -132,10 +137,17 @@ class Solved(nn.Module):
         dtype: float64 or complex128; complex models lack the objectives that have no complex form here.
         scale: of the set.
         matrices: weights of two dimensions only, for base optimizers that take no others.
+        device: where its weights are; what is measured is on the CPU.
     """
 
     def __init__(
-        self, method: Constraint, dtype: torch.dtype = torch.float64, scale: float = 1.0, *, matrices: bool = False
+        self,
+        method: Constraint,
+        dtype: torch.dtype = torch.float64,
+        scale: float = 1.0,
+        *,
+        matrices: bool = False,
+        device: str = "cpu",
     ) -> None:
         super().__init__()
         torch.manual_seed(0)
@@ -149,6 +161,7 @@ class Solved(nn.Module):
         if not matrices:
             self.conv = nn.Conv2d(2, 4, 3, bias=False, dtype=dtype)
             self.stack = nn.Parameter(torch.randn(3, 3, 7, dtype=dtype))
+        self.to(device)
         method = replace(on_common_set(method), scale=scale)
         stiefel.constrain(self, replace(method, group_size=3), layers="split")
         stiefel.constrain(self, method, layers=[*(set(shapes) - {"split"}), *([] if matrices else ["conv", "stack"])])
@@ -162,7 +175,7 @@ class Solved(nn.Module):
         for objective in self.objectives:
             for name, x in zip(objective.names, objective.solution, strict=True):
                 found = self.found[name]
-                weight = found.binding.layout.weight(x)
+                weight = found.binding.layout.weight(x).to(found.parameter.device)
                 if found.parametrization is None:
                     found.parameter.copy_(weight)
                 else:
@@ -186,17 +199,17 @@ class Solved(nn.Module):
     @torch.no_grad()
     def gap(self) -> float:
         """The largest relative distance of an objective from its value at the solution."""
-        return float(((self.best - self.values()) / self.best).abs().max())
+        return float(((self.best - self.values().cpu()) / self.best).abs().max())
 
     @torch.no_grad()
     def shortfall(self) -> Tensor:
         """How far each objective is below its best, relatively; a contrast, below the local one that is nearest."""
-        points = self.points()
+        points = {name: x.cpu() for name, x in self.points().items()}
         best = [
             o.value(*o.solution) if o.nearest is None else o.value(o.nearest(points[o.names[0]]))
             for o in self.objectives
         ]
-        return (torch.cat(best) - self.values()) / torch.cat(best).abs()
+        return (torch.cat(best) - self.values().cpu()) / torch.cat(best).abs()
 
 
 # --- base optimizers ---
@@ -265,9 +278,10 @@ def departure(
     steps: int,
     dtype: torch.dtype = torch.float64,
     scale: float = 1.0,
+    device: str = "cpu",
 ) -> float:
     """How far a model gets from its solution, where it starts, within some steps: the largest gap on the way."""
-    model = Solved(method, dtype, scale, matrices=cls.__name__ == "Muon").solve()
+    model = Solved(method, dtype, scale, matrices=cls.__name__ == "Muon", device=device).solve()
     opt, gap = optimizer(model, method, cls, **hyper), 0.0
     for step in range(steps):
         torch.default_generator.manual_seed(step)  # for methods that draw, as for dropout

@@ -71,7 +71,7 @@ class Trained:
 
     def pull(self, step: int) -> Tensor:
         w = getattr(self.weight.owner, self.weight.tensor)
-        g = gradient(tuple(w.shape), self.rank_one, w.dtype, self.seed, step)
+        g = gradient(tuple(w.shape), self.rank_one, w.dtype, self.seed, step).to(w.device)
         return (w * g.conj()).real.sum()
 
     def __str__(self) -> str:
@@ -79,13 +79,15 @@ class Trained:
         return f"{condition}, gradients of rank {'one' if self.rank_one else 'p'}"
 
 
-def trained_at_once(method: Constraint, shape: tuple[int, int], dtype: torch.dtype) -> tuple[nn.Module, list[Trained]]:
+def trained_at_once(
+    method: Constraint, shape: tuple[int, int], dtype: torch.dtype, device: str
+) -> tuple[nn.Module, list[Trained]]:
     """A module of a weight for each start and kind of gradient; an ill-conditioned start is one of the proxy."""
     conditions = CONDITIONS if shape[0] < 256 else CONDITIONS[::2]
     cases = [(condition, rank_one) for condition in conditions for rank_one in (False, True)]
     model = nn.Module()
     for seed, (condition, _) in enumerate(cases):
-        model.register_parameter(f"w{seed}", nn.Parameter(start(shape, condition, dtype, seed)))
+        model.register_parameter(f"w{seed}", nn.Parameter(start(shape, condition, dtype, seed).to(device)))
     stiefel.constrain(model, method, layers=[f"w{seed}" for seed in range(len(cases))])
     found = []
     for seed, (weight, (condition, rank_one)) in enumerate(zip(constrained_weights(model), cases, strict=True)):
@@ -97,14 +99,14 @@ def trained_at_once(method: Constraint, shape: tuple[int, int], dtype: torch.dty
 
 
 def violations(
-    method: Constraint, shape: tuple[int, int], dtype: torch.dtype, name: str, count: int
+    method: Constraint, shape: tuple[int, int], dtype: torch.dtype, name: str, count: int, device: str = "cpu"
 ) -> dict[str, float] | None:
     """Residuals beyond the claim by where they occurred; None where the method cannot have that optimizer."""
     assert method.claim is not None
     kind, hyper = OPTIMIZERS[name]
     if method.claim.optimizers and kind.__name__ not in method.claim.optimizers:
         return None
-    model, found = trained_at_once(method, shape, dtype)
+    model, found = trained_at_once(method, shape, dtype, device)
     try:
         optimizer: Any = stiefel.optimizer(model, kind, lr=min(method.claim.rates[1], LONGEST), **hyper)
     except stiefel.OptimizerError:
@@ -126,8 +128,15 @@ def violations(
     return off
 
 
-def check(method: Constraint, shape: tuple[int, int], dtype: torch.dtype, names: list[str], count: int) -> None:
-    found = [violations(method, shape, dtype, name, count) for name in names]
+def check(
+    method: Constraint,
+    shape: tuple[int, int],
+    dtype: torch.dtype,
+    names: list[str],
+    count: int,
+    device: str = "cpu",
+) -> None:
+    found = [violations(method, shape, dtype, name, count, device) for name in names]
     assert any(f is not None for f in found), "no optimizer was tried"
     off = {where: residual for f in found if f is not None for where, residual in f.items()}
     assert not off, f"{method} is off its claim: " + "; ".join(f"{r:.0e} ({w})" for w, r in off.items())

@@ -1,12 +1,21 @@
 """What only a GPU can show: nothing in a step makes the host wait, and numbers there are those of a CPU."""
 
+import copy
+from collections.abc import Callable, Iterator
+
 import pytest
+import test_claims
+import test_fixed_points
 import torch
 from common import forms
-from torch import nn
+from fixed_points import departure
+from torch import Tensor, nn
 
 import stiefel
+from stiefel.attach.binding import constrained_weights
 from stiefel.constraint import Constraint
+from stiefel.linalg import gram_residual, nearest_orthonormal, qf
+from stiefel.linalg.svd import nearest_in_step
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
@@ -90,3 +99,125 @@ def test_divergence_is_told_at_the_latest_a_few_steps_later() -> None:
 
     with pytest.raises(stiefel.DivergenceError):
         steps()
+
+
+# --- the laws of the catalogue, at the sizes that layers have and at the solution ---
+
+CLAIMED = test_claims.CLAIMED
+
+
+@pytest.mark.parametrize("base", ["momentum", "Adam"])
+@pytest.mark.parametrize("method", CLAIMED, ids=str)
+def test_a_solution_stays(method: Constraint, base: str) -> None:
+    cls, hyper = test_claims.OPTIMIZERS[base]
+    if cls is torch.optim.SGD:
+        limit = 1e-10
+    else:
+        of_own = departure(stiefel.get("own"), cls, hyper, 20, device="cuda")
+        limit = max(1e-10, (test_fixed_points.SENSITIVE if method.caveat else test_fixed_points.NOISE) * of_own)
+    assert departure(method, cls, hyper, 20, device="cuda") <= limit
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.complex64], ids=str)
+@pytest.mark.parametrize("shape", [(64, 64), (64, 576), (128, 128)], ids=str)
+@pytest.mark.parametrize("method", CLAIMED, ids=str)
+def test_claims_hold(method: Constraint, shape: tuple[int, int], dtype: torch.dtype) -> None:
+    if dtype not in method.dtypes or (not method.thin and shape[1] > 100):
+        pytest.skip("not for this dtype, or n×n matrices")
+    test_claims.check(method, shape, dtype, ["momentum", "AdamW"], 15, "cuda")
+
+
+def hard(kind: str, p: int, n: int, dtype: torch.dtype) -> Tensor:
+    """A matrix without full rank, or nearly so."""
+    wide = torch.promote_types(dtype, torch.float64)
+    a = torch.randn(3, p, n, generator=torch.Generator().manual_seed(0), dtype=wide)
+    if kind == "zero":
+        a.zero_()
+    elif kind == "zero row":
+        a[:, 1] = 0
+    elif kind == "equal rows":
+        a[:, 1] = a[:, 0]
+    else:
+        u, s, vh = torch.linalg.svd(a, full_matrices=False)
+        a = (u * torch.logspace(0, -float(kind), s.shape[-1], dtype=s.dtype)) @ vh
+    return a.to(dtype).to("cuda")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.complex64], ids=str)
+@pytest.mark.parametrize("shape", [(5, 5), (8, 24), (64, 64), (64, 576)], ids=str)
+@pytest.mark.parametrize("kind", ["zero", "zero row", "equal rows", *"1234567"])
+@pytest.mark.parametrize("orthonormalize", [qf, nearest_orthonormal, nearest_in_step], ids=lambda f: f.__name__)
+def test_any_matrix_is_made_orthonormal(
+    orthonormalize: Callable[[Tensor], Tensor], kind: str, shape: tuple[int, int], dtype: torch.dtype
+) -> None:
+    x = orthonormalize(hard(kind, *shape, dtype)).to(torch.promote_types(dtype, torch.float64))
+    assert torch.linalg.matrix_norm(gram_residual(x)).max() / shape[0] ** 0.5 <= 8 * torch.finfo(dtype).eps
+
+
+# --- what a training loop on a GPU has besides ---
+
+
+def orthogonal_to_rounding(model: nn.Module, method: Constraint) -> bool:
+    return all(w.allows(w.residual()) for w in constrained_weights(model)) if method.claim else True
+
+
+@pytest.fixture
+def tf32() -> Iterator[None]:
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    yield
+    torch.set_float32_matmul_precision(before)
+
+
+@pytest.mark.usefixtures("tf32")
+@pytest.mark.parametrize("method", FORMS, ids=str)
+def test_tf32_outside_changes_no_constraint(method: Constraint) -> None:
+    model = stiefel.constrain(net("cuda"), method)
+    train(model, 5, "cuda")
+    assert torch.get_float32_matmul_precision() == "high"
+    assert orthogonal_to_rounding(model, method)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("method", FORMS, ids=str)
+def test_mixed_precision_with_a_gradient_scaler(method: Constraint, dtype: torch.dtype) -> None:
+    model = stiefel.constrain(net("cuda"), method)
+    optimizer = stiefel.optimizer(model, torch.optim.SGD, lr=0.05, momentum=0.9)
+    scaler = torch.amp.GradScaler("cuda", enabled=dtype is torch.float16, init_scale=2.0**30, growth_interval=2)
+    x = torch.randn(16, 3, 8, 8, device="cuda")
+    for _ in range(12):
+        optimizer.zero_grad()
+        with torch.autocast("cuda", dtype):
+            loss = model(x).float().square().mean() + stiefel.penalty(model)
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+    assert orthogonal_to_rounding(model, method)
+
+
+@pytest.mark.parametrize("method", FORMS, ids=str)
+def test_fused_optimizers_train_proxies(method: Constraint) -> None:
+    model = stiefel.constrain(net("cuda"), method)
+    try:
+        optimizer = stiefel.optimizer(model, torch.optim.AdamW, lr=1e-3, fused=True)
+    except stiefel.OptimizerError as refusal:
+        pytest.skip(str(refusal))
+    x = torch.randn(16, 3, 8, 8, device="cuda")
+    before = [p.detach().clone() for p in model.parameters()]
+    for _ in range(3):
+        optimizer.zero_grad()
+        (model(x).square().mean() + stiefel.penalty(model)).backward()
+        optimizer.step()
+    assert all((a != b).any() for a, b in zip(before, model.parameters(), strict=True))
+    assert orthogonal_to_rounding(model, method)
+
+
+def test_a_report_of_a_model_on_a_gpu_says_what_one_on_the_cpu_says() -> None:
+    model = stiefel.constrain(net("cuda"), "own")
+    on_gpu, on_cpu = stiefel.report(model), stiefel.report(copy.deepcopy(model).cpu())
+    assert len(on_gpu.rows) == 3
+    for a, b in zip(on_gpu.rows, on_cpu.rows, strict=True):
+        assert (a.name, a.layout, a.determinant) == (b.name, b.layout, b.determinant)
+        assert a.condition == pytest.approx(b.condition, abs=1e-5)
+        assert max(a.relative, b.relative) < 1e-6

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import test_claims
@@ -10,6 +11,7 @@ import torch
 from common import forms
 from fixed_points import departure
 from torch import Tensor, nn
+from torch.optim import SGD
 
 import stiefel
 from stiefel.attach.binding import constrained_weights
@@ -19,8 +21,12 @@ from stiefel.linalg.svd import nearest_in_step
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
-WAITING = {"matrix_exp", "own_pca", "spectral_norm", "torch_orthogonal"}
+WAITING = {"manifold_muon", "matrix_exp", "own_pca", "spectral_norm", "torch_orthogonal"}
 """Methods that torch itself makes wait: it chooses the order of an exponential on the host, and checks an SVD there."""
+DRAWING = {"rsdm"}
+"""Methods that draw at each step, from generators that differ between devices."""
+TURNING = {"manifold_muon", "spectral_norm", "spel"}
+"""Methods whose steps raise small singular values to 1, or divide by an estimate: in double devices agree on them."""
 FORMS = [form for name in stiefel.available() for form in forms(name)]
 
 
@@ -31,34 +37,45 @@ def net(device: str) -> nn.Module:
     )
 
 
-def train(model: nn.Module, steps: int, device: str) -> None:
-    optimizer = stiefel.optimizer(model, torch.optim.SGD, lr=0.05, momentum=0.9)
-    x = torch.randn(16, 3, 8, 8, generator=torch.Generator().manual_seed(0)).to(device)
-    for _ in range(steps):
-        optimizer.zero_grad()
-        (model(x).square().mean() + stiefel.penalty(model)).backward()
-        optimizer.step()
+class Training:
+    """A model with its optimizer and a batch on its device, a step of which copies nothing to the device."""
+
+    def __init__(self, model: nn.Module, device: str, cls: type[torch.optim.Optimizer] = SGD, **hyper: Any) -> None:
+        self.model = model
+        self.optimizer = stiefel.optimizer(model, cls, **({"lr": 0.05, "momentum": 0.9} if cls is SGD else hyper))
+        dtype = next(model.parameters()).dtype
+        self.x = torch.randn(16, 3, 8, 8, generator=torch.Generator().manual_seed(0)).to(device, dtype)
+
+    def steps(self, count: int) -> None:
+        for _ in range(count):
+            self.optimizer.zero_grad()
+            (self.model(self.x).square().mean() + stiefel.penalty(self.model)).backward()
+            self.optimizer.step()
 
 
 @pytest.mark.parametrize("method", [f for f in FORMS if f.name not in WAITING and "exp" not in str(f)], ids=str)
 def test_no_step_waits_for_the_device(method: Constraint) -> None:
     model = stiefel.constrain(net("cuda"), method)
-    train(model, 3, "cuda")  # what is made lazily
+    training = Training(model, "cuda")
+    training.steps(3)  # what is made lazily
     torch.cuda.set_sync_debug_mode("error")
     try:
-        train(model, 2, "cuda")
+        training.steps(2)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize("method", FORMS, ids=str)
-def test_a_gpu_trains_as_a_cpu_does(method: Constraint) -> None:
-    models = {device: stiefel.constrain(net("cpu"), method).to(device) for device in ("cpu", "cuda")}
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("method", [f for f in FORMS if f.name not in DRAWING], ids=str)
+def test_a_gpu_trains_as_a_cpu_does(method: Constraint, dtype: torch.dtype) -> None:
+    if dtype is torch.float32 and method.name in TURNING:
+        pytest.skip("its steps differ by more than the rounding of their gradients")
+    models = {device: stiefel.constrain(net("cpu").to(dtype), method).to(device) for device in ("cpu", "cuda")}
     for device, model in models.items():
-        torch.manual_seed(1)
-        train(model, 3, device)
+        Training(model, device).steps(3)
+    close = {"rtol": 1e-3, "atol": 1e-4} if dtype is torch.float32 else {"rtol": 1e-8, "atol": 1e-9}
     for a, b in zip(models["cpu"].parameters(), models["cuda"].parameters(), strict=True):
-        torch.testing.assert_close(b.cpu(), a, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(b.cpu(), a, **close)
 
 
 def test_a_monitor_keeps_every_number_and_waits_for_none() -> None:
@@ -87,7 +104,7 @@ def test_a_monitor_keeps_every_number_and_waits_for_none() -> None:
 
 def test_divergence_is_told_at_the_latest_a_few_steps_later() -> None:
     model = stiefel.constrain(net("cuda"), "pogo")
-    optimizer = stiefel.optimizer(model, torch.optim.SGD, lr=0.1)
+    optimizer = stiefel.optimizer(model, SGD, lr=0.1)
     x = torch.full((2, 3, 8, 8), float("nan"), device="cuda")
 
     def steps() -> None:
@@ -110,16 +127,15 @@ CLAIMED = test_claims.CLAIMED
 @pytest.mark.parametrize("method", CLAIMED, ids=str)
 def test_a_solution_stays(method: Constraint, base: str) -> None:
     cls, hyper = test_claims.OPTIMIZERS[base]
-    if cls is torch.optim.SGD:
+    if cls is SGD:
         limit = 1e-10
     else:
-        of_own = departure(stiefel.get("own"), cls, hyper, 20, device="cuda")
-        limit = max(1e-10, (test_fixed_points.SENSITIVE if method.caveat else test_fixed_points.NOISE) * of_own)
+        limit = test_fixed_points.limit(method, test_fixed_points.BASES.index((cls, hyper)), {}, 20, 1.0)
     assert departure(method, cls, hyper, 20, device="cuda") <= limit
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.complex64], ids=str)
-@pytest.mark.parametrize("shape", [(64, 64), (64, 576), (128, 128)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.complex64], ids=str)
+@pytest.mark.parametrize("shape", [(64, 64), (64, 576)], ids=str)
 @pytest.mark.parametrize("method", CLAIMED, ids=str)
 def test_claims_hold(method: Constraint, shape: tuple[int, int], dtype: torch.dtype) -> None:
     if dtype not in method.dtypes or (not method.thin and shape[1] > 100):
@@ -173,7 +189,7 @@ def tf32() -> Iterator[None]:
 @pytest.mark.parametrize("method", FORMS, ids=str)
 def test_tf32_outside_changes_no_constraint(method: Constraint) -> None:
     model = stiefel.constrain(net("cuda"), method)
-    train(model, 5, "cuda")
+    Training(model, "cuda").steps(5)
     assert torch.get_float32_matmul_precision() == "high"
     assert orthogonal_to_rounding(model, method)
 
@@ -182,7 +198,7 @@ def test_tf32_outside_changes_no_constraint(method: Constraint) -> None:
 @pytest.mark.parametrize("method", FORMS, ids=str)
 def test_mixed_precision_with_a_gradient_scaler(method: Constraint, dtype: torch.dtype) -> None:
     model = stiefel.constrain(net("cuda"), method)
-    optimizer = stiefel.optimizer(model, torch.optim.SGD, lr=0.05, momentum=0.9)
+    optimizer = stiefel.optimizer(model, SGD, lr=0.05, momentum=0.9)
     scaler = torch.amp.GradScaler("cuda", enabled=dtype is torch.float16, init_scale=2.0**30, growth_interval=2)
     x = torch.randn(16, 3, 8, 8, device="cuda")
     for _ in range(12):
@@ -200,15 +216,11 @@ def test_mixed_precision_with_a_gradient_scaler(method: Constraint, dtype: torch
 def test_fused_optimizers_train_proxies(method: Constraint) -> None:
     model = stiefel.constrain(net("cuda"), method)
     try:
-        optimizer = stiefel.optimizer(model, torch.optim.AdamW, lr=1e-3, fused=True)
+        training = Training(model, "cuda", torch.optim.AdamW, lr=1e-3, fused=True)
     except stiefel.OptimizerError as refusal:
         pytest.skip(str(refusal))
-    x = torch.randn(16, 3, 8, 8, device="cuda")
     before = [p.detach().clone() for p in model.parameters()]
-    for _ in range(3):
-        optimizer.zero_grad()
-        (model(x).square().mean() + stiefel.penalty(model)).backward()
-        optimizer.step()
+    training.steps(3)
     assert all((a != b).any() for a, b in zip(before, model.parameters(), strict=True))
     assert orthogonal_to_rounding(model, method)
 

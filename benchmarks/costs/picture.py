@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from costs.maps import PRODUCT, REFERENCE
 from costs.sections import Record
+
+Panel = Callable[[Axes], None]
 
 # Okabe and Ito's palette; ours are filled, peers open, what maps are measured by black.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C8C00", "#555555")
@@ -41,22 +44,23 @@ _PLAIN = FuncFormatter(lambda value, _: f"{value:g}" if 1e-3 <= value < 1e5 else
 
 
 def draw(records: Sequence[Record], folder: Path) -> None:
-    """Write ``cost.png`` and ``cost.svg``: a panel per section, two for scaling, in logarithmic units."""
+    """Write ``cost.png`` and ``cost.svg``: a panel per section measured, three for scaling, in logarithmic units."""
     timed = [r for r in records if r["status"] == "timed"]
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(15, 14), layout="constrained")
-        axes = figure.subplots(3, 2)
-        _dots(axes[0, 0], [r for r in timed if r.get("condition") in (2.0, None)], "maps",
-              "Maps: forward and backward", "batched p×n · n×p products")  # fmt: skip
-        _dots(axes[0, 1], timed, "steps", "Steps, gradients given", "batched p×n · n×p products")
-        _dots(axes[1, 0], timed, "training", "Whole training steps", "times the unconstrained step")
-        _scaling(axes[1, 1], timed, "count", "count", "Scaling in the number of 16×64 matrices", "matrices")
-        _scaling(axes[2, 0], timed, "p, n = p", "p", "Scaling in p, four square matrices", "p = n")
-        _scaling(axes[2, 1], timed, "p, n = 4p", "p", "Scaling in p, four matrices p×4p", "p")
+        panels = [*_dotted(timed), *_scaled(timed)]
+        rows, columns = -(-len(panels) // 2), min(2, len(panels))
+        if not panels:
+            return
+        figure = Figure(figsize=(7.5 * columns, 4.6 * rows), layout="constrained")
+        axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+        for ax, panel in zip(axes, panels, strict=False):
+            panel(ax)
+        for ax in axes[len(panels) :]:
+            ax.remove()
         r = records[0]
         where = r["gpu"] or f"{r['cpu']}, {r['threads']} threads"
         figure.suptitle(
-            f"What orthogonality costs. {where}; {r['dtype']}; torch {r['torch']}. Medians, with quartiles where "
+            f"What orthogonality costs. {where}; {r['dtype']}; torch {r['torch']}. Medians, with quartiles where\n"
             "visible. Filled: this library; open: other packages.",
             x=0.01, ha="left", fontsize=10,
         )  # fmt: skip
@@ -64,17 +68,39 @@ def draw(records: Sequence[Record], folder: Path) -> None:
         figure.savefig(folder / "cost.svg", metadata={"Date": None})
 
 
-def _dots(ax: Axes, timed: Sequence[Record], section: str, title: str, label: str) -> None:
+def _dotted(timed: Sequence[Record]) -> Iterator[Panel]:
+    """Panels of sections by cases."""
+    for section, title, label in (
+        ("maps", "Maps: forward and backward", "batched p×n · n×p products"),
+        ("steps", "Steps, gradients given", "batched p×n · n×p products"),
+        ("training", "Whole training steps", "times the unconstrained step"),
+    ):
+        found = [r for r in timed if r["section"] == section and r["units_median"]]
+        found = [r for r in found if r.get("condition") in (2.0, None)]
+        if section in SHOWN:
+            found = [r for r in found if r["candidate"] in SHOWN[section]]
+        else:
+            found = [r for r in found if r["candidate"] != r["unit"]]
+        if found:
+            yield partial(_dots, found=found, shown=SHOWN.get(section, ()), title=title, label=label)
+
+
+def _scaled(timed: Sequence[Record]) -> Iterator[Panel]:
+    """Panels of the scaling in a number."""
+    for along, key, title, label in (
+        ("count", "count", "Scaling in the number of 16×64 matrices", "matrices"),
+        ("p, n = p", "p", "Scaling in p, four square matrices", "p = n"),
+        ("p, n = 4p", "p", "Scaling in p, four matrices p×4p", "p"),
+    ):
+        found = [r for r in timed if r["section"] == "scaling" and r["along"] == along]
+        if found:
+            yield partial(_scaling, found=found, key=key, title=title, label=label)
+
+
+def _dots(ax: Axes, found: Sequence[Record], shown: Sequence[str], title: str, label: str) -> None:
     """Cases down, time across, a mark per candidate."""
-    found = [r for r in timed if r["section"] == section and r["units_median"]]
-    if section in SHOWN:
-        found = [r for r in found if r["candidate"] in SHOWN[section]]
-    else:
-        found = [r for r in found if r["candidate"] != r["unit"]]
-    if not found:
-        return _empty(ax, title)
     cases = list(dict.fromkeys(r["case"] for r in found))
-    names = [c for c in SHOWN.get(section, ()) if any(r["candidate"] == c for r in found)]
+    names = [c for c in shown if any(r["candidate"] == c for r in found)]
     names = names or list(dict.fromkeys(r["candidate"] for r in found))
     for i, name in enumerate(names):
         mine = [r for r in found if r["candidate"] == name]
@@ -92,13 +118,9 @@ def _dots(ax: Axes, timed: Sequence[Record], section: str, title: str, label: st
     _log(ax.xaxis)
     ax.set(title=title, xlabel=label)
     ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
-    return None
 
 
-def _scaling(ax: Axes, timed: Sequence[Record], along: str, key: str, title: str, label: str) -> None:
-    found = [r for r in timed if r["section"] == "scaling" and r["along"] == along]
-    if not found:
-        return _empty(ax, title)
+def _scaling(ax: Axes, found: Sequence[Record], key: str, title: str, label: str) -> None:
     for i, name in enumerate(dict.fromkeys(r["candidate"] for r in found)):
         mine = [r for r in found if r["candidate"] == name]
         xs, ys = [r[key] for r in mine], [r["seconds_median"] * 1e3 for r in mine]
@@ -115,7 +137,6 @@ def _scaling(ax: Axes, timed: Sequence[Record], along: str, key: str, title: str
     ax.set_xticks(values, [str(v) for v in values])
     ax.xaxis.set_minor_formatter(NullFormatter())
     ax.legend(loc="center left", bbox_to_anchor=(1.0, 0.5))
-    return None
 
 
 def _mark(name: str, who: str, i: int) -> dict[str, Any]:
@@ -129,8 +150,3 @@ def _log(axis: mpl.axis.Axis) -> None:
     axis.set_major_locator(LogLocator(subs=(1.0, 1.5, 2.0, 3.0, 5.0) if high < 20 * low else (1.0,), numticks=12))
     axis.set_major_formatter(_PLAIN)
     axis.set_minor_formatter(NullFormatter())
-
-
-def _empty(ax: Axes, title: str) -> None:
-    ax.set(title=title, xticks=[], yticks=[])
-    ax.text(0.5, 0.5, "not measured", ha="center", transform=ax.transAxes, color="#888888")

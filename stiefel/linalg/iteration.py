@@ -105,7 +105,7 @@ def _shifted_gram(x: Tensor) -> Tensor:
 
 def _is_near(gram: Tensor, dtype: torch.dtype) -> bool:
     """Whether one more step leaves rounding alone: it squares what is left."""
-    residual = torch.linalg.matrix_norm(gram.detach() - torch.eye(gram.shape[-1], dtype=gram.dtype))
+    residual = torch.linalg.matrix_norm(gram.detach() - torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device))
     return not residual.numel() or bool(residual.max() <= torch.finfo(dtype).eps ** 0.5)
 
 

@@ -21,10 +21,12 @@ PROBLEMS = ["omdsm", "mlp", "cnn"]
 RAN = {"done", "target missed"}
 
 
-@pytest.mark.parametrize("name", PROBLEMS)
-def test_every_method_runs_every_problem_or_is_skipped_for_a_reason(name, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "setting"), [("omdsm", ()), ("mlp", ()), ("cnn", ("--net", "vgg"))], ids=["omdsm", "mlp", "cnn"]
+)
+def test_every_method_runs_every_problem_or_is_skipped_for_a_reason(name, setting, tmp_path):
     arguments = ("--budget", "tiny", "--scale", "relu", "--lr", "0.05", "--seeds", "1", "--no-cost")
-    assert compare(BENCHMARKS / f"{name}.py", *arguments, "--out", str(tmp_path)) == 0
+    assert compare(BENCHMARKS / f"{name}.py", *arguments, *setting, "--out", str(tmp_path)) == 0
     records, faults = read_all([tmp_path])
     assert not faults
     told = {(r.spec.method, str(r.spec.fields)): (r.status, r.reason) for r in records if r.spec.phase == "tuning"}
@@ -35,6 +37,19 @@ def test_every_method_runs_every_problem_or_is_skipped_for_a_reason(name, tmp_pa
     finals = {(r.spec.method, str(r.spec.fields)) for r in records if r.spec.phase == "final" and r.status in RAN}
     assert finals == {key for key, (status, _) in told.items() if status != "skipped"}
     assert {m for m, _ in finals} >= {"unconstrained", "own", "riemannian", "soft", "pogo", "weight_norm"}
+
+
+def test_the_other_convolutional_networks_are_trained(tmp_path):
+    """By a method of each kind; all methods meet the layers that they share in the test above."""
+    arguments = ("--budget", "tiny", "--net", "inception", "wrn", "--lr", "0.05", "--seeds", "1", "--no-cost")
+    methods = ("own", "pogo", "soft")
+    assert compare(BENCHMARKS / "cnn.py", *arguments, "--methods", *methods, "--out", str(tmp_path)) == 0
+    records, faults = read_all([tmp_path])
+    assert not faults
+    assert {r.status for r in records} <= RAN
+    assert {(r.spec.method, r.spec.fields["net"]) for r in records if r.spec.phase == "final"} == {
+        (method, net) for method in methods for net in ("inception", "wrn")
+    }
 
 
 @pytest.mark.parametrize("name", PROBLEMS)

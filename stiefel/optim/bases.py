@@ -22,10 +22,14 @@ REFUSED = {
 
 LINEAR_DECAY: tuple[type[torch.optim.Optimizer], ...] = tuple(
     getattr(torch.optim, name)
-    for name in ("SGD", "ASGD", "AdamW", "Adafactor", "Muon")  # the last is not in every torch
+    for name in ("SGD", "AdamW", "Adafactor", "Muon")  # the last is not in every torch
     if hasattr(torch.optim, name)
 )
-"""Classes whose decay multiplies a parameter of zero gradient by a number, or a sum of such steps (SGD's momentum)."""
+"""Classes whose decay multiplies a parameter of zero gradient by a number, or a sum of such steps (SGD's momentum).
+
+ASGD's does too, and is not among them: the shorter a proxy, the higher the rate of its weight, until that is unstable.
+SGD's decay is how the papers set that rate.
+"""
 
 
 def refuse(cls: type[torch.optim.Optimizer]) -> None:

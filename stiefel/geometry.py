@@ -33,10 +33,10 @@ if TYPE_CHECKING:
     from jaxtyping import Float
 
 LONGEST = 1e4
-"""Length ‖U‖_F at which Cayley's retraction ends, its largest angle near π: what rounding makes of the point there is
-no more than one Newton-Schulz step takes away."""
+"""Length ‖U‖_F at which Cayley's retraction, whose largest angle is near π there, and rotations of a start by an
+exponential end: what rounding makes of the point is no more than one Newton-Schulz step takes away."""
 LONGEST_GEODESIC = 1e6
-"""Where exponentials end: beyond, rotations are a matter of rounding, in float32 that of U itself."""
+"""Where retractions by exponentials end: beyond, rotations are a matter of rounding, in float32 that of U itself."""
 
 
 NOISE = 32.0
@@ -81,9 +81,7 @@ def tangent_direction(x: Float[Tensor, "*batch p n"], u: Float[Tensor, "*batch p
 
     For methods that normalize it: a U that only scales X, as weight decay alone makes, has no direction.
     """
-    tangent = project_tangent(x, u)
-    rounding = 4 * x.shape[-1] * torch.finfo(x.dtype).eps * torch.linalg.matrix_norm(u, keepdim=True)
-    return torch.where(torch.linalg.matrix_norm(tangent, keepdim=True) > rounding, tangent, 0)
+    return without_rounding(project_tangent(x, u), u)
 
 
 def euclidean_gradient(x: Float[Tensor, "*batch p n"], g: Float[Tensor, "*batch p n"]) -> Float[Tensor, "*batch p n"]:

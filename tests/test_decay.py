@@ -148,3 +148,13 @@ def test_a_heavy_ball_beyond_critical_damping_would_turn_the_weight() -> None:
                 optimizer.step()
             turned |= bool((layer.weight * start).sum() < 0)
         assert turned is turns
+
+
+def test_a_rate_that_is_a_tensor_belongs_to_its_group_alone() -> None:
+    """A loop over groups that changes each rate in place would change a shared one twice."""
+    net = model("retraction")
+    optimizer = stiefel.optimizer(net, torch.optim.Adam, lr=torch.tensor(0.1), weight_decay=0.1)
+    assert len(optimizer.param_groups) == 2
+    for group in optimizer.param_groups:
+        group["lr"].mul_(0.5)
+    assert [float(group["lr"]) for group in optimizer.param_groups] == pytest.approx([0.05, 0.05])

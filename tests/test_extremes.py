@@ -2,13 +2,15 @@
 
 from collections.abc import Callable, Sequence
 
+import conformance
 import pytest
 import torch
 from common import forms
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd import gradcheck
 
 import stiefel
+from stiefel.attach.binding import constrained_weights
 from stiefel.constraint import ROUNDING, ManifoldMethod, StepMethod
 from stiefel.geometry import canonical_gradient, retract_cayley, retract_exp_canonical, retract_exp_euclidean
 from stiefel.layout import Layout
@@ -226,3 +228,28 @@ def test_landing_lands_at_any_rate(rate: float, attraction: float, dtype: torch.
             assert residual(y) <= 0.5 + 64 * torch.finfo(dtype).eps * 8**0.5
         if size == 0 and rate * attraction >= 1:
             assert residual(y) < first / 100
+
+
+CLAIMED = [m for name in stiefel.available() for m in conformance.variants(name) if m.claim is not None]
+
+
+@pytest.mark.parametrize(("dtype", "lr"), [(torch.float32, 2.4e-4), (torch.float32, 1e-3), (torch.float64, 1e-8)])
+@pytest.mark.parametrize("method", CLAIMED, ids=str)
+def test_a_sparse_start_is_left_on_the_set_by_adam(method: stiefel.Constraint, dtype: torch.dtype, lr: float) -> None:
+    """Of the identity its first step makes rows of a large entry and many small ones, all of one size.
+
+    A product of matrices loses the squares of the small ones, one by one, beside the large one's.
+    """
+    if not method.thin:
+        pytest.skip("builds n×n matrices")
+    layer = nn.Linear(1152, 16, bias=False, dtype=dtype)
+    nn.init.eye_(layer.weight)
+    stiefel.constrain(layer, method)
+    optimizer = stiefel.optimizer(layer, torch.optim.Adam, lr=lr)
+    g = torch.randn(16, 1152, generator=torch.Generator().manual_seed(0), dtype=dtype)
+    for _ in range(2):
+        optimizer.zero_grad()
+        (layer.weight * g).sum().backward()
+        optimizer.step()
+        (found,) = constrained_weights(layer)
+        assert found.allows(found.residual())

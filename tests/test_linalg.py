@@ -20,6 +20,7 @@ from stiefel.linalg import (
     polar,
     qf,
     skew,
+    spectral_radius,
     sym,
 )
 
@@ -424,3 +425,22 @@ def test_the_nearest_point_of_a_matrix_of_low_rank_is_on_the_set_to_rounding(sha
     x = nearest_orthonormal(torch.full((1, *shape), value, dtype=torch.float64))
     residual = torch.linalg.matrix_norm(x @ x.mT - torch.eye(shape[0], dtype=x.dtype)).item()
     assert residual / shape[0] ** 0.5 < 64 * torch.finfo(torch.float64).eps
+
+
+@pytest.mark.parametrize("m", [4, 16, 40])
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_the_spectral_radius_of_blocks_is_that_of_the_largest(m, sign):
+    """Where another block has the longest column, and none of its powers leaves it."""
+    h = torch.zeros(m + 1, m + 1, dtype=torch.float64)
+    h[:m, :m] = 1 + 0.1 * torch.eye(m, dtype=torch.float64)  # columns of length √m, of which the norm is m
+    h[m, m] = sign * 1.05 * m**0.5
+    assert spectral_radius(h) == pytest.approx(m + 0.1, rel=1e-6)
+    assert spectral_radius(torch.diag(torch.tensor([1.0, sign * 3.0, 2.0]))) == pytest.approx(3, rel=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128])
+@pytest.mark.parametrize("p", [2, 8, 24, 32])
+def test_qf_of_equal_complex_rows_is_orthonormal(p, dtype):
+    """What is left of a row may be a number too small to be divided by its size."""
+    q = qf(torch.ones(2, p, p, dtype=dtype))
+    assert torch.linalg.matrix_norm(gram_residual(q)).max() < 64 * torch.finfo(dtype).eps * p**0.5

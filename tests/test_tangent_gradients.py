@@ -252,3 +252,53 @@ def test_a_baseline_may_ask_for_the_gradient_itself() -> None:
     copy.deepcopy(optimizer)
     optimizer.step()
     assert all(torch.equal(a, b) for a, b in zip(Seen.gradients[0], gradients, strict=True))
+
+
+@pytest.mark.parametrize("plain", [False, True], ids=["after torch's class was used", "at first"])
+def test_hooks_run_once_around_the_whole_step(plain: bool) -> None:
+    """torch wraps the step of a class when its first optimizer is made: the base's must not call them half way."""
+    if plain:
+        torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)
+    net = layers(stiefel.get("pogo"))
+    optimizer = stiefel.optimizer(net, torch.optim.SGD, lr=0.3, momentum=0.9)
+    weight, seen = net[2].weight, []
+    optimizer.register_step_pre_hook(lambda *_: seen.append(weight.detach().clone()))
+    optimizer.register_step_post_hook(lambda *_: seen.append(weight.detach().clone()))
+    backward(net)
+    before = weight.detach().clone()
+    optimizer.step()
+    assert len(seen) == 2
+    assert torch.equal(seen[0], before)
+    assert torch.equal(seen[1], weight)
+
+
+@pytest.mark.parametrize("size", [1e-6, 1e-8])
+@pytest.mark.parametrize("method", [m for m in TANGENT if m.step_length], ids=str)
+def test_a_short_displacement_keeps_its_direction(method: StepMethod, size: float) -> None:
+    """As the difference of two weights it would have the digits of a weight alone, and these methods make it long."""
+    moved = []
+    for dtype in (torch.float64, torch.float32):
+        torch.manual_seed(0)
+        net = stiefel.constrain(nn.Linear(128, 32, bias=False).to(dtype), method)
+        g = torch.randn(32, 128, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+        optimizer = stiefel.optimizer(net, torch.optim.SGD, lr=0.1, momentum=0.9)
+        before = net.weight.detach().clone()
+        (net.weight * (size * g / g.norm()).to(dtype)).sum().backward()
+        optimizer.step()
+        moved.append((net.weight.detach() - before).double())
+    assert torch.nn.functional.cosine_similarity(moved[0].flatten(), moved[1].flatten(), dim=0) > 1 - 1e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("hyper", [{}, {"momentum": 0.9}], ids=["plain", "momentum"])
+@pytest.mark.parametrize("method", TANGENT, ids=str)
+def test_a_weak_gradient_at_a_solution_moves_nothing(
+    method: StepMethod, hyper: dict[str, float], dtype: torch.dtype
+) -> None:
+    net = stiefel.constrain(nn.Linear(6, 6, bias=False).to(dtype), method)
+    optimizer = stiefel.optimizer(net, torch.optim.SGD, lr=0.01, **hyper)
+    x = net.weight.detach().clone()
+    best = torch.linspace(0.05, 0.15, 6, dtype=dtype)[:, None] * x
+    (-(best * net.weight).sum()).backward()
+    optimizer.step()
+    assert (net.weight - x).abs().max() <= 8 * torch.finfo(dtype).eps

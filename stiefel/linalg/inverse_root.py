@@ -16,7 +16,7 @@ from torch import Tensor
 
 from stiefel.linalg.msign import quintics
 from stiefel.linalg.precision import in_double
-from stiefel.linalg.products import inner
+from stiefel.linalg.products import gram_matrix, inner
 from stiefel.linalg.spectral_map import gram_factor
 
 if TYPE_CHECKING:
@@ -64,7 +64,7 @@ def inverse_root_of_gram(v: Float[Tensor, "b p n"]) -> tuple[Float[Tensor, "b p 
     """:func:`inverse_root` with M itself in the place of its root, which takes another product."""
     if not v.numel():
         return None
-    gram = torch.bmm(v, v.mH)
+    gram = gram_matrix(v)
     middle = _mean_eigenvalue(gram)
     middle = torch.where(middle > SMALLEST_MEAN, middle, math.nan)
     e = _add_identity(gram / middle, -1)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from stiefel.linalg.precision import in_double
-from stiefel.linalg.products import newton_schulz
+from stiefel.linalg.products import gram_matrix, newton_schulz
 from stiefel.linalg.spectral_map import Map, gram_factor, spectral_map
 from stiefel.linalg.svd import nearest_orthonormal
 from stiefel.linalg.tracing import readable
@@ -65,9 +65,9 @@ def _along(polynomial: Map, before: int, after: int, x: Tensor) -> Tensor:
     if before:
         wide = in_double(x)
         x = (gram_factor(before * [polynomial], _shifted_gram(wide)) @ wide).to(x.dtype)
-    for _ in range(after):
+    for _ in range(after - 1):
         x = polynomial(x @ x.mH) @ x
-    return x
+    return polynomial(gram_matrix(x)) @ x if after else x
 
 
 def _until_orthonormal(polynomial: Map, x: Tensor) -> tuple[Tensor, int, int]:
@@ -83,7 +83,7 @@ def _until_orthonormal(polynomial: Map, x: Tensor) -> tuple[Tensor, int, int]:
             z, before = t @ z, before + 1
         x = (z @ wide).to(x.dtype)
     for after in range(1, most - before + 2 * POLISH):
-        gram = x @ x.mH
+        gram = gram_matrix(x)
         x = polynomial(gram) @ x
         if before + after > 1 and _is_near(gram, x.dtype):  # one step alone has another second derivative
             return x, before, after

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 PLAIN = (1e-12, 1e12)
 """Norms in this range are right without rescaling: no square overflows, and those that vanish do not count."""
+BLOCK = 64
+"""Entries that are added up in their own precision below."""
 MODERATE = (1e-6, 1e6)
 """Matrices with norms in this range are left as they are: not even fourth powers of them overflow, or vanish."""
 
@@ -30,8 +32,33 @@ def skew(a: Float[Tensor, "*batch p p"]) -> Float[Tensor, "*batch p p"]:
 
 
 def gram_residual(x: Float[Tensor, "*batch p n"]) -> Float[Tensor, "*batch p p"]:
-    """How far the rows are from orthonormal: ``X Xᴴ − I``."""
-    return x @ x.mH - torch.eye(x.shape[-2], dtype=x.dtype, device=x.device)
+    """How far the rows are from orthonormal: ``X Xᴴ − I``, its diagonal as exact as X is."""
+    return _set_diagonal(x @ x.mH, _squared_lengths(x) - 1)
+
+
+def gram_matrix(x: Float[Tensor, "*batch p n"]) -> Float[Tensor, "*batch p p"]:
+    """``X Xᴴ``, its diagonal exact to one rounding.
+
+    A product of matrices adds up a row's squares in its own precision: beside one large entry, as in a row of the
+    identity, small ones vanish one by one, all in the same direction. After Adam's first step of 2.4e-4 from there
+    float32 misses 2e-5 of the length of rows of 1152.
+    """
+    return _set_diagonal(x @ x.mH, _squared_lengths(x))
+
+
+def _squared_lengths(x: Tensor) -> Tensor:
+    """``‖xᵢ‖²`` of each row in double, added up block by block."""
+    whole = x.shape[-1] - x.shape[-1] % BLOCK
+    blocks = torch.linalg.vector_norm(x[..., :whole].unflatten(-1, (whole // BLOCK, BLOCK)), dim=-1)
+    rest = torch.linalg.vector_norm(x[..., whole:], dim=-1)
+    return blocks.double().square().sum(-1) + rest.double().square()
+
+
+def _set_diagonal(a: Tensor, values: Tensor) -> Tensor:
+    """A with other values on its diagonal, in its own memory, and with the gradient that it has."""
+    diagonal = a.diagonal(dim1=-2, dim2=-1)
+    diagonal.add_((values - diagonal.real).to(a.dtype).detach())
+    return a
 
 
 def is_orthonormal(gram: Float[Tensor, "*batch p p"]) -> bool:

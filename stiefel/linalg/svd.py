@@ -62,8 +62,7 @@ def _by_products(v: Tensor) -> Tensor | None:
     products. Where four are too few, float32 takes more terms of another series, and float64 the same again.
     """
     eps = torch.finfo(v.dtype).eps
-    e = torch.bmm(v, v.mH)
-    e.diagonal(dim1=-2, dim2=-1).sub_(1)
+    e = gram_residual(v)
     size = float(torch.linalg.vector_norm(e, dim=(-2, -1)).max())
     for terms in (1, 2, 4):
         if size <= (eps / 8 / abs(SERIES[terms])) ** (1 / (terms + 1)):  # a power of a large size overflows

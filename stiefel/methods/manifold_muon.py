@@ -40,7 +40,6 @@ class ManifoldMuon(StepMethod):
     summary = "steepest tangent step in the spectral norm, by dual ascent"
     reference = "Bernstein, 2025"
     claim = Claim()
-    projects = True
     step_length = True
 
     def __post_init__(self) -> None:

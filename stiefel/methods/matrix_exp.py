@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from stiefel.geometry import LONGEST_GEODESIC, exp_canonical
+from stiefel.geometry import LONGEST, exp_canonical
 from stiefel.linalg import limited, newton_schulz
 from stiefel.methods import register
 from stiefel.trivialization import Trivialization
@@ -27,5 +27,5 @@ class MatrixExp(Trivialization):
     reference = "Lezcano-Casado, NeurIPS 2019"
 
     def rotate(self, base: Tensor, tangent: Tensor) -> Tensor:
-        """The geodesic, no longer than digits last; one Newton-Schulz step removes what rounding adds to a long one."""
-        return newton_schulz(exp_canonical(base, limited(tangent, LONGEST_GEODESIC)))
+        """The geodesic, no longer than one Newton-Schulz step removes what rounding adds to it."""
+        return newton_schulz(exp_canonical(base, limited(tangent, LONGEST)))

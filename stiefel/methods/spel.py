@@ -28,7 +28,6 @@ class SPEL(StepMethod):
     summary = "matrix sign of the tangent update, then the polar factor"
     reference = "Yang & Lai, ICML 2026"
     claim = Claim()
-    projects = True
     step_length = True
 
     def step(self, x: Tensor, displacement: Tensor, lr: float) -> Tensor:

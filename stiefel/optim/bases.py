@@ -32,6 +32,14 @@ SGD's decay is how the papers set that rate.
 """
 
 
+ADDITIVE: tuple[type[torch.optim.Optimizer], ...] = tuple(
+    getattr(torch.optim, name)
+    for name in ["SGD", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop", "Adagrad", "Adadelta", "Muon"]
+    if hasattr(torch.optim, name)
+)
+"""Classes whose step, but for decay, is added to a parameter whatever the parameter is; a subclass may differ."""
+
+
 def refuse(cls: type[torch.optim.Optimizer]) -> None:
     """Raise :class:`OptimizerError` for a class that cannot be lifted."""
     for refused, why in REFUSED.items():
@@ -42,6 +50,11 @@ def refuse(cls: type[torch.optim.Optimizer]) -> None:
 def keeps_nothing(cls: type[torch.optim.Optimizer], group: dict[str, Any]) -> bool:
     """Whether the optimizer's displacement is −lr times the gradient it gets, whatever came before."""
     return cls is torch.optim.SGD and not group["momentum"] and not group["weight_decay"]
+
+
+def is_additive(cls: type[torch.optim.Optimizer], group: dict[str, Any]) -> bool:
+    """Whether the optimizer's displacement does not depend on where a parameter is."""
+    return cls in ADDITIVE and not decays(group)
 
 
 def decays(group: dict[str, Any]) -> list[str]:

@@ -40,7 +40,9 @@ def keep_decay_off(optimizer: torch.optim.Optimizer, kind: Mapping[Tensor, Decay
         off = [p in kind and bool(unwelcome(optimizer, group, kind[p])) for p in group["params"]]
         if not any(off):
             continue
-        without = {**group, **dict.fromkeys(decays(group), 0)}
+        # A rate that is a tensor is the group's own: a loop that changes each group's in place would change it twice.
+        without = {key: value.clone() if isinstance(value, Tensor) else value for key, value in group.items()}
+        without |= dict.fromkeys(decays(group), 0)
         if all(off):
             group.update(without)
             continue

@@ -20,7 +20,7 @@ from stiefel.constraint import Penalty
 from stiefel.errors import DivergenceError, OptimizerError
 from stiefel.geometry import tangent_gradient_
 from stiefel.linalg import EXACT_DTYPES, full_precision
-from stiefel.optim.bases import keeps_nothing, refuse
+from stiefel.optim.bases import is_additive, keeps_nothing, refuse
 from stiefel.optim.buckets import bucket, stack, unstack
 from stiefel.optim.divergence import tell_later
 from stiefel.optim.stepped_parameter import Ownership, SteppedParameter
@@ -38,7 +38,9 @@ class Lift(_Base):
     """
 
     base: type[torch.optim.Optimizer]
-    stepping = False  # true inside the base step, which may carry the optimizer hooks a second time
+    stepping = (
+        False  # true inside the base step: a subclass of torch's classes carries the optimizer hooks a second time
+    )
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -55,9 +57,12 @@ class Lift(_Base):
                     handed.replace(p, p.grad.resolve_conj())
             for move in moves:
                 move.hand_over_gradients(handed)
-            self.stepping = True
-            super().step()
-            if not skipped(self):
+                move.free()
+            self._base_step()
+            if skipped(self):
+                for move in moves:
+                    move.undo()
+            else:
                 for move in moves:
                     move.finish()
                 for move in moves:  # when no step can be taken back any more
@@ -67,14 +72,24 @@ class Lift(_Base):
                 move.undo()
             raise
         finally:
-            self.stepping = False
             handed.restore()
         return loss
+
+    def _base_step(self) -> None:
+        """The base class's step without the hooks that run around this one: they would see half a step."""
+        step: Any = super().step.__func__  # type: ignore[attr-defined]
+        while getattr(step, "hooked", False):
+            step = step.__wrapped__
+        self.stepping = True
+        try:
+            step(self)
+        finally:
+            self.stepping = False
 
     def _owned(self) -> list[_Owned]:
         owned = []
         for group in self.param_groups:
-            forgets = keeps_nothing(self.base, group)
+            forgets, additive = keeps_nothing(self.base, group), is_additive(self.base, group)
             for p in group["params"]:
                 if not isinstance(p, SteppedParameter) or p.grad is None:
                     continue
@@ -83,7 +98,7 @@ class Lift(_Base):
                         f"weight '{p.ownership.label}' is {p.dtype}, in which no method holds it; keep the model in "
                         "float32 and train under torch.autocast"
                     )
-                owned.append(_Owned(p, float(group["lr"]), p.ownership.wants_tangent(forgets)))
+                owned.append(_Owned(p, float(group["lr"]), p.ownership.wants_tangent(forgets), additive))
         return owned
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
@@ -120,11 +135,12 @@ class _Gradients:
 
 @dataclass(frozen=True)
 class _Owned:
-    """A parameter that a method moves, its learning rate, and whether the base gets its tangent gradient."""
+    """A parameter that a method moves, its rate, whether the base gets its tangent gradient, and only adds to it."""
 
     parameter: SteppedParameter
     lr: float
     tangent: bool
+    additive: bool
 
 
 class _Move:
@@ -132,7 +148,7 @@ class _Move:
 
     def __init__(self, members: list[_Owned]) -> None:
         self.parameters = [m.parameter for m in members]
-        self.lr, self.tangent = members[0].lr, members[0].tangent
+        self.lr, self.tangent, self.additive = members[0].lr, members[0].tangent, members[0].additive
         self.layouts = [p.ownership.layout for p in self.parameters]
         self.before = stack(self.layouts, self.parameters, scaled=False, copy=True)
         self.shortened: Tensor | None = None
@@ -153,19 +169,25 @@ class _Move:
             alike = tangent.stride() == gradient.stride()
             handed.replace(p, tangent if alike else torch.empty_like(gradient).copy_(tangent))
 
+    def free(self) -> None:
+        """Let an additive base step from 0: a displacement that is short beside a weight then keeps all its digits."""
+        if self.additive:
+            torch._foreach_zero_(list[Tensor](self.parameters))
+
     def finish(self) -> None:
         """Let the method move the weights, from where they were and by what the base step did."""
         scale = self.layouts[0].scale
         with full_precision(self.before.device):
-            displacement = stack(self.layouts, self.parameters, scaled=False, copy=True).sub_(self.before)
+            displacement = stack(self.layouts, self.parameters, scaled=False, copy=True)
+            if not self.additive:
+                displacement.sub_(self.before)
             self._refuse_divergence(displacement)
             x = self.before
             if scale != 1:
                 x, displacement = x / scale, displacement.div_(scale)
             owner = self.parameters[0].ownership
             x, shortened = _moved(owner, x, displacement, self.lr)
-            if isinstance(owner.method, Penalty):  # which holds nothing: a pull that is too strong makes it longer
-                self._refuse_divergence(x)
+            self._refuse_divergence(x)  # where numbers end, or a penalty's pull is too strong
         self._write(unstack(self.layouts, x, scaled=True))
         self.shortened = shortened
 
@@ -220,7 +242,7 @@ def _moves_together(member: _Owned) -> Hashable:
     p, owner = member.parameter, member.parameter.ownership
     # A penalty may depend on what the kernel does (its stride) and on the number of steps taken.
     more = (owner.layout, owner.tally.steps) if isinstance(owner.method, Penalty) else owner.layout.matrix_shape[1:]
-    return id(owner.method), more, p.dtype, p.device, member.lr, member.tangent
+    return id(owner.method), more, p.dtype, p.device, member.lr, member.tangent, member.additive
 
 
 def _rebuild_optimizer(base: type[torch.optim.Optimizer]) -> torch.optim.Optimizer:

@@ -132,6 +132,9 @@ def _shifted(a: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _by_reflections(a: Tensor) -> Tensor:
+    if a.is_complex():  # LAPACK's reflections of a row that is nearly nothing are NaN: less than rounding gives it some
+        lengths = torch.linalg.vector_norm(a.detach(), dim=-1, keepdim=True)
+        a = a + torch.finfo(a.dtype).eps / 8 * lengths * fill_like(a)
     q, r = torch.linalg.qr(a.mH, mode="reduced")
     diagonal = r.diagonal(dim1=-2, dim2=-1).real  # LAPACK's is real, also of complex matrices
     sign = torch.where(diagonal < 0, -1.0, 1.0)  # zero counts as positive: the factor must not vanish

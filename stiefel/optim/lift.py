@@ -38,9 +38,7 @@ class Lift(_Base):
     """
 
     base: type[torch.optim.Optimizer]
-    stepping = (
-        False  # true inside the base step: a subclass of torch's classes carries the optimizer hooks a second time
-    )
+    stepping = False  # true inside the base step, which carries the hooks a second time in subclasses of torch's
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:

@@ -36,7 +36,7 @@ def spectral_radius(h: Float[Tensor, "*batch p p"], iterations: int = 40) -> Flo
 def _leading(h: Tensor, iterations: int) -> Tensor:
     lengths = torch.linalg.vector_norm(h.detach(), dim=-2, keepdim=True)
     v = torch.take_along_dim(h, lengths.argmax(dim=-1, keepdim=True), dim=-1)
-    v = _normalized(v) + _normalized(fill_like(v))
+    v = _normalized(v) + _normalized(fill_like(v)) / 2  # by halves, so that p = 1 leaves something
     for _ in range(iterations):
         v = h @ _normalized(v)
     return _normalized(v)

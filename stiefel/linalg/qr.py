@@ -10,7 +10,7 @@ from torch import Tensor
 from stiefel.linalg.fill import fill_like
 from stiefel.linalg.precision import in_double
 from stiefel.linalg.products import add_product, gram_matrix, gram_residual
-from stiefel.linalg.tracing import is_traced
+from stiefel.linalg.tracing import is_traced, readable
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -132,10 +132,11 @@ def _shifted(a: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _by_reflections(a: Tensor) -> Tensor:
-    if a.is_complex():  # LAPACK's reflections of a row that is nearly nothing are NaN: less than rounding gives it some
-        lengths = torch.linalg.vector_norm(a.detach(), dim=-1, keepdim=True)
-        a = a + torch.finfo(a.dtype).eps / 8 * lengths * fill_like(a)
     q, r = torch.linalg.qr(a.mH, mode="reduced")
+    if a.is_complex() and readable(q) and not q.isfinite().all():  # LAPACK's of a row that depends on others may be NaN
+        sizes = a.detach().abs().amax(-1, keepdim=True)
+        rounding = 2 * a.shape[-1] ** 0.5 * torch.finfo(a.dtype).eps * sizes * fill_like(a)
+        q, r = torch.linalg.qr((a + rounding).mH, mode="reduced")
     diagonal = r.diagonal(dim1=-2, dim2=-1).real  # LAPACK's is real, also of complex matrices
     sign = torch.where(diagonal < 0, -1.0, 1.0)  # zero counts as positive: the factor must not vanish
     return (q * sign.to(r.dtype).unsqueeze(-2)).mH

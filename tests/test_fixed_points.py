@@ -55,8 +55,8 @@ def limit(method: Constraint, index: int, decay: dict[str, Any], steps: int, sca
 def stays(method: Constraint, index: int, decay: dict[str, Any], steps: int, scale: float) -> None:
     cls, hyper = BASES[index]
     if cls is torch.optim.SGD and decay.get("weight_decay"):
-        # What shortens a proxy by a fifth in 500 steps; the rate of its weight goes up with the square, and ten times as
-        # much decay makes it unstable (docs/fixed_points.md).
+        # What shortens a proxy by a fifth in 500 steps; the rate of its weight goes up with the square, and ten
+        # times as much decay makes it unstable (docs/fixed_points.md).
         decay = {"weight_decay": 5e-3 * (1 - hyper.get("momentum", 0.0))}
     try:
         gap = departure(method, cls, {**hyper, **decay}, steps, scale=scale)

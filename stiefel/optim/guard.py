@@ -198,7 +198,8 @@ def _refuse_divergence(optimizer: torch.optim.Optimizer, members: list[tuple[Ten
     gradients = [
         (g.coalesce().values() if g.is_sparse else g, w.label) for p, w in members if (g := p.grad) is not None
     ]
-    entries = [(p.detach(), w.label) for p, w in members]  # which overflow, if the loss does not depend on them much
+    # Entries overflow, if the loss does not depend on them much; a lifted step looks at those that it writes.
+    entries = [(p.detach(), w.label) for p, w in members if not isinstance(p, SteppedParameter)]
     values = [value for value, _ in gradients + entries]
     sizes = torch._foreach_norm(values, 1)  # infinite or NaN where an entry is, or where entries are enormous
     if all(v.is_cuda for v in sizes):

@@ -213,3 +213,19 @@ def test_a_weight_that_overflows_while_its_gradient_is_finite_is_told(method: st
     parameter.grad = torch.ones_like(parameter)
     with pytest.raises(stiefel.DivergenceError, match=r"the value of weight 'weight' is NaN or infinite"):
         optimizer.step()
+
+
+@pytest.mark.parametrize("method", ["own", "retraction"])
+def test_fused_momentum_that_would_start_late_is_refused_by_name(method):
+    net = model(method)
+    optimizer = stiefel.optimizer(net, torch.optim.SGD, lr=0.1, momentum=0.9, fused=True)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    loss(net).backward()
+    parameters[-1].grad = None
+    optimizer.step()
+    optimizer.zero_grad()
+    loss(net).backward()
+    before = kept(net)
+    with pytest.raises(stiefel.OptimizerError, match="fused=True"):
+        optimizer.step()
+    assert same(net, before)

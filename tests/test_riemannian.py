@@ -513,3 +513,10 @@ def test_manifold_passes_geoopts_own_checks(name, metric):
     again = random_stiefel(*layout.matrix_shape, generator=torch.Generator().manual_seed(1))
     assert torch.allclose(layout.matrices(drawn), 2 * again, rtol=0, atol=1e-12)
     assert manifold.check_point_on_manifold(manifold.origin(dtype=torch.float64))
+
+
+def test_a_dampening_that_is_no_number_is_refused_at_once():
+    """geoopt would see it in the second step."""
+    model = stiefel.constrain(Bare(w=(1, 3, 7)), "riemannian", layers=["w"])
+    with pytest.raises(stiefel.OptimizerError, match="dampening"):
+        stiefel.optimizer(model, torch.optim.SGD, lr=0.1, momentum=0.9, dampening=(2.0, -1.0))

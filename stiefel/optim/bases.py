@@ -47,6 +47,22 @@ def refuse(cls: type[torch.optim.Optimizer]) -> None:
             raise OptimizerError(f"{cls.__name__} cannot serve a method that acts on the step: {why}; use SGD or Adam")
 
 
+def refuse_late_start(optimizer: torch.optim.Optimizer) -> None:
+    """Raise :class:`OptimizerError` where fused SGD would start a parameter's momentum after others have theirs.
+
+    torch 2.13 fails there with a TypeError that names neither.
+    """
+    for group in optimizer.param_groups:
+        if isinstance(optimizer, torch.optim.SGD) and group["fused"] and group["momentum"]:
+            buffers = [optimizer.state[p].get("momentum_buffer") for p in group["params"] if p.grad is not None]
+            if 0 < sum(b is None for b in buffers) < len(buffers):
+                raise OptimizerError(
+                    "SGD with fused=True cannot start the momentum of a parameter whose first gradient comes after "
+                    "others' (torch's kernel takes all or none); leave fused out, or give every parameter a gradient "
+                    "at the first step"
+                )
+
+
 def keeps_nothing(cls: type[torch.optim.Optimizer], group: dict[str, Any]) -> bool:
     """Whether the optimizer's displacement is −lr times the gradient it gets, whatever came before."""
     return cls is torch.optim.SGD and not group["momentum"] and not group["weight_decay"]

@@ -19,7 +19,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 from stiefel.constraint import Decay
 from stiefel.errors import DivergenceError, OptimizerError
-from stiefel.optim.bases import decays
+from stiefel.optim.bases import decays, refuse_late_start
 from stiefel.optim.decay import unwelcome
 from stiefel.optim.divergence import tell, tell_later
 from stiefel.optim.lift import Lift, quoted, skipped
@@ -139,6 +139,7 @@ def _check(optimizer: torch.optim.Optimizer) -> None:
     stepped = [(p, watched) for p, watched in known if p.grad is not None]
     _refuse_plain_step(optimizer, stepped)
     _refuse_decay(optimizer)
+    refuse_late_start(optimizer)
     for p, watched in stepped:
         if watched is not None and p.grad.is_conj() and not isinstance(optimizer, Lift):
             p.grad = p.grad.resolve_conj()  # of weights that were stacked: torch's optimizers refuse such views

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from stiefel._geoopt import geoopt
+from stiefel.constraint import is_number
 from stiefel.errors import OptimizerError
 from stiefel.geometry import project_tangent
 from stiefel.linalg import EXACT_DTYPES, full_precision
@@ -47,6 +48,9 @@ class _Batched:
                     f"{type(self).__name__} does not support {option}=True: geoopt's optimizers would ignore it; "
                     "leave it out, or use a reparameterization with torch's optimizer"
                 )
+        dampening = options.get("dampening", 0)
+        if not is_number(dampening):  # which geoopt looks at in the second step only
+            raise OptimizerError(f"{type(self).__name__} refuses dampening={dampening!r}: expected a number")
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         self._refuse(param_group)

@@ -39,6 +39,7 @@ class Projection(StepMethod):
     summary = "nearest orthonormal matrix after each step (or a QR retraction)"
     reference = "Absil & Malick, 2012"
     claim = Claim()
+    projects = True
     tuning: ClassVar = {"map": tuple(MAPS)}
 
     def __post_init__(self) -> None:

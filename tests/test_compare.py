@@ -598,7 +598,7 @@ def test_an_interrupted_comparison_goes_on_where_it_stopped(toy):
             break
         time.sleep(0.1)
     process.send_signal(signal.SIGINT)
-    _, error = process.communicate(timeout=60)
+    _, error = process.communicate(timeout=120)
     assert process.returncode == 130
     assert b"stopped" in error
     assert [r.spec.fields["fault"] for r in read_all([runs])[0]] == ["none"]  # the interrupted run has not failed

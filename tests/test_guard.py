@@ -229,3 +229,14 @@ def test_fused_momentum_that_would_start_late_is_refused_by_name(method):
     with pytest.raises(stiefel.OptimizerError, match="fused=True"):
         optimizer.step()
     assert same(net, before)
+
+
+@pytest.mark.parametrize("method", MOVED)
+def test_a_step_without_a_gradient_of_any_constrained_weight_moves_the_others(method):
+    net = nn.Sequential(stiefel.constrain(nn.Linear(6, 5, bias=False), method), nn.Linear(5, 4))
+    optimizer = stiefel.optimizer(net, torch.optim.SGD, lr=0.1)
+    before, free = net[0].weight.detach().clone(), net[1].weight.detach().clone()
+    net[1].weight.sum().backward()
+    optimizer.step()
+    assert torch.equal(net[0].weight, before)
+    assert not torch.equal(net[1].weight, free)

@@ -202,6 +202,8 @@ def _refuse_divergence(optimizer: torch.optim.Optimizer, members: list[tuple[Ten
     # Entries overflow, if the loss does not depend on them much; a lifted step looks at those that it writes.
     entries = [(p.detach(), w.label) for p, w in members if not isinstance(p, SteppedParameter)]
     values = [value for value, _ in gradients + entries]
+    if not values:
+        return
     on_device = all(v.is_cuda for v in values)
     # Infinite or NaN where an entry is, or where entries are enormous: of order 2 from 1e19 on, at a quarter of the
     # time on a CPU, which then looks again.

@@ -283,8 +283,7 @@ class StepMethod(Constraint):
     tangent: ClassVar[bool] = True
     """Whether the base optimizer gets ``P_X(G)``; False for a baseline that was published with the gradient itself."""
     projects: ClassVar[bool] = False
-    """Whether −lr·G may come instead of −lr·P_X(G): :meth:`step` is a function of ``P_X(U)``, or to first order, and
-    stays where U is normal."""
+    """Whether :meth:`step` is a function of ``P_X(U)``: −lr·G may then come instead of −lr·P_X(G)."""
 
     @property
     def lifts(self) -> bool:

@@ -13,7 +13,6 @@ import stiefel
 from stiefel.constraint import StepMethod
 from stiefel.geometry import project_tangent, random_stiefel, tangent_gradient_
 from stiefel.linalg import gram_residual
-from stiefel.methods.projection import Projection
 
 STEPPED = [m for name in stiefel.available() for m in conformance.variants(name) if m.lifts]
 TANGENT = [m for m in STEPPED if isinstance(m, StepMethod)]
@@ -77,23 +76,18 @@ def test_the_base_gets_the_tangent_part(method: stiefel.Constraint, scale: float
 
 @pytest.mark.parametrize("method", [m for m in TANGENT if m.projects], ids=str)
 def test_what_projects_its_step_needs_no_tangent_gradient_where_nothing_is_kept_of_it(method: StepMethod) -> None:
-    """Such a step is a function of the tangent part, or to first order: plain SGD may give it the gradient."""
+    """Such a step is a function of the tangent part: SGD without momentum may be given the gradient itself."""
     generator = torch.Generator().manual_seed(0)
     for p, n in ((3, 8), (4, 4), (1, 5)):
         x = random_stiefel(2, p, n, generator=generator)
         u = 0.01 * torch.randn(2, p, n, generator=generator, dtype=torch.float64)
         s = 0.01 * torch.randn(2, p, p, generator=generator, dtype=torch.float64)
-        moved, normal = [], (s + s.mT) @ x
-        for displacement in (u, u + normal):
+        moved = []
+        for displacement in (u, u + (s + s.mT) @ x):
             torch.manual_seed(0)
             result = method.step(x, displacement, 0.1)
             moved.append(result[0] if isinstance(result, tuple) else result)
-        second = 2 * float(torch.linalg.norm(u) * torch.linalg.norm(normal))
-        atol = second if isinstance(method, Projection) and method.map == "polar" else 1e-9
-        torch.testing.assert_close(moved[0], moved[1], rtol=0, atol=atol)
-        torch.manual_seed(0)
-        stays = method.step(x, normal, 0.1)
-        torch.testing.assert_close(stays[0] if isinstance(stays, tuple) else stays, x, rtol=0, atol=1e-9)
+        torch.testing.assert_close(moved[0], moved[1], rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize(
@@ -260,10 +254,10 @@ def test_a_baseline_may_ask_for_the_gradient_itself() -> None:
     assert all(torch.equal(a, b) for a, b in zip(Seen.gradients[0], gradients, strict=True))
 
 
-@pytest.mark.parametrize("plain", [False, True], ids=["after torch's class was used", "at first"])
-def test_hooks_run_once_around_the_whole_step(plain: bool) -> None:
+@pytest.mark.parametrize("used", [False, True], ids=["at first", "after torch's class was used"])
+def test_hooks_run_once_around_the_whole_step(used: bool) -> None:
     """torch wraps the step of a class when its first optimizer is made: the base's must not call them half way."""
-    if plain:
+    if used:
         torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1)
     net = layers(stiefel.get("pogo"))
     optimizer = stiefel.optimizer(net, torch.optim.SGD, lr=0.3, momentum=0.9)
@@ -297,14 +291,16 @@ def test_a_short_displacement_keeps_its_direction(method: StepMethod, size: floa
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("hyper", [{}, {"momentum": 0.9}], ids=["plain", "momentum"])
+@pytest.mark.parametrize("size", [-0.1, 1e3])
 @pytest.mark.parametrize("method", TANGENT, ids=str)
-def test_a_weak_gradient_at_a_solution_moves_nothing(
-    method: StepMethod, hyper: dict[str, float], dtype: torch.dtype
+def test_a_normal_gradient_moves_nothing(
+    method: StepMethod, size: float, hyper: dict[str, float], dtype: torch.dtype
 ) -> None:
+    """G = SX, with S weak beside a weight's rounding, or so strong that the rate would carry rows to the other side."""
     net = stiefel.constrain(nn.Linear(6, 6, bias=False).to(dtype), method)
     optimizer = stiefel.optimizer(net, torch.optim.SGD, lr=0.01, **hyper)
     x = net.weight.detach().clone()
-    best = torch.linspace(0.05, 0.15, 6, dtype=dtype)[:, None] * x
-    (-(best * net.weight).sum()).backward()
+    s = size * torch.linspace(0.5, 1.5, 6, dtype=dtype)
+    (s[:, None] * x * net.weight).sum().backward()
     optimizer.step()
     assert (net.weight - x).abs().max() <= 8 * torch.finfo(dtype).eps

@@ -39,12 +39,16 @@ class Projection(StepMethod):
     summary = "nearest orthonormal matrix after each step (or a QR retraction)"
     reference = "Absil & Malick, 2012"
     claim = Claim()
-    projects = True
     tuning: ClassVar = {"map": tuple(MAPS)}
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.require_one_of("map", MAPS)
+
+    @property
+    def projects(self) -> bool:  # type: ignore[override]
+        """The QR retraction is of P_X(U); polar(X − lr·G) turns rows round where G = SX and lr·S is above I."""
+        return self.map == "qr"
 
     @property
     def coefficients(self) -> tuple[float, float]:

@@ -535,6 +535,11 @@ def variants(name: str) -> list[Constraint]:
     return [*found, replace(found[0], decoupled=True)] if isinstance(found[0], Penalty) else found
 
 
+def claimed() -> list[Constraint]:
+    """The forms of all methods that claim to hold a weight on its set."""
+    return [m for name in stiefel.available() for m in variants(name) if m.claim is not None]
+
+
 def run(method: Constraint, check: str, dtype: torch.dtype, device: torch.device = CPU) -> None:
     """One check."""
     CHECKS[check](method, dtype, device)

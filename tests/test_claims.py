@@ -22,7 +22,7 @@ from stiefel.constraint import Claim, Constraint, Reparameterization
 from stiefel.layout import Layout
 from stiefel.linalg import EXACT_DTYPES, newton_schulz
 
-CLAIMED = [m for name in stiefel.available() for m in conformance.variants(name) if m.claim is not None]
+CLAIMED = conformance.claimed()
 OPTIMIZERS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, float]]] = {
     "SGD": (torch.optim.SGD, {}),
     "momentum": (torch.optim.SGD, {"momentum": 0.9}),

@@ -13,6 +13,7 @@ import sys
 import time
 import types
 import urllib.error
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -591,14 +592,20 @@ def test_retry_replaces_what_failed(toy, capsys):
 def test_an_interrupted_comparison_goes_on_where_it_stopped(toy):
     command = [sys.executable, "-m", "stiefel", "compare", str(toy), "--methods", "own", "--fault", "none", "hang"]
     command += ["--lr", "0.1", "--scale", "1", "--seeds", "1", "--jobs", "2", "--no-cost"]
-    process = subprocess.Popen(command, cwd=toy.parent, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process = subprocess.Popen(
+        command,
+        cwd=toy.parent,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),  # shells' background jobs ignore Ctrl-C
+    )
     runs = toy.parent / "runs"
     for _ in range(600):  # until one run has ended and the other hangs
         if list(runs.glob("*/run.json")):
             break
         time.sleep(0.1)
     process.send_signal(signal.SIGINT)
-    _, error = process.communicate(timeout=120)
-    assert process.returncode == 130
+    _, error = process.communicate(timeout=60)
+    assert process.returncode == 130, error.decode()
     assert b"stopped" in error
     assert [r.spec.fields["fault"] for r in read_all([runs])[0]] == ["none"]  # the interrupted run has not failed

@@ -17,20 +17,36 @@ DEVICES = [
 ]
 METHODS = [method for name in stiefel.available() for method in conformance.variants(name)]
 OF_STATE = ("copy", "groups", "late_gradient", "momentum", "release", "resume", "seed")
-"""Checks of what is kept and by whom, which is the same in every precision."""
+"""Checks of what is kept and by whom: usually in single precision alone, where a claim is hardest too."""
+SINGLE, DOUBLE = (torch.float32, torch.complex64), (torch.float64, torch.complex128)
 IN_DOUBLE = ("law", "gradient")  # differences of functions, which single precision could not tell from rounding
+
+
+def dtypes(check: str, method: stiefel.Constraint) -> list[torch.dtype]:
+    """Those in which a check means something for a method."""
+    if check == "fixed_points":  # which makes a model of its own
+        return [torch.float64]
+    return [d for d in method.dtypes if check not in IN_DOUBLE or d in DOUBLE]
+
+
+def is_quick(check: str, dtype: torch.dtype) -> bool:
+    return dtype in SINGLE or not (check == "claim" or check in OF_STATE)
 
 
 @pytest.mark.parametrize("device", DEVICES, ids=str)
 @pytest.mark.parametrize("method", METHODS, ids=str)
 @pytest.mark.parametrize("check", conformance.CHECKS)
 def test_conforms(check: str, method: stiefel.Constraint, device: torch.device) -> None:
-    dtypes = list(method.dtypes)
-    if check in IN_DOUBLE:
-        dtypes = [d for d in dtypes if d in (torch.float64, torch.complex128)]
-    elif check == "fixed_points":  # which makes a model of its own, in double
-        dtypes = [torch.float64]
-    elif check == "claim" or check in OF_STATE:  # in single precision, where a claim is hardest
-        dtypes = [d for d in dtypes if d in (torch.float32, torch.complex64)]
-    for dtype in dtypes:
-        conformance.run(method, check, dtype, device)
+    for dtype in dtypes(check, method):
+        if is_quick(check, dtype):
+            conformance.run(method, check, dtype, device)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("device", DEVICES, ids=str)
+@pytest.mark.parametrize("method", METHODS, ids=str)
+@pytest.mark.parametrize("check", ["claim", *OF_STATE])
+def test_conforms_in_the_other_precisions(check: str, method: stiefel.Constraint, device: torch.device) -> None:
+    for dtype in dtypes(check, method):
+        if not is_quick(check, dtype):
+            conformance.run(method, check, dtype, device)

@@ -20,23 +20,20 @@ REFUSED = {
 }
 """Classes that cannot serve a method that acts on the step, and why."""
 
-LINEAR_DECAY: tuple[type[torch.optim.Optimizer], ...] = tuple(
-    getattr(torch.optim, name)
-    for name in ("SGD", "AdamW", "Adafactor", "Muon")  # the last is not in every torch
-    if hasattr(torch.optim, name)
-)
+
+def _of_torch(*names: str) -> tuple[type[torch.optim.Optimizer], ...]:
+    """Those that this version of torch has: Muon is not in every one."""
+    return tuple(getattr(torch.optim, name) for name in names if hasattr(torch.optim, name))
+
+
+LINEAR_DECAY = _of_torch("SGD", "AdamW", "Adafactor", "Muon")
 """Classes whose decay multiplies a parameter of zero gradient by a number, or a sum of such steps (SGD's momentum).
 
 ASGD's does too, and is not among them: the shorter a proxy, the higher the rate of its weight, until that is unstable.
 SGD's decay is how the papers set that rate.
 """
 
-
-ADDITIVE: tuple[type[torch.optim.Optimizer], ...] = tuple(
-    getattr(torch.optim, name)
-    for name in ["SGD", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop", "Adagrad", "Adadelta", "Muon"]
-    if hasattr(torch.optim, name)
-)
+ADDITIVE = _of_torch("SGD", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop", "Adagrad", "Adadelta", "Muon")
 """Classes whose step, but for decay, is added to a parameter whatever the parameter is; a subclass may differ."""
 
 
@@ -52,8 +49,10 @@ def refuse_late_start(optimizer: torch.optim.Optimizer) -> None:
 
     torch 2.13 fails there with a TypeError that names neither.
     """
+    if not isinstance(optimizer, torch.optim.SGD):
+        return
     for group in optimizer.param_groups:
-        if isinstance(optimizer, torch.optim.SGD) and group["fused"] and group["momentum"]:
+        if group["fused"] and group["momentum"]:
             buffers = [optimizer.state[p].get("momentum_buffer") for p in group["params"] if p.grad is not None]
             if 0 < sum(b is None for b in buffers) < len(buffers):
                 raise OptimizerError(

@@ -40,12 +40,12 @@ def keep_decay_off(optimizer: torch.optim.Optimizer, kind: Mapping[Tensor, Decay
         off = [p in kind and bool(unwelcome(optimizer, group, kind[p])) for p in group["params"]]
         if not any(off):
             continue
-        # A rate that is a tensor is the group's own: a loop that changes each group's in place would change it twice.
-        without = {key: value.clone() if isinstance(value, Tensor) else value for key, value in group.items()}
-        without |= dict.fromkeys(decays(group), 0)
+        none = dict.fromkeys(decays(group), 0)
         if all(off):
-            group.update(without)
+            group.update(none)
             continue
+        # A rate that is a tensor is each group's own: a loop that changes each in place would change one of both twice.
+        without = {key: value.clone() if isinstance(value, Tensor) else value for key, value in group.items()} | none
         for key in ("params", *([NAMES] if NAMES in group else [])):
             without[key] = [value for value, apart in zip(group[key], off, strict=True) if apart]
             group[key] = [value for value, apart in zip(group[key], off, strict=True) if not apart]

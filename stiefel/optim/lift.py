@@ -179,13 +179,13 @@ class _Move:
             displacement = stack(self.layouts, self.parameters, scaled=False, copy=True)
             if not self.additive:
                 displacement.sub_(self.before)
-            self._refuse_divergence(displacement)
-            x = self.before
+            displacement = self._finite(displacement, 0)
+            before = self.before
             if scale != 1:
-                x, displacement = x / scale, displacement.div_(scale)
+                before, displacement = before / scale, displacement.div_(scale)
             owner = self.parameters[0].ownership
-            x, shortened = _moved(owner, x, displacement, self.lr)
-            self._refuse_divergence(x)  # where numbers end, or a penalty's pull is too strong
+            x, shortened = _moved(owner, before, displacement, self.lr)
+            x = self._finite(x, before)  # where numbers end, or a penalty's pull is too strong
         self._write(unstack(self.layouts, x, scaled=True))
         self.shortened = shortened
 
@@ -210,15 +210,17 @@ class _Move:
     def _write(self, weights: list[Tensor]) -> None:
         torch._foreach_copy_(list[Tensor](self.parameters), weights)
 
-    def _refuse_divergence(self, displacement: Tensor) -> None:
-        finite = torch.isfinite(displacement.sum())  # a NaN or an infinity anywhere shows in the sum
-        if displacement.is_cuda and torch.cuda.is_current_stream_capturing():
-            return
-        if displacement.is_cuda:
-            displacement.masked_fill_(~finite, 0)
+    def _finite(self, value: Tensor, otherwise: Tensor | float) -> Tensor:
+        """A displacement or a result; where numbers end, an error now, or later on a GPU, where no host need wait."""
+        finite = torch.isfinite(value.sum())  # a NaN or an infinity anywhere shows in the sum
+        if value.is_cuda:
+            if torch.cuda.is_current_stream_capturing():
+                return value
             tell_later(finite, self._divergence)
-        elif not finite and not displacement.isfinite().all():
+            return torch.where(finite, value, otherwise)
+        if not finite and not value.isfinite().all():
             raise DivergenceError(self._divergence())
+        return value
 
     def _divergence(self) -> str:
         return (

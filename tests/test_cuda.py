@@ -118,6 +118,26 @@ def test_divergence_is_told_at_the_latest_a_few_steps_later() -> None:
         steps()
 
 
+@pytest.mark.parametrize("where", ["displacement", "result"])
+def test_what_is_not_finite_leaves_a_weight_where_it_was(where: str) -> None:
+    """The host is told later; until then training goes on from there, not from zero."""
+    model = stiefel.constrain(nn.Linear(12, 8, bias=False).to("cuda"), "soft", decoupled=True, strength=1e30)
+    with torch.no_grad():
+        model.weight.mul_(1e5)
+    before = model.weight.detach().clone()
+    optimizer = stiefel.optimizer(model, SGD, lr=1e30 if where == "displacement" else 1.0)
+    model.weight.sum().mul(1e30 if where == "displacement" else 1e-3).backward()
+
+    def step() -> None:
+        optimizer.step()
+        torch.cuda.synchronize()
+
+    step()
+    assert torch.equal(model.weight, before)
+    with pytest.raises(stiefel.DivergenceError):
+        step()
+
+
 # --- the laws of the catalogue, at the sizes that layers have and at the solution ---
 
 CLAIMED = test_claims.CLAIMED

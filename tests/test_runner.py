@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import signal
 import subprocess
 import sys
 import threading
@@ -87,6 +88,25 @@ def test_a_comparison_with_faults_ends_with_a_report_and_says_so(problem, capsys
     assert statuses == {"none": "done", "raise": "error", "segfault": "crashed", "nan": "diverged"}
     assert "broken on purpose" in capsys.readouterr().out
     assert (problem.parent / "runs" / "report.html").is_file()
+
+
+@pytest.mark.parametrize("last", [False, True], ids=["while others run", "as the last one ends"])
+def test_ctrl_c_waits_for_what_is_being_told_of(problem, last):
+    told = []
+
+    def interrupted(record):
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.1)  # where an exception would come
+        told.append(record.spec.fields["fault"])
+
+    jobs = [job(problem, fault) for fault in (["none"] if last else ["none", "hang"])]
+    before, start = signal.getsignal(signal.SIGINT), time.monotonic()
+    with ThreadPoolExecutor(2) as pool, pytest.raises(KeyboardInterrupt):
+        runner.run_all(jobs, pool, interrupted)
+    assert told == ["none"]
+    assert signal.getsignal(signal.SIGINT) is before
+    assert time.monotonic() - start < 45, "the run that hangs was ended"
+    assert [r.spec.fields["fault"] for r in read_all([problem.parent / "runs"])[0]] == ["none"]
 
 
 # --- claims ---

@@ -5,6 +5,7 @@ A crash, a hang or an exhausted memory costs that run alone. Any number of drive
 
 from __future__ import annotations
 
+import contextlib
 import os
 import queue
 import re
@@ -12,11 +13,12 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Executor, Future, ThreadPoolExecutor, as_completed
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from stiefel.compare.child import TAIL
 from stiefel.compare.claim import Claim
@@ -26,9 +28,7 @@ from stiefel.compare.records import BROKEN, NO_STORAGE, Record, RunFolder, read,
 from stiefel.errors import RecordError, StorageError
 
 _POLL = 0.2  # seconds between looks at a run that another driver has
-_LATE = (
-    60.0  # seconds after which a process that has not ended itself at its timeout, counted from its imports, is ended
-)
+_LATE = 60.0  # seconds from its timeout, counted from its imports, to the end of a process that has not ended itself
 
 
 class Stop:
@@ -173,23 +173,59 @@ def run_all(
     def submit(task: tuple[Job, float | None]) -> Future[Record | None]:
         return executor.submit(here if local else execute, *task)
 
+    ended: _Ended = queue.SimpleQueue()
     try:
-        while missing:
-            futures = {submit(task): task for task in missing}
-            missing = []
-            for future in as_completed(futures):
-                record = future.result()
-                if record is None:
-                    missing.append(futures[future])  # another driver has it: look again when the rest is done
-                else:
-                    records[record.spec.hash] = record
-                    on_done(record)
-            if missing:
-                time.sleep(_POLL)
+        with _interrupts(partial(ended.put, None)):
+            while missing:
+                futures = {submit(task): task for task in missing}
+                missing = []
+                for future in futures:
+                    future.add_done_callback(ended.put)
+                for _ in futures:
+                    future = _next(ended)
+                    record = future.result()
+                    if record is None:
+                        missing.append(futures[future])  # another driver has it: look again when the rest is done
+                    else:
+                        records[record.spec.hash] = record
+                        on_done(record)
+                if missing:
+                    time.sleep(_POLL)
+        if not ended.empty():  # a Ctrl-C as the last one ended
+            raise KeyboardInterrupt
     except BaseException:
         _give_up(stop, executor)
         raise
     return [records[job.spec.hash] for job in jobs]
+
+
+_Ended: TypeAlias = "queue.SimpleQueue[Future[Record | None] | None]"
+"""Futures that have ended, and None for a Ctrl-C.
+
+Python raises a KeyboardInterrupt wherever the main thread is: while it takes a lock, of which an error of another kind
+may come, or while it tells of a record.
+"""
+
+
+def _next(ended: _Ended) -> Future[Record | None]:
+    future = ended.get()
+    if future is None:
+        raise KeyboardInterrupt
+    return future
+
+
+@contextlib.contextmanager
+def _interrupts(call: Callable[[], object]) -> Iterator[None]:
+    """Ctrl-C calls a function instead of raising; not where someone else handles it, or it is ignored."""
+    main = threading.current_thread() is threading.main_thread()
+    if not main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
+    signal.signal(signal.SIGINT, lambda *_: call())
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _give_up(stop: Stop, executor: Executor) -> None:

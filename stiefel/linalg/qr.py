@@ -9,7 +9,7 @@ from torch import Tensor
 
 from stiefel.linalg.fill import fill_like
 from stiefel.linalg.precision import in_double
-from stiefel.linalg.products import add_product, gram_matrix, gram_residual
+from stiefel.linalg.products import add_product, gram_matrix
 from stiefel.linalg.tracing import is_traced, readable
 
 if TYPE_CHECKING:
@@ -53,14 +53,15 @@ def qf(a: Float[Tensor, "*batch p n"]) -> Float[Tensor, "*batch p n"]:
 def _near(a: Tensor) -> Tensor:
     """A series where A is almost orthonormal, Cholesky passes for thin A, as long as they hold, LAPACK otherwise."""
     p, n = a.shape[-2:]
+    gram = gram_matrix(a)
     if a.numel() and not (torch.is_grad_enabled() and a.requires_grad):  # a series' second derivative is another's
-        e = gram_residual(a)
+        e = gram - torch.eye(p, dtype=a.dtype, device=a.device)
         size, rounding = float(torch.linalg.vector_norm(e, dim=(-2, -1)).max()), torch.finfo(a.dtype).eps / 8
         if size <= rounding ** (1 / 3):  # powers of a large size overflow
             return add_product(a, _series(e, size <= rounding**0.5), a)
     if 2 * p > n:  # LAPACK is quicker
         return _by_reflections(a)
-    factor, failed = torch.linalg.cholesky_ex(gram_matrix(a))
+    factor, failed = torch.linalg.cholesky_ex(gram)
     if failed.any():
         return _by_reflections(a)
     inverse = _inverse(factor)

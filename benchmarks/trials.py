@@ -12,11 +12,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from stiefel.geometry import random_stiefel
 from stiefel.linalg import polar
 from stiefel.linalg.inverse_root import inverse_root
 from stiefel.linalg.lyapunov import lyapunov_by_products
 from stiefel.linalg.qr import _by_reflections, qf
+from stiefel.manifold.geometry import random_stiefel
 from stiefel.measure.cost import interleaved
 from stiefel.methods.pogo import POGO
 

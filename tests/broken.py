@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from stiefel.constraint import Claim, Constraint, Penalty, Reparameterization, StepMethod
-from stiefel.geometry import canonical_gradient, project_tangent
 from stiefel.layout import Layout
 from stiefel.linalg import gram_residual, householder_rows, householder_vectors, nearest_orthonormal, polar, qf
+from stiefel.manifold.geometry import canonical_gradient, project_tangent
 
 BROKEN: dict[type[Constraint], tuple[str, ...]] = {}
 """Each broken method, and the checks that reject it."""

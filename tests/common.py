@@ -126,7 +126,7 @@ def registered(cls: type[stiefel.Constraint]) -> Iterator[str]:
     try:
         yield cls.name
     finally:
-        del stiefel.methods._CATALOGUE[cls.name]
+        del stiefel.constraint.catalogue._CATALOGUE[cls.name]
 
 
 class PeakMemory(TorchDispatchMode):

@@ -25,8 +25,8 @@ import stiefel
 from stiefel.attach.binding import constrained_weights
 from stiefel.constraint import ROUNDING, Constraint, ManifoldMethod, Penalty, Reparameterization
 from stiefel.errors import LayoutError
-from stiefel.geometry import random_stiefel
 from stiefel.layout import Layout
+from stiefel.manifold.geometry import random_stiefel
 
 CPU = torch.device("cpu")
 

@@ -11,7 +11,7 @@ import stiefel
 @pytest.fixture(autouse=True)
 def _catalogue() -> Iterator[None]:
     """Take methods out of the catalogue again that a test has registered, as by loading a problem that brings some."""
-    catalogue = stiefel.methods._CATALOGUE
+    catalogue = stiefel.constraint.catalogue._CATALOGUE
     before = dict(catalogue)
     yield
     for name in catalogue.keys() - before.keys():

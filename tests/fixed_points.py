@@ -45,7 +45,7 @@ def pca(b: int, p: int, n: int, *, repeated: bool, dtype: torch.dtype, seed: int
 
 def procrustes(b: int, p: int, n: int, *, dtype: torch.dtype, seed: int) -> tuple[Callable, Tensor]:
     """``Re⟨X, T⟩`` with a noisy T, largest at its polar factor."""
-    t = stiefel.geometry.random_stiefel(b, p, n, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+    t = stiefel.manifold.geometry.random_stiefel(b, p, n, generator=torch.Generator().manual_seed(seed), dtype=dtype)
     t = t + 0.3 * _random(b, p, n, seed=seed + 1, dtype=dtype) / n**0.5
     u, _, vh = torch.linalg.svd(t, full_matrices=False)
     return lambda x: (x * t.to(x.device).conj()).real.sum((-2, -1)), u @ vh

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 import stiefel
 import stiefel.methods
 from stiefel.attach.binding import bindings_of, constrained_weights
-from stiefel.geometry import project_tangent
 from stiefel.layout import Layout
+from stiefel.manifold.geometry import project_tangent
 
 METHODS = stiefel.available()
 FEASIBLE = [m for m in METHODS if stiefel.get(m).feasible]

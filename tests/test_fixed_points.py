@@ -16,7 +16,7 @@ from fixed_points import Solved, bases, decays, departure, ica, optimizer, pca, 
 
 import stiefel
 from stiefel.constraint import Constraint, ManifoldMethod
-from stiefel.geometry import project_tangent
+from stiefel.manifold.geometry import project_tangent
 
 STEPS = 20
 NOISE, SENSITIVE = 10.0, 100.0

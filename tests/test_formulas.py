@@ -20,9 +20,9 @@ from torch.autograd import gradcheck, gradgradcheck
 
 import stiefel
 from stiefel.constraint import Reparameterization, StepMethod
-from stiefel.geometry import project_tangent
 from stiefel.layout import Layout
 from stiefel.linalg import msign, nearest_orthonormal, spectral_radius
+from stiefel.manifold.geometry import project_tangent
 from stiefel.methods import method_class
 from stiefel.methods.riemannian import METRICS, RETRACTIONS
 

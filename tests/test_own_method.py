@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from stiefel.constraint import Claim, StepMethod
-from stiefel.geometry import project_tangent
+from stiefel.manifold.geometry import project_tangent
 from stiefel.linalg import qf
 from stiefel.methods import register
 
@@ -62,7 +62,7 @@ def own_method(tmp_path: Path) -> Iterator[Path]:
     sys.modules["my_method"] = module
     spec.loader.exec_module(module)
     yield path
-    del sys.modules["my_method"], stiefel.methods._CATALOGUE["my_tangent"]
+    del sys.modules["my_method"], stiefel.constraint.catalogue._CATALOGUE["my_tangent"]
 
 
 def test_it_is_in_the_catalogue_and_in_the_table(own_method: Path) -> None:

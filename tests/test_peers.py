@@ -20,11 +20,11 @@ from torch import nn
 from torch.nn.utils.parametrizations import orthogonal
 
 import stiefel
-from stiefel import geometry
 from stiefel.attach.binding import constrained_weights
-from stiefel.geometry import project_tangent
 from stiefel.layout import Layout
 from stiefel.linalg import householder_rows, householder_vectors, nearest_orthonormal, polar, skew
+from stiefel.manifold import geometry
+from stiefel.manifold.geometry import project_tangent
 
 WIDTHS = [(2, 9), (3, 7), (3, 6), (4, 5), (4, 4), (1, 6), (1, 2)]
 """4p < n, 2p < n, 2p = n, near-square, square, one row: every branch of the low-rank maps, and its borders."""

@@ -11,9 +11,9 @@ from common import LAYERS
 from torch import nn
 
 import stiefel
-from stiefel._geoopt import geoopt
-from stiefel.geometry import canonical_gradient, canonical_inner, project_tangent, random_stiefel
+from stiefel.compat.geoopt import geoopt
 from stiefel.linalg import gram_residual, qf, sym
+from stiefel.manifold.geometry import canonical_gradient, canonical_inner, project_tangent, random_stiefel
 
 METRICS = ["euclidean", "canonical"]
 RETRACTIONS = ["qr", "polar", "cayley", "exp"]

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 import stiefel
 from stiefel.constraint import StepMethod
-from stiefel.geometry import project_tangent, random_stiefel, tangent_gradient_
 from stiefel.linalg import gram_residual
+from stiefel.manifold.geometry import project_tangent, random_stiefel, tangent_gradient_
 
 STEPPED = [m for name in stiefel.available() for m in conformance.variants(name) if m.lifts]
 TANGENT = [m for m in STEPPED if isinstance(m, StepMethod)]

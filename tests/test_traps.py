@@ -26,7 +26,7 @@ from torch.nn.utils.parametrizations import orthogonal
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 import stiefel
-from stiefel._geoopt import geoopt
+from stiefel.compat.geoopt import geoopt
 from stiefel.layout import Layout
 
 EPS = torch.finfo(torch.float64).eps

@@ -15,10 +15,10 @@ import stiefel
 from costs.cases import TURN, Candidate, Case, Layers, Work
 from stiefel.attach import constrained_weights
 from stiefel.constraint import Reparameterization
+from stiefel.constraint.trivialization import Trivialization
 from stiefel.layout import Layout
 from stiefel.linalg import full_precision
 from stiefel.linalg.polar import SOLVERS, polar
-from stiefel.trivialization import Trivialization
 
 REFERENCE = "SVD loop"
 PRODUCT = "product"

@@ -85,7 +85,7 @@ def _work(model: nn.Module, parameters: list[nn.Parameter], gradients: list[Tens
 
 def geoopt_loop(case: Case, canonical: bool) -> Work:
     """geoopt's own optimizer on its own manifold, whose matrices have orthonormal columns."""
-    from stiefel._geoopt import geoopt
+    from stiefel.compat.geoopt import geoopt
 
     manifold = geoopt.Stiefel(canonical=canonical)
     parameters = [geoopt.ManifoldParameter(x.mT.contiguous(), manifold=manifold) for x in case.points()]

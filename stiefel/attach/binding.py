@@ -12,6 +12,7 @@ from torch.nn.utils import parametrize
 
 from stiefel.attach.deposits import deposited
 from stiefel.attach.snapshot import Snapshot, can_be_watched
+from stiefel.compat.torch_private import Convertible, parameters_of, submodules_of, version
 from stiefel.constraint import Constraint, Reparameterization
 from stiefel.errors import DivergenceError, StiefelError, WeightError
 from stiefel.layout import Layout
@@ -53,14 +54,14 @@ class Kept:
     """A weight computed where nothing needed its graph, and what it was computed from."""
 
     def __init__(self, snapshot: Snapshot, weight: Tensor) -> None:
-        self.snapshot, self.weight, self.version = snapshot, weight, weight._version
+        self.snapshot, self.weight, self.version = snapshot, weight, version(weight)
 
     def holds_for(self, tensors: Sequence[Tensor]) -> bool:
         """Whether the weight is still a function of these tensors, and was not edited itself."""
-        return self.weight._version == self.version and self.snapshot.holds_for(tensors)
+        return version(self.weight) == self.version and self.snapshot.holds_for(tensors)
 
 
-class Reparametrized(nn.Module):
+class Reparametrized(Convertible):
     """torch's parametrization of a weight by a method: ``weight = gain · s · method(proxy / s)``.
 
     The proxy starts at s times the method's own start, so that one small step moves the weight as far at every scale.
@@ -134,9 +135,9 @@ class Reparametrized(nn.Module):
         self.kept = None
         return super().train(mode)
 
-    def _apply(self, *args: Any, **kwargs: Any) -> Self:
+    def before_conversion(self) -> None:
+        """As for :meth:`train`."""
         self.kept = None
-        return super()._apply(*args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in self.__dict__.items() if name != "kept"}
@@ -312,12 +313,12 @@ def first_parametrization(
         tensor: the weight's name.
         only: none where there is a second one.
     """
-    group: Any = None if owner is None else owner._modules.get("parametrizations")
-    listed = None if group is None else group._modules.get(tensor)
-    if listed is None or (only and len(listed._modules) > 1):
+    group: Any = None if owner is None else submodules_of(owner).get("parametrizations")
+    listed = None if group is None else submodules_of(group).get(tensor)
+    if listed is None or (only and len(submodules_of(listed)) > 1):
         return None, None
     # A replica of a module (DataParallel) has plain attributes instead of parameters.
-    return listed._modules.get("0"), listed._parameters.get("original", listed.__dict__.get("original"))
+    return submodules_of(listed).get("0"), parameters_of(listed).get("original", listed.__dict__.get("original"))
 
 
 def add_quick_access(owner: nn.Module, tensor: str) -> None:

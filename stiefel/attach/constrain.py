@@ -21,9 +21,11 @@ from stiefel.attach.binding import (
     constrained_weights,
     unbind,
 )
-from stiefel.attach.hooks import add_hooks, remove_hooks, take_over
+from stiefel.attach.hooks import add_hooks, take_off_hooks, take_over
 from stiefel.attach.prefetch import prefetch_below, stop_prefetch
 from stiefel.attach.select import Target, layout_of, select
+from stiefel.compat.geoopt import untag
+from stiefel.compat.torch_private import parameters_of
 from stiefel.constraint import ROUNDING, Constraint, ManifoldMethod, Reparameterization
 from stiefel.errors import LayoutError, OptionError, WeightError
 from stiefel.methods import get
@@ -108,14 +110,13 @@ def release(module: nn.Module) -> nn.Module:
             parametrize.remove_parametrizations(owner, tensor, leave_parametrized=True)
             _restore_order(owner, tensor, found.binding.position)
         elif isinstance(found.binding.constraint, ManifoldMethod) and hasattr(found.parameter, "manifold"):
-            del found.parameter.manifold
-            found.parameter.__class__ = nn.Parameter
+            untag(found.parameter)
         elif isinstance(found.parameter, SteppedParameter):
             take_back(found.parameter)
         unwatch(found.parameter)
         unbind(owner, tensor)
         if not bindings_of(owner):
-            remove_hooks(owner)
+            take_off_hooks(owner)
     for each in module.modules():
         stop_prefetch(each)
     for parameter, value in values.values():
@@ -172,7 +173,7 @@ def _attach_forward(target: Target, binding: Binding, parametrization: Reparamet
     owners = (target, *target.ties)
     parameter, trained = target.parameter, target.parameter.requires_grad
     for each in owners:  # tied layers share the parametrization, and with it a learnable scale
-        position = list(each.owner._parameters).index(each.tensor)
+        position = list(parameters_of(each.owner)).index(each.tensor)
         parametrize.register_parametrization(each.owner, each.tensor, parametrization)
         add_quick_access(each.owner, each.tensor)
         bind(each.owner, each.tensor, replace(binding, label=each.name, position=position))
@@ -204,6 +205,7 @@ def _give_own_class(owner: nn.Module) -> None:
 
 
 def _restore_order(owner: nn.Module, tensor: str, position: int) -> None:
-    names = [name for name in owner._parameters if name != tensor]
+    parameters = parameters_of(owner)
+    names = [name for name in parameters if name != tensor]
     for name in [tensor, *names[position:]]:
-        owner._parameters[name] = owner._parameters.pop(name)
+        parameters[name] = parameters.pop(name)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from stiefel.attach.snapshot import Snapshot
+from stiefel.compat.torch_private import saves_tensors_elsewhere
 
 
 @dataclass(frozen=True)
@@ -54,16 +55,6 @@ def deposited(parametrization: nn.Module, tensors: Sequence[Tensor]) -> Tensor |
     for _, deposits in reversed(_passes.stack):
         found = deposits.get(id(parametrization))
         if found is not None:
-            valid = torch.is_grad_enabled() and found.snapshot.holds_for(tensors) and not saved_elsewhere()
+            valid = torch.is_grad_enabled() and found.snapshot.holds_for(tensors) and not saves_tensors_elsewhere()
             return found.weight if valid else None
     return None
-
-
-def saved_elsewhere() -> bool:
-    """Whether hooks take what autograd saves, as gradient checkpointing's do, which count what a part of a pass saves.
-
-    That part runs again in the backward pass, where nothing is deposited: it must compute its weights both times. Torch
-    tells it under a private name only; where that is missing (torch 2.6 and 2.7) each layer computes its own weight.
-    """
-    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
-    return top is None or top(True) is not None

@@ -7,14 +7,14 @@ Imports ``binding``, ``optim`` and below.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.utils import parametrize
 
 from stiefel.attach.binding import ConstrainedWeight, bindings_of
+from stiefel.compat.geoopt import tag
+from stiefel.compat.torch_private import drop_flat_weights, has_hook, on_conversion, remove_hooks, restore_flat_weights
 from stiefel.constraint import Constraint, ManifoldMethod, Penalty, Reparameterization, StepMethod
 from stiefel.errors import WeightError
 from stiefel.optim import Ownership, Watched, hand_over, is_watched, watch
@@ -25,12 +25,9 @@ def take_over(found: ConstrainedWeight) -> None:
     method, layout, label = found.binding.constraint, found.binding.layout, found.binding.label
     parameter = found.parameter
     if isinstance(method, ManifoldMethod) and not hasattr(parameter, "manifold"):
-        from stiefel._geoopt import geoopt
-
         manifold = method.manifold(layout)
         manifold.label = label
-        parameter.__class__ = geoopt.ManifoldParameter
-        parameter.manifold = manifold  # type: ignore[attr-defined]
+        tag(parameter, manifold)
     elif method.lifts:
         assert isinstance(method, (StepMethod, Penalty))
         hand_over(parameter, Ownership(method, layout, label, found.binding.tally))
@@ -47,38 +44,23 @@ def _moves(method: Constraint) -> bool:
 
 def add_hooks(owner: nn.Module, method: Constraint) -> None:
     """Give a module the hooks that a method on one of its tensors needs, each once."""
-    if _save_tally not in owner._state_dict_hooks.values():
+    if not has_hook(owner, _save_tally):
         owner.register_load_state_dict_post_hook(_after_load)
         owner.register_state_dict_post_hook(_save_tally)
         owner.register_load_state_dict_pre_hook(_load_tally)
-    if _take_over_again not in owner._forward_pre_hooks.values():
+    if not has_hook(owner, _take_over_again):
         owner.register_forward_pre_hook(_take_over_again)
     recomputed = isinstance(owner, nn.RNNBase) and isinstance(method, Reparameterization)
-    if recomputed and _drop_flat_weights not in owner._forward_hooks.values():
+    if recomputed and not has_hook(owner, _drop_flat_weights):
         owner.register_forward_hook(_drop_flat_weights, always_call=True)
-        type(owner)._apply = _apply_and_drop  # type: ignore[assignment, method-assign]  # torch has given it a class of its own
+        on_conversion(type(owner), _drop_flat_weights)  # torch has given it a class of its own
 
 
-def remove_hooks(owner: nn.Module) -> None:
+def take_off_hooks(owner: nn.Module) -> None:
     """Take all of them off a module that has no binding left."""
-    take_off(owner, _after_load, _save_tally, _load_tally, _take_over_again, _drop_flat_weights)
+    remove_hooks(owner, _after_load, _save_tally, _load_tally, _take_over_again, _drop_flat_weights)
     if isinstance(owner, nn.RNNBase):
-        owner._init_flat_weights()
-
-
-def take_off(module: nn.Module, *ours: Callable[..., Any]) -> None:
-    """Take these hooks off a module, of whatever kind they are."""
-    for hooks in (
-        module._load_state_dict_post_hooks,
-        module._state_dict_hooks,
-        module._load_state_dict_pre_hooks,
-        module._forward_pre_hooks,
-        module._forward_hooks,
-    ):
-        for key, hook in list(hooks.items()):
-            if getattr(hook, "hook", hook) in ours:
-                del hooks[key]
-                module._forward_hooks_always_called.pop(key, None)
+        restore_flat_weights(owner)
 
 
 def _take_over_again(owner: nn.Module, args: Any) -> None:
@@ -122,15 +104,8 @@ def _drop_flat_weights(owner: nn.Module, *args: Any) -> None:
 
     They are computed anew at the next forward pass anyway, but would make ``copy.deepcopy(model)`` fail.
     """
-    if not parametrize._cache_enabled:
-        owner._flat_weights = [None] * len(owner._flat_weights_names)  # type: ignore[assignment, arg-type]
-
-
-def _apply_and_drop(owner: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
-    """A recurrent module's ``to()`` and its like, which compute its weights too."""
-    applied = type(owner).__mro__[1]._apply(owner, *args, **kwargs)  # type: ignore[attr-defined]
-    _drop_flat_weights(owner)
-    return applied
+    assert isinstance(owner, nn.RNNBase)
+    drop_flat_weights(owner)
 
 
 def _save_tally(owner: nn.Module, state: dict[str, Any], prefix: str, metadata: dict[str, Any]) -> None:

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from stiefel.attach.binding import Bucket, Reparametrized, constrained_weights, first_parametrization, needs_graph
-from stiefel.attach.deposits import Deposit, begin, deposited, end, forget, saved_elsewhere
-from stiefel.attach.hooks import take_off
+from stiefel.attach.deposits import Deposit, begin, deposited, end, forget
 from stiefel.attach.snapshot import Snapshot
+from stiefel.compat.torch_private import has_hook, remove_hooks, saves_tensors_elsewhere
 from stiefel.constraint import Reparameterization
 from stiefel.linalg import full_precision, is_traced
 from stiefel.optim.buckets import bucket, stack, unstack
@@ -30,7 +30,7 @@ _places: WeakKeyDictionary[nn.Module, list[tuple[ref[nn.Module], str]]] = WeakKe
 def prefetch_below(root: nn.Module) -> None:
     """From now on compute the reparameterized weights below ``root`` together, at each of its forward passes."""
     _places.pop(root, None)
-    if _before_forward not in root._forward_pre_hooks.values():
+    if not has_hook(root, _before_forward):
         root.register_forward_pre_hook(_before_forward)
         root.register_forward_hook(_after_forward, always_call=True)
 
@@ -38,7 +38,7 @@ def prefetch_below(root: nn.Module) -> None:
 def stop_prefetch(root: nn.Module) -> None:
     """Take the hooks off."""
     _places.pop(root, None)
-    take_off(root, _before_forward, _after_forward)
+    remove_hooks(root, _before_forward, _after_forward)
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class _Member:
 
 
 def _before_forward(root: nn.Module, args: Any) -> None:
-    if not torch.is_grad_enabled() or is_traced() or saved_elsewhere():
+    if not torch.is_grad_enabled() or is_traced() or saves_tensors_elsewhere():
         return
     forget(root)
     deposits = []

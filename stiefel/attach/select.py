@@ -11,6 +11,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from stiefel.attach.binding import bindings_of
+from stiefel.compat.torch_private import parameters_of
 from stiefel.constraint import Constraint
 from stiefel.errors import LayoutError, SelectionError, WeightError, nearest_names
 from stiefel.layout import Layout
@@ -41,7 +42,7 @@ class Target:
     @property
     def parameter(self) -> nn.Parameter:
         """The parameter itself."""
-        parameter = self.owner._parameters[self.tensor]
+        parameter = parameters_of(self.owner)[self.tensor]
         assert parameter is not None
         return parameter
 
@@ -130,7 +131,7 @@ def _excluded(modules: dict[str, nn.Module], name: str) -> list[Target]:
     return [
         Target(_join(prefix, tensor), owner, tensor)
         for prefix, owner in modules.items()
-        for tensor in [*owner._parameters, *getattr(owner, "parametrizations", {})]
+        for tensor in [*parameters_of(owner), *getattr(owner, "parametrizations", {})]
         if f"{_join(prefix, tensor)}.".startswith(f"{name}.")
     ]
 
@@ -165,7 +166,7 @@ def _resolve(modules: dict[str, nn.Module], name: str, any_tensor: bool = False)
 
 
 def _has_tensor(owner: nn.Module, tensor: str) -> bool:
-    return owner._parameters.get(tensor) is not None or parametrize.is_parametrized(owner, tensor)
+    return parameters_of(owner).get(tensor) is not None or parametrize.is_parametrized(owner, tensor)
 
 
 def _join(prefix: str, tensor: str) -> str:
@@ -192,7 +193,7 @@ def _check_free(target: Target) -> None:
             f"weight '{target.name}' has a torch parametrization already; remove it "
             "(torch.nn.utils.parametrize.remove_parametrizations) or exclude the weight"
         )
-    if target.owner._parameters.get(target.tensor) is None:
+    if parameters_of(target.owner).get(target.tensor) is None:
         raise SelectionError(
             f"weight '{target.name}' is not a parameter of its layer (a hook such as the old spectral_norm or "
             "weight_norm computes it); remove the hook or exclude the weight"
@@ -203,7 +204,7 @@ def _merge_ties(modules: dict[str, nn.Module], targets: list[Target], left_out: 
     """Make each parameter one target, which knows the other layers that share it."""
     places: dict[int, list[Target]] = {}
     for prefix, owner in modules.items():
-        for tensor, p in owner._parameters.items():
+        for tensor, p in parameters_of(owner).items():
             places.setdefault(id(p), []).append(Target(_join(prefix, tensor), owner, tensor))
     merged: dict[int, Target] = {}
     for target in targets:

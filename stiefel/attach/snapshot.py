@@ -5,9 +5,10 @@ from __future__ import annotations
 import operator
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
+from stiefel.compat.torch_private import version
+from stiefel.linalg import is_capturing
 from stiefel.optim import steps_seen
 
 
@@ -40,9 +41,8 @@ def can_be_watched(tensors: Sequence[Tensor]) -> bool:
     """Whether changes of these show at all: not those by another process, or of tensors made in inference mode."""
     if any(t.is_inference() or (t.device.type == "cpu" and t.is_shared()) for t in tensors):
         return False
-    return not (tensors[0].is_cuda and torch.cuda.is_current_stream_capturing())
+    return not is_capturing(tensors[0])
 
 
 def _state(tensor: Tensor) -> tuple[int, int, bool]:
-    version = 0 if tensor.is_inference() else tensor._version  # an inference tensor has none
-    return version, tensor.data_ptr(), tensor.requires_grad
+    return version(tensor), tensor.data_ptr(), tensor.requires_grad

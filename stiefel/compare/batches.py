@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map
+
+from stiefel.compat.torch_private import tree_leaves, tree_map
 
 Batch = Any
 """Whatever the problem's loss takes: usually a pair (inputs, targets), or a dictionary of tensors."""

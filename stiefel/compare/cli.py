@@ -106,7 +106,7 @@ def _add_options(parser: argparse.ArgumentParser, problem: Any) -> None:
     )
     where.add_argument("--retry-failed", action="store_true", help="run errors, crashes and timeouts again")
     where.add_argument("--dry-run", action="store_true", help="print the plan and how long it may take, and stop")
-    taken = {action.dest for action in parser._actions}
+    taken = set(vars(parser.parse_args(["FILE"])))
     group = parser.add_argument_group("factors of this problem (several values span the grid)")
     hints = typing.get_type_hints(problem)
     for f in fields(problem):

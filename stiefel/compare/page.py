@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import jinja2
 
-import stiefel
+from stiefel import __version__
 from stiefel.compare import figures, why_figures, words
 from stiefel.compare.notes import skips
 from stiefel.compare.recommend import Candidate, Recommendation, candidates, in_setting, overall, reference
@@ -140,7 +140,7 @@ def write_html(report: Report, path: Path) -> None:
             sections=sections,
             requirements=max(([r.requirement for r in section.overall] for section in sections), key=len),
             profiles=list(_profiles(report)),
-            version=stiefel.__version__,
+            version=__version__,
             limit=FAILURES,
         )
     )

@@ -1,6 +1,7 @@
 """Batched matrix functions and their gradients. Every function takes ``(*batch, p, n)`` and imports only torch."""
 
 from stiefel.linalg.cayley import cayley_along, cayley_step, limited
+from stiefel.linalg.devices import is_capturing, may_wait
 from stiefel.linalg.exponential import exponential_step
 from stiefel.linalg.householder import householder_rows, householder_vectors
 from stiefel.linalg.iteration import iterated
@@ -25,7 +26,7 @@ from stiefel.linalg.products import (
 )
 from stiefel.linalg.qr import qf
 from stiefel.linalg.spectral_map import spectral_map
-from stiefel.linalg.svd import nearest_in_step, nearest_orthonormal
+from stiefel.linalg.svd import nearest_in_step, nearest_orthonormal, nearest_where
 from stiefel.linalg.tracing import is_traced, readable
 from stiefel.linalg.whitening import whitened
 
@@ -42,15 +43,18 @@ __all__ = [
     "householder_rows",
     "householder_vectors",
     "in_double",
+    "is_capturing",
     "is_orthonormal",
     "is_short",
     "is_traced",
     "iterated",
     "limited",
     "lyapunov",
+    "may_wait",
     "msign",
     "nearest_in_step",
     "nearest_orthonormal",
+    "nearest_where",
     "newton_schulz",
     "one_by_one",
     "polar",

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from stiefel.compat.torch_private import is_batched_gradient
+from stiefel.linalg.devices import may_wait
 from stiefel.linalg.inverse_root import inverse_root, inverse_root_by_iteration
 from stiefel.linalg.lu import solve
 from stiefel.linalg.lyapunov import lyapunov, lyapunov_by_doubling, lyapunov_by_products
@@ -65,7 +67,7 @@ def polar(
 def _fastest(v: Tensor) -> str:
     if v.dtype in _DOUBLE or is_traced():
         return "eigen"
-    if v.is_cuda:
+    if not may_wait(v):
         return "iteration"
     if v.dtype not in (torch.float32, torch.complex64):
         return "eigen"
@@ -174,7 +176,7 @@ class _PolarOfRoot(torch.autograd.Function):
             a = g @ x.mH
             c = a - a.mH
             # A batch of gradients (is_grads_batched) has no single number to read.
-            waits = ctx.waits and not is_traced() and not torch._C._functorch.is_legacy_batchedtensor(g)
+            waits = ctx.waits and not is_traced() and not is_batched_gradient(g)
             omega = lyapunov_by_products(h, c) if waits else lyapunov_by_doubling(h, z, c)
             if v.shape[-2] == v.shape[-1]:  # then I − XᴴX = 0
                 gradient = torch.bmm(omega, x)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from stiefel.linalg.devices import may_wait
 from stiefel.linalg.fill import fill_like
 from stiefel.linalg.precision import in_double
 from stiefel.linalg.products import add_product, gram_matrix
@@ -47,7 +48,7 @@ def qf(a: Float[Tensor, "*batch p n"]) -> Float[Tensor, "*batch p n"]:
     """
     if is_traced():
         return _by_reflections(a)
-    return _without_waiting(a) if a.is_cuda else _near(a)
+    return _near(a) if may_wait(a) else _without_waiting(a)
 
 
 def _near(a: Tensor) -> Tensor:

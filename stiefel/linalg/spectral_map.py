@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from stiefel.compat.torch_private import is_forward_mode
 from stiefel.linalg.precision import full_precision
 from stiefel.linalg.tracing import is_traced
 
@@ -33,9 +34,8 @@ def spectral_map(f: Callable[[Tensor], tuple[Tensor, Map]], x: Float[Tensor, "*b
 
     Source: Lewis, Derivatives of spectral functions, 1996, for the scalar function.
     """
-    forward_mode = torch.autograd.forward_ad._current_level >= 0
     small = x.numel() <= SMALL
-    return f(x)[0] if small or forward_mode or is_traced() else _SpectralMap.apply(f, x)
+    return f(x)[0] if small or is_forward_mode() or is_traced() else _SpectralMap.apply(f, x)
 
 
 def gram_factor(polynomials: Iterable[Map], gram: Float[Tensor, "*batch p p"]) -> Tensor:

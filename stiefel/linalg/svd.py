@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from stiefel.linalg.devices import may_wait
 from stiefel.linalg.fill import fill_like
 from stiefel.linalg.inverse_root import ITERATIONS, SMALLEST_ROOT, inverse_root_of_gram, iterated_inverse_root
 from stiefel.linalg.precision import in_double
@@ -14,7 +15,7 @@ from stiefel.linalg.products import balance, gram_residual, newton_schulz
 from stiefel.linalg.tracing import is_traced, readable
 
 if TYPE_CHECKING:
-    from jaxtyping import Float
+    from jaxtyping import Bool, Float
 
 SERIES = (-1 / 2, 3 / 8, -5 / 16, 35 / 128, -63 / 256)
 """Coefficients of ``(1 + e)^{-1/2} − 1``."""
@@ -52,7 +53,31 @@ def nearest_in_step(v: Float[Tensor, "*batch p n"]) -> Float[Tensor, "*batch p n
         x = _by_products(v.reshape(-1, *v.shape[-2:]))
         return nearest_orthonormal(v) if x is None else x.reshape(v.shape)
     single = v.dtype in (torch.float32, torch.complex64)
-    return _by_iteration(v) if v.is_cuda and single and not is_traced() else nearest_orthonormal(v)
+    return nearest_orthonormal(v) if may_wait(v) or not single or is_traced() else _by_iteration(v)
+
+
+@torch.no_grad()
+def nearest_where(
+    lost: Bool[Tensor, "*batch"],
+    x: Float[Tensor, "*batch p n"],
+    otherwise: Float[Tensor, "*batch p n"],
+    residual: Float[Tensor, "*batch"],
+) -> Float[Tensor, "*batch p n"]:
+    """The matrix nearest to X where it is ``lost``, and ``otherwise`` elsewhere.
+
+    On a GPU, where testing ``lost.any()`` would make the host wait, all take one Newton-Schulz step towards the nearest
+    matrix, unconditionally: a lost one gets there in some steps of the method.
+
+    Args:
+        lost: which matrices are meant.
+        x: p ≤ n, with finite entries.
+        otherwise: what the others become.
+        residual: ``‖X Xᴴ − I‖_F``, which bounds ‖X‖₂².
+    """
+    mask = lost[..., None, None]
+    if may_wait(x):
+        return torch.where(mask, nearest_orthonormal(x), otherwise) if lost.any() else otherwise
+    return torch.where(mask, newton_schulz(x / (1 + residual[..., None, None]).sqrt()), otherwise)
 
 
 def _by_products(v: Tensor) -> Tensor | None:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from stiefel.compat.torch_private import is_functorch_active
+
 
 def is_traced() -> bool:
     """Whether a compiler traces, or a torch.func transform runs: values cannot be read then, or not as numbers."""
-    if torch.compiler.is_compiling() or torch._C._get_tracing_state() is not None:
-        return True
-    return torch._C._functorch.peek_interpreter_stack() is not None
+    return torch.compiler.is_compiling() or torch.jit.is_tracing() or is_functorch_active()
 
 
 def readable(tensor: Tensor) -> bool:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from typing import Any
+
+from stiefel.compat.torch_private import compiler_callbacks
 
 
 class CompileClock:
@@ -24,7 +25,7 @@ class CompileClock:
 
     def __enter__(self) -> CompileClock:
         # Without the compiler's module there is nothing to compile yet; making any optimizer imports it.
-        self._told_by = getattr(sys.modules.get("torch._dynamo.callback"), "callback_handler", None)
+        self._told_by = compiler_callbacks()
         if self._told_by is not None:
             self._told_by.register_start_callback(self._begin)
             self._told_by.register_end_callback(self._end)

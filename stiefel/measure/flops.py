@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from stiefel.compat.torch_private import TorchDispatchMode, operator_of
 from stiefel.errors import UncountedOperatorError
 from stiefel.measure.formulas import FACTORIZATIONS, OF_VALUES, PRODUCTS
 
@@ -90,7 +90,7 @@ class _Counting(TorchDispatchMode):
         self.values_only = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs, op = kwargs or {}, func._overloadpacket
+        kwargs, op = kwargs or {}, operator_of(func)
         formula = self.formulas.get(op)
         if formula is None and func.namespace != "prim":
             with self:  # under inference_mode composite operators arrive whole

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stiefel.compat.torch_private import takes_tensors
+
 aten = torch.ops.aten
 
 Formula = Callable[..., float]
@@ -252,7 +254,7 @@ _PRODUCTS: dict[str, Formula] = {
 def _by_operator(formulas: dict[str, Formula]) -> dict[Any, Formula]:
     found = {getattr(aten, name): formula for name, formula in formulas.items() if hasattr(aten, name)}
     for formula in found.values():
-        formula._get_raw = True  # type: ignore[attr-defined]  # torch's sign for: takes tensors rather than shapes
+        takes_tensors(formula)
     return found
 
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from stiefel.attach import ConstrainedWeight, constrained_weights, optimizer
 from stiefel.constraint import Reparameterization
-from stiefel.geometry import project_tangent
+from stiefel.manifold.geometry import project_tangent
 from stiefel.measure.dependence import Loss, PlainCopy, Point, frozen_random_state
 
 

@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
 from torch.utils.hooks import RemovableHandle
 
 from stiefel.attach import constrained_weights
+from stiefel.attach.select import CONVOLUTIONS
 from stiefel.errors import OptionError
 from stiefel.linalg import in_double
 
@@ -198,15 +198,15 @@ class Probe:
 
 
 def _is_linear_map(owner: nn.Module, tensor: str) -> bool:
-    return isinstance(owner, (nn.Linear, _ConvNd)) and tensor == "weight"
+    return isinstance(owner, (nn.Linear, CONVOLUTIONS)) and tensor == "weight"
 
 
 def _without_bias(y: Tensor, module: nn.Module) -> Tensor:
     """An output of a linear map, in double precision where there is something to subtract."""
-    assert isinstance(module, (nn.Linear, _ConvNd))
+    assert isinstance(module, (nn.Linear, CONVOLUTIONS))
     if module.bias is None:
         return y
-    positions = len(module.kernel_size) if isinstance(module, _ConvNd) else 0
+    positions = len(module.kernel_size) if isinstance(module, CONVOLUTIONS) else 0
     return in_double(y) - in_double(module.bias.detach()).reshape(-1, *(1,) * positions)
 
 

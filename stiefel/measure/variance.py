@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.conv import _ConvNd
 
 from stiefel.attach import constrained_weights
+from stiefel.attach.select import CONVOLUTIONS
 from stiefel.linalg import in_double
 
 
@@ -51,7 +51,7 @@ def activation_variance(model: nn.Module, run: Callable[[], Any]) -> dict[str, f
     handles = []
     try:
         for weight in weights:
-            positions = len(weight.owner.kernel_size) if isinstance(weight.owner, _ConvNd) else 0
+            positions = len(weight.owner.kernel_size) if isinstance(weight.owner, CONVOLUTIONS) else 0
             hook = watch(weight.name, -1 - positions)
             handles.append(weight.owner.register_forward_hook(hook, prepend=True))
         run()

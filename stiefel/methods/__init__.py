@@ -1,100 +1,14 @@
-"""The catalogue. Every file in this folder is one method; dropping a file here registers it.
+"""The methods. Every file in this folder is one, and registers itself: dropping a file here adds a method.
 
-Imports ``constraint`` and the errors. A method's file may import ``linalg``, ``geometry``, ``constraint``, ``layout``.
+A method's file may import ``constraint``, ``manifold``, ``linalg`` and ``layout``. This face loads them all.
 """
 
-from __future__ import annotations
-
-import inspect
 import pkgutil
-from dataclasses import fields
 from importlib import import_module
-from typing import Any, TypeVar
 
-from stiefel.constraint import Constraint, Control
-from stiefel.errors import OptionError, StiefelError, UnknownMethodError, nearest_names
+from stiefel.constraint.catalogue import available, control, get, method_class, register, table
 
-_CATALOGUE: dict[str, type[Constraint]] = {}
-
-C = TypeVar("C", bound=type[Constraint])
-
-
-def register(cls: C) -> C:
-    """Add a method to the catalogue, so that it works everywhere a name works; usable as a decorator.
-
-    Args:
-        cls: a concrete :class:`Constraint` with ``name``, ``summary`` and ``reference``.
-
-    Returns:
-        ``cls`` itself.
-
-    Raises:
-        StiefelError: not a concrete constraint, an attribute is missing, or the name belongs to another class.
-    """
-    if not (isinstance(cls, type) and issubclass(cls, Constraint)):
-        raise StiefelError(f"register() takes a subclass of stiefel.Constraint, got {cls!r}")
-    if inspect.isabstract(cls):
-        missing = ", ".join(sorted(cls.__abstractmethods__))
-        raise StiefelError(f"{cls.__name__} cannot be registered: it does not define {missing}")
-    for attribute in ("name", "place", "summary", "reference"):
-        if not isinstance(getattr(cls, attribute, None), str):
-            raise StiefelError(f"{cls.__name__} cannot be registered: it needs a class attribute `{attribute}: str`")
-    known = _CATALOGUE.get(cls.name)
-    if known is not None and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
-        raise StiefelError(f"a method named {cls.name!r} is registered already, by {known.__module__}; rename one")
-    _CATALOGUE[cls.name] = cls
-    return cls
-
-
-def available() -> list[str]:
-    """Names of all registered methods, sorted."""
-    return sorted(_CATALOGUE)
-
-
-def get(name: str, **options: Any) -> Constraint:
-    """The method ``name`` with these options.
-
-    Raises:
-        UnknownMethodError: no such name; the message has the nearest ones.
-        OptionError: no such option, or a value out of its range.
-    """
-    cls = method_class(name)
-    known = [f.name for f in fields(cls)]
-    for option in options:
-        if option not in known:
-            raise OptionError(
-                f"{name!r} has no option {option!r}; {nearest_names(option, known)} (all: {', '.join(known)})"
-            )
-    return cls(**options)
-
-
-def method_class(name: str) -> type[Constraint]:
-    """The class registered under ``name``."""
-    if name not in _CATALOGUE:
-        raise UnknownMethodError(f"no method is named {name!r}; {nearest_names(str(name), _CATALOGUE)}")
-    return _CATALOGUE[name]
-
-
-def control() -> str:
-    """The name of the method that does nothing, against which a comparison measures the others."""
-    return next(name for name in available() if issubclass(_CATALOGUE[name], Control))
-
-
-def table() -> str:
-    """The catalogue as a Markdown table; the README's is this one."""
-    head = "| method | acts on | what it does | its own options (defaults) | on the set | (a, b) | source |\n"
-    head += "|---" * 7 + "|\n"
-    common = {f.name for f in fields(Constraint)}
-    rows = []
-    for name in available():
-        cls = _CATALOGUE[name]
-        own = ", ".join(f"`{f.name}={f.default!r}`" for f in fields(cls) if f.name not in common)
-        method = cls()
-        ab, claim = method.coefficients, "—" if method.claim is None else str(method.claim)
-        step = "—" if ab is None else f"({ab[0]:g}, {ab[1]:g})"
-        rows.append(f"| `{name}` | {cls.place} | {cls.summary} | {own or '—'} | {claim} | {step} | {cls.reference} |\n")
-    return head + "".join(rows)
-
+__all__ = ["available", "control", "get", "method_class", "register", "table"]
 
 for _module in pkgutil.iter_modules(__path__):
     import_module(f"{__name__}.{_module.name}")

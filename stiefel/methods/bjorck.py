@@ -8,11 +8,10 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from stiefel.constraint import Claim, Reparameterization
+from stiefel.constraint import Claim, Reparameterization, register
 from stiefel.errors import OptionError
 from stiefel.layout import Layout
 from stiefel.linalg import iterated, unit_sized
-from stiefel.methods import register
 
 SERIES = (1 / 2, 3 / 8, 5 / 16, 35 / 128)
 """Coefficients of (1 − q)^{-1/2} = 1 + q/2 + 3q²/8 + …"""

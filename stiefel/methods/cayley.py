@@ -6,9 +6,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from stiefel.geometry import retract_cayley
-from stiefel.methods import register
-from stiefel.trivialization import Trivialization
+from stiefel.constraint import Trivialization, register
+from stiefel.manifold.geometry import retract_cayley
 
 
 @register

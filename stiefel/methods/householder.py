@@ -7,10 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from stiefel.constraint import Claim, Reparameterization
+from stiefel.constraint import Claim, Reparameterization, register
 from stiefel.layout import Layout
 from stiefel.linalg import householder_rows, householder_vectors, newton_schulz
-from stiefel.methods import register
 
 
 @register

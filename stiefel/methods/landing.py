@@ -8,10 +8,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from stiefel.constraint import Claim, StepMethod, is_number
+from stiefel.constraint import Claim, StepMethod, is_number, register
 from stiefel.errors import OptionError
-from stiefel.linalg import balance, gram_residual, nearest_orthonormal, newton_schulz, sym
-from stiefel.methods import register
+from stiefel.linalg import balance, gram_residual, nearest_where, sym
 
 LONGEST = 1e6
 """Root mean square length of a displacement's rows, and μ, beyond which they are cut to that."""
@@ -26,7 +25,7 @@ class Landing(StepMethod):
     ``d − t (2μ d(1 − d) − ‖R‖_F) + t² ‖F‖_F²``, and t is the largest number up to 1 that keeps it at ε; outside the
     tube (d > ε), the minimizer of that bound. R is 0 but for the rounding of a long Ψ, which breaks the tube in float32
     where it is left out. Where d ≥ 1 the weight is projected
-    (on a GPU by one Newton-Schulz step a step, until it is near). Shortened steps are counted in the report.
+    (on a GPU over several steps). Shortened steps are counted in the report.
 
     Args:
         attraction: λ > 0, the strength of the pull; not rescaled with the weight's scale.
@@ -82,8 +81,4 @@ class Landing(StepMethod):
         t = t.clamp(max=min(1.0, 0.5 / mu) if mu > 0 else 1.0)
         moved = torch.addcmul(x, t[..., None, None], field, value=-1)
         lost = d >= 1
-        if lost.is_cuda:  # reading whether any is lost would make the host wait: one step of the way for all, always
-            moved = torch.where(lost[..., None, None], newton_schulz(x / (1 + d[..., None, None]).sqrt()), moved)
-        elif lost.any():
-            moved = torch.where(lost[..., None, None], nearest_orthonormal(x), moved)
-        return moved, (t < 1) | lost | (excess.flatten() > 1)
+        return nearest_where(lost, x, moved, d), (t < 1) | lost | (excess.flatten() > 1)

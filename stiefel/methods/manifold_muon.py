@@ -7,10 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from stiefel.constraint import Claim, StepMethod
-from stiefel.geometry import project_tangent, tangent_direction
+from stiefel.constraint import Claim, StepMethod, register
 from stiefel.linalg import balance, msign, nearest_in_step, sym
-from stiefel.methods import register
+from stiefel.manifold.geometry import project_tangent, tangent_direction
 
 
 @register

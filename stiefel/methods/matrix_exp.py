@@ -6,10 +6,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from stiefel.geometry import LONGEST, exp_canonical
+from stiefel.constraint import Trivialization, register
 from stiefel.linalg import limited, newton_schulz
-from stiefel.methods import register
-from stiefel.trivialization import Trivialization
+from stiefel.manifold.geometry import LONGEST, exp_canonical
 
 
 @register

@@ -8,11 +8,9 @@ from typing import ClassVar, Literal, get_args
 import torch
 from torch import Tensor
 
-from stiefel.centring import Centred
-from stiefel.constraint import Claim
+from stiefel.constraint import Centred, Claim, register
 from stiefel.layout import Layout
 from stiefel.linalg import iterated, spectral_radius
-from stiefel.methods import register
 
 Bound = Literal["spectral", "frobenius"]
 

@@ -6,12 +6,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from stiefel.centring import Centred
-from stiefel.constraint import Claim, is_number
+from stiefel.constraint import Centred, Claim, is_number, register
 from stiefel.errors import OptionError
 from stiefel.layout import Layout
 from stiefel.linalg import polar
-from stiefel.methods import register
 
 
 @register

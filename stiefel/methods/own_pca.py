@@ -7,11 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from stiefel.centring import Centred
-from stiefel.constraint import Claim
+from stiefel.constraint import Centred, Claim, register
 from stiefel.layout import Layout
 from stiefel.linalg import whitened
-from stiefel.methods import register
 
 
 @register

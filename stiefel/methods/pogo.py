@@ -8,9 +8,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from stiefel.constraint import Claim, StepMethod
+from stiefel.constraint import Claim, StepMethod, register
 from stiefel.linalg import frobenius, is_orthonormal, newton_schulz
-from stiefel.methods import register
 
 LONGEST = 0.5
 """Largest ‖Ψ‖_F: one Newton-Schulz step then leaves at most 0.05, and diverges from about √3 on."""

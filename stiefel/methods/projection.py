@@ -7,10 +7,9 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from stiefel.constraint import Claim, StepMethod
-from stiefel.geometry import project_tangent, retract_qr
+from stiefel.constraint import Claim, StepMethod, register
 from stiefel.linalg import nearest_in_step
-from stiefel.methods import register
+from stiefel.manifold.geometry import project_tangent, retract_qr
 
 MAPS = {
     "polar": lambda x, u: nearest_in_step(x + u),

@@ -7,9 +7,8 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from stiefel.constraint import Claim, StepMethod
-from stiefel.geometry import project_tangent, retract_cayley, retract_polar, retract_qr
-from stiefel.methods import register
+from stiefel.constraint import Claim, StepMethod, register
+from stiefel.manifold.geometry import project_tangent, retract_cayley, retract_polar, retract_qr
 
 MAPS = {"qr": retract_qr, "polar": retract_polar, "cayley": retract_cayley}
 

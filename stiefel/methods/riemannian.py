@@ -5,19 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from stiefel.constraint import ManifoldMethod
-from stiefel.geometry import (
+from stiefel.constraint import ManifoldMethod, register
+from stiefel.layout import Layout
+from stiefel.manifold.geometry import (
     retract_cayley,
     retract_exp_canonical,
     retract_exp_euclidean,
     retract_polar,
     retract_qr,
 )
-from stiefel.layout import Layout
-from stiefel.methods import register
 
 if TYPE_CHECKING:
-    from stiefel.manifold import StiefelWeight
+    from stiefel.manifold.weight_manifold import StiefelWeight
 
 METRICS = ("euclidean", "canonical")
 RETRACTIONS = {
@@ -64,6 +63,8 @@ class Riemannian(ManifoldMethod):
 
     def manifold(self, layout: Layout) -> StiefelWeight:
         """The corrected Stiefel manifold over weights of this layout."""
-        from stiefel.manifold import StiefelWeight  # imports geoopt: 0.5 s that other methods need not pay
+        from stiefel.manifold.weight_manifold import (
+            StiefelWeight,  # imports geoopt: 0.5 s that other methods need not pay
+        )
 
         return StiefelWeight(layout, self.metric, RETRACTIONS[self.retraction][self.metric])

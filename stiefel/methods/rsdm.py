@@ -8,11 +8,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from stiefel.constraint import Claim, StepMethod, is_number
+from stiefel.constraint import Claim, StepMethod, is_number, register
 from stiefel.errors import OptionError
-from stiefel.geometry import LONGEST
 from stiefel.linalg import cayley_step, limited, newton_schulz
-from stiefel.methods import register
+from stiefel.manifold.geometry import LONGEST
 
 
 @register

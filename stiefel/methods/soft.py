@@ -9,11 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from stiefel.constraint import ROUNDING, Penalty
+from stiefel.constraint import ROUNDING, Penalty, register
 from stiefel.errors import LayoutError
 from stiefel.layout import Layout
 from stiefel.linalg import gram_residual, spectral_radius, squared_residual
-from stiefel.methods import register
 
 KINDS = ("so", "dso", "mc", "srip", "ocnn")
 

@@ -6,10 +6,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from stiefel.constraint import Claim, StepMethod
-from stiefel.geometry import tangent_direction
+from stiefel.constraint import Claim, StepMethod, register
 from stiefel.linalg import msign, nearest_in_step
-from stiefel.methods import register
+from stiefel.manifold.geometry import tangent_direction
 
 
 @register

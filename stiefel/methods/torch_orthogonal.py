@@ -11,11 +11,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.utils.parametrizations import orthogonal
 
-from stiefel.constraint import Claim, Reparameterization
-from stiefel.geometry import LONGEST_GEODESIC
+from stiefel.constraint import Claim, Reparameterization, register
 from stiefel.layout import Layout
 from stiefel.linalg import in_double, is_short, limited, newton_schulz, one_by_one
-from stiefel.methods import register
+from stiefel.manifold.geometry import LONGEST_GEODESIC
 
 MAPS = ("matrix_exp", "cayley", "householder")
 

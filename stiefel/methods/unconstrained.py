@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from stiefel.constraint import Control
-from stiefel.methods import register
+from stiefel.constraint import Control, register
 
 
 @register

@@ -7,10 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from stiefel.constraint import Reparameterization
+from stiefel.constraint import Reparameterization, register
 from stiefel.layout import Layout
 from stiefel.linalg import unit_sized
-from stiefel.methods import register
 
 
 @register

@@ -6,7 +6,6 @@ Imports ``optim.lift``, ``decay``; geoopt only where it was imported already.
 from __future__ import annotations
 
 import copy
-import sys
 import warnings
 from dataclasses import dataclass
 from functools import cache, wraps
@@ -17,8 +16,11 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
+from stiefel.compat.geoopt import is_on_manifold, is_riemannian
+from stiefel.compat.torch_private import norms_of_all
 from stiefel.constraint import Decay
 from stiefel.errors import DivergenceError, OptimizerError
+from stiefel.linalg import is_capturing, may_wait
 from stiefel.optim.bases import decays, refuse_late_start
 from stiefel.optim.decay import unwelcome
 from stiefel.optim.divergence import tell, tell_later
@@ -149,13 +151,12 @@ def _check(optimizer: torch.optim.Optimizer) -> None:
 
 def _refuse_plain_step(optimizer: torch.optim.Optimizer, members: list[tuple[Tensor, Watched | None]]) -> None:
     lifted = isinstance(optimizer, Lift)
-    geoopt = sys.modules.get("geoopt")
-    riemannian = geoopt is not None and isinstance(optimizer, geoopt.optim.mixin.OptimMixin)
+    riemannian = is_riemannian(optimizer)
     for p, watched in members:
         if lifted and isinstance(p, SteppedParameter):
             continue
         manifold = getattr(p, "manifold", None)
-        on_manifold = geoopt is not None and isinstance(p, geoopt.ManifoldTensor) and hasattr(manifold, "label")
+        on_manifold = is_on_manifold(p) and hasattr(manifold, "label")
         if isinstance(p, SteppedParameter) or (on_manifold and not riemannian):
             label = p.ownership.label if isinstance(p, SteppedParameter) else manifold.label  # type: ignore[union-attr]
             name = type(optimizer).__name__
@@ -193,7 +194,7 @@ def _refuse_decay(optimizer: torch.optim.Optimizer) -> None:
 def _refuse_divergence(optimizer: torch.optim.Optimizer, members: list[tuple[Tensor, Watched]]) -> None:
     if not members or getattr(optimizer, "found_inf", None) is not None:
         return  # torch.amp.GradScaler hands the decision to a fused optimizer
-    if torch.compiler.is_compiling() or (members[0][0].is_cuda and torch.cuda.is_current_stream_capturing()):
+    if torch.compiler.is_compiling() or is_capturing(members[0][0]):
         return  # nothing may be read back here
     tell()
     gradients = [
@@ -204,10 +205,10 @@ def _refuse_divergence(optimizer: torch.optim.Optimizer, members: list[tuple[Ten
     values = [value for value, _ in gradients + entries]
     if not values:
         return
-    on_device = all(v.is_cuda for v in values)
+    on_device = not any(may_wait(v) for v in values)
     # Infinite or NaN where an entry is, or where entries are enormous: of order 2 from 1e19 on, at a quarter of the
     # time on a CPU, which then looks again.
-    sizes = torch._foreach_norm(values, 1 if on_device else 2)
+    sizes = norms_of_all(values, 1 if on_device else 2)
     if on_device:
         finite = torch.stack([v.to(sizes[0].device, non_blocking=True) for v in sizes]).isfinite().all()
         labels = [w.label for _, w in members]

@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from stiefel.compat.torch_private import copy_all_, zero_all_
 from stiefel.constraint import Penalty
 from stiefel.errors import DivergenceError, OptimizerError
-from stiefel.geometry import tangent_gradient_
-from stiefel.linalg import EXACT_DTYPES, full_precision
+from stiefel.linalg import EXACT_DTYPES, full_precision, is_capturing, may_wait
+from stiefel.manifold.geometry import tangent_gradient_
 from stiefel.optim.bases import is_additive, keeps_nothing, refuse
 from stiefel.optim.buckets import bucket, stack, unstack
 from stiefel.optim.divergence import tell_later
@@ -170,7 +171,7 @@ class _Move:
     def free(self) -> None:
         """Let an additive base step from 0: a displacement that is short beside a weight then keeps all its digits."""
         if self.additive:
-            torch._foreach_zero_(list[Tensor](self.parameters))
+            zero_all_(self.parameters)
 
     def finish(self) -> None:
         """Let the method move the weights, from where they were and by what the base step did."""
@@ -194,11 +195,11 @@ class _Move:
         if self.shortened is None:
             return
         counts = [layout.matrix_shape[0] for layout in self.layouts]
-        if self.shortened.is_cuda:
-            flags = [flag.any() for flag in self.shortened.split(counts)]
-        else:
+        if may_wait(self.shortened):
             each = iter(self.shortened.tolist())
             flags = [any(list(islice(each, count))) for count in counts]
+        else:
+            flags = [flag.any() for flag in self.shortened.split(counts)]
         for p, flag in zip(self.parameters, flags, strict=True):
             tally = p.ownership.tally
             tally.shortened = flag + (0 if tally.shortened is None else tally.shortened)
@@ -208,14 +209,14 @@ class _Move:
         self._write(unstack(self.layouts, self.before, scaled=False))
 
     def _write(self, weights: list[Tensor]) -> None:
-        torch._foreach_copy_(list[Tensor](self.parameters), weights)
+        copy_all_(self.parameters, weights)
 
     def _finite(self, value: Tensor, otherwise: Tensor | float) -> Tensor:
         """A displacement or a result; where numbers end, an error now, or later on a GPU, where no host need wait."""
         finite = torch.isfinite(value.sum())  # a NaN or an infinity anywhere shows in the sum
-        if value.is_cuda:
-            if torch.cuda.is_current_stream_capturing():
-                return value
+        if is_capturing(value):
+            return value
+        if not may_wait(value):
             tell_later(finite, self._divergence)
             return torch.where(finite, value, otherwise)
         if not finite and not value.isfinite().all():

@@ -14,12 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stiefel._geoopt import geoopt
+from stiefel.compat.geoopt import geoopt
+from stiefel.compat.torch_private import copy_all_
 from stiefel.constraint import is_number
 from stiefel.errors import OptimizerError
-from stiefel.geometry import project_tangent
 from stiefel.linalg import EXACT_DTYPES, full_precision
-from stiefel.manifold import StiefelWeight
+from stiefel.manifold.geometry import project_tangent
+from stiefel.manifold.weight_manifold import StiefelWeight
 from stiefel.optim.buckets import bucket, stack, unstack
 
 _UNSUPPORTED = ("maximize", "fused", "capturable", "differentiable", "decoupled_weight_decay")
@@ -141,7 +142,7 @@ class _Point:
             return
         scale = self.layouts[0].scale
         self.x = self.manifold.retract(self.x, displacement / scale if scale != 1 else displacement)
-        torch._foreach_copy_(self.members, unstack(self.layouts, self.x, scaled=True))
+        copy_all_(self.members, unstack(self.layouts, self.x, scaled=True))
 
     def transport(self, momentum: Tensor) -> list[Tensor]:
         """Momentum at the point advanced to, as the weights' own tensors: projected onto its tangent space."""

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from stiefel.constraint import Claim, Reparameterization
-from stiefel.geometry import project_tangent
+from stiefel.constraint.base import Claim, Reparameterization
 from stiefel.layout import Layout
+from stiefel.manifold.geometry import project_tangent
 
 
 @dataclass(frozen=True, kw_only=True)

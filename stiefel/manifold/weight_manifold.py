@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stiefel import geometry
-from stiefel._geoopt import geoopt
+from stiefel.compat.geoopt import geoopt
 from stiefel.layout import Layout
 from stiefel.linalg import full_precision, gram_residual, nearest_orthonormal
+from stiefel.manifold import geometry
 
 _EXP = {"euclidean": geometry.exp_euclidean, "canonical": geometry.exp_canonical}
 _GRADIENT = {"euclidean": geometry.euclidean_gradient, "canonical": geometry.canonical_gradient}

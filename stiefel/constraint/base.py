@@ -14,59 +14,30 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from numbers import Real
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
+from stiefel.constraint.claim import Claim
+from stiefel.constraint.options import is_count, is_number
 from stiefel.errors import LayoutError, OptionError, nearest_names
 from stiefel.layout import Layout
 from stiefel.linalg import EXACT_DTYPES, nearest_orthonormal
 
 if TYPE_CHECKING:
-    import geoopt
     from jaxtyping import Bool, Float
 
+    from stiefel.compat.geoopt import geoopt
+
+
 Schedule = float | Callable[[int], float]
+
+
 Decay = Literal["acts", "rescales", "moves"]
 
+
 RELU_SCALE = math.sqrt(2.0)
-ROUNDING = 64
-"""What counts as rounding in ‖XXᵀ − I‖_F/√p, in units of the dtype's epsilon: 8e-6 in float32, 1e-14 in float64."""
-
-
-@dataclass(frozen=True)
-class Claim:
-    """How orthogonal a method keeps a weight, and under which training: what the conformance tests hold it to.
-
-    Args:
-        bound: largest ‖XXᵀ − I‖_F of any matrix, beyond rounding; 0 where the weight is on the set.
-        rates: smallest and largest learning rate, at gradients of unit norm, for which it holds.
-        optimizers: names of the base optimizers for which it holds; empty for all that the method can have.
-    """
-
-    bound: float = 0.0
-    rates: tuple[float, float] = (0.0, math.inf)
-    optimizers: tuple[str, ...] = ()
-
-    def allows(self, residual: float, dtype: torch.dtype, p: int) -> bool:
-        """Whether a residual ‖XXᵀ − I‖_F/√p of p rows is within the claim."""
-        return residual <= self.bound / p**0.5 + ROUNDING * torch.finfo(dtype).eps
-
-    def __str__(self) -> str:
-        bound = "to rounding" if self.bound == 0 else f"≤ {self.bound:g}"
-        return bound if self.rates[1] == math.inf else f"{bound}, rates ≤ {self.rates[1]:g}"
-
-
-def is_count(value: object) -> bool:
-    """Whether an option's value is a whole number of at least 1 (and not True)."""
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
-
-
-def is_number(value: object) -> bool:
-    """Whether an option's value is a finite real number (and not True or False)."""
-    return isinstance(value, Real) and not isinstance(value, bool) and math.isfinite(value)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from stiefel.constraint import Reparameterization
+from stiefel.constraint.base import Reparameterization
 from stiefel.errors import LayoutError, OptionError
 from stiefel.layout import Layout
 from stiefel.linalg import in_double, nearest_orthonormal, unit_sized

@@ -1,0 +1,54 @@
+"""All that this library asks of geoopt's classes, and the one import of it, without its warnings.
+
+Importing geoopt takes half a second: ``from stiefel.compat.geoopt import geoopt`` does it when it is first run. The
+other functions do not import it before a weight is on a manifold. Imports torch alone.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor, nn
+
+if TYPE_CHECKING:
+    import geoopt
+    import torch
+
+__all__ = ["geoopt", "is_on_manifold", "is_riemannian", "tag", "untag"]
+
+
+def __getattr__(name: str) -> Any:
+    if name != "geoopt":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # geoopt compiles helpers with torch.jit, which torch deprecates
+        import geoopt
+    return geoopt
+
+
+def tag(parameter: nn.Parameter, manifold: geoopt.Manifold) -> None:
+    """Make a parameter a ``geoopt.ManifoldParameter`` in place, so that ties and optimizers stay valid."""
+    from stiefel.compat.geoopt import geoopt
+
+    parameter.__class__ = geoopt.ManifoldParameter
+    parameter.manifold = manifold  # type: ignore[attr-defined]
+
+
+def untag(parameter: nn.Parameter) -> None:
+    """Make it an ordinary parameter again."""
+    del parameter.manifold  # type: ignore[attr-defined]
+    parameter.__class__ = nn.Parameter
+
+
+def is_on_manifold(tensor: Tensor) -> bool:
+    """Whether a tensor is on a geoopt manifold: geoopt's own optimizers may step it."""
+    geoopt = sys.modules.get("geoopt")
+    return geoopt is not None and isinstance(tensor, geoopt.ManifoldTensor)
+
+
+def is_riemannian(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether an optimizer is one of geoopt's, or derived from one."""
+    geoopt = sys.modules.get("geoopt")
+    return geoopt is not None and isinstance(optimizer, geoopt.optim.mixin.OptimMixin)

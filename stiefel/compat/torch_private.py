@@ -1,0 +1,217 @@
+"""Every private name of torch that this library uses, each behind a public name that says what it asks.
+
+A release of torch may rename or drop any of them: each is listed with the versions in which it was seen, and a test
+names the one that a newer torch lacks. Imports torch alone.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+__all__ = [
+    "PRIVATE_NAMES",
+    "Convertible",
+    "TorchDispatchMode",
+    "compiler_callbacks",
+    "copy_all_",
+    "drop_flat_weights",
+    "has_hook",
+    "is_batched_gradient",
+    "is_forward_mode",
+    "is_functorch_active",
+    "norms_of_all",
+    "on_conversion",
+    "operator_of",
+    "parameters_of",
+    "remove_hooks",
+    "restore_flat_weights",
+    "saves_tensors_elsewhere",
+    "submodules_of",
+    "takes_tensors",
+    "tree_leaves",
+    "tree_map",
+    "version",
+    "zero_all_",
+]
+
+PRIVATE_NAMES: dict[str, str] = {
+    "torch._C._functorch.is_legacy_batchedtensor": "2.8 to 2.14",
+    "torch._C._functorch.peek_interpreter_stack": "2.8 to 2.14",
+    "torch.autograd.forward_ad._current_level": "2.8 to 2.14",
+    "torch._foreach_copy_": "2.8 to 2.14",
+    "torch._foreach_norm": "2.8 to 2.14",
+    "torch._foreach_zero_": "2.8 to 2.14",
+    "torch.utils._pytree.tree_leaves": "2.8 to 2.14",
+    "torch.utils._pytree.tree_map": "2.8 to 2.14",
+    "torch.utils._python_dispatch.TorchDispatchMode": "2.8 to 2.14",
+    "torch._ops.OpOverload._overloadpacket": "2.8 to 2.14",
+    "torch._dynamo.callback.callback_handler": "2.8 to 2.14",
+    "torch.nn.utils.parametrize._cache_enabled": "2.8 to 2.14",
+    "torch.nn.Module._apply": "2.8 to 2.14",
+    "torch.nn.Module._forward_hooks": "2.8 to 2.14",
+    "torch.nn.Module._forward_hooks_always_called": "2.8 to 2.14",
+    "torch.nn.Module._forward_pre_hooks": "2.8 to 2.14",
+    "torch.nn.Module._load_state_dict_post_hooks": "2.8 to 2.14",
+    "torch.nn.Module._load_state_dict_pre_hooks": "2.8 to 2.14",
+    "torch.nn.Module._modules": "2.8 to 2.14",
+    "torch.nn.Module._parameters": "2.8 to 2.14",
+    "torch.nn.Module._state_dict_hooks": "2.8 to 2.14",
+    "torch.nn.RNNBase._flat_weights": "2.8 to 2.14",
+    "torch.nn.RNNBase._flat_weights_names": "2.8 to 2.14",
+    "torch.nn.RNNBase._init_flat_weights": "2.8 to 2.14",
+    "torch.Tensor._version": "2.8 to 2.14",
+}
+"""Names without which nothing works, and the versions of torch that have them.
+
+``torch._C._autograd._top_saved_tensors_default_hooks`` is not among them: see :func:`saves_tensors_elsewhere`.
+"""
+
+
+# --- what runs around a computation ---
+
+
+def is_functorch_active() -> bool:
+    """Whether a transform of :mod:`torch.func` (vmap, grad, jvp) is under way."""
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def is_batched_gradient(gradient: Tensor) -> bool:
+    """Whether a gradient is a batch of them (``is_grads_batched=True``), without a value that could be read."""
+    return torch._C._functorch.is_legacy_batchedtensor(gradient)
+
+
+def is_forward_mode() -> bool:
+    """Whether forward-mode derivatives are being computed (:func:`torch.autograd.forward_ad.dual_level`)."""
+    return torch.autograd.forward_ad._current_level >= 0
+
+
+def saves_tensors_elsewhere() -> bool:
+    """Whether hooks take what autograd saves, as gradient checkpointing's do, which count what a part of a pass saves.
+
+    That part runs again in the backward pass, and has to compute the same again both times. True where torch cannot
+    tell (2.6 and 2.7).
+    """
+    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    return top is None or top(True) is not None
+
+
+def compiler_callbacks() -> Any:
+    """What tells when ``torch.compile`` begins and ends compiling; None while the compiler was not imported."""
+    return getattr(sys.modules.get("torch._dynamo.callback"), "callback_handler", None)
+
+
+def operator_of(overload: Any) -> Any:
+    """The operator of which a dispatched function is one overload: ``aten.add`` of ``aten.add.Tensor``."""
+    return overload._overloadpacket
+
+
+def takes_tensors(formula: Any) -> None:
+    """Mark a formula of :mod:`torch.utils.flop_counter` as one of tensors rather than of their shapes."""
+    formula._get_raw = True
+
+
+# --- tensors ---
+
+
+def version(tensor: Tensor) -> int:
+    """How often a tensor was changed in place; 0 for one made in inference mode, which does not count."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def copy_all_(tensors: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+    """Copy each source into a tensor, in as few kernels as that takes."""
+    torch._foreach_copy_(list(tensors), list(sources))
+
+
+def zero_all_(tensors: Sequence[Tensor]) -> None:
+    """Fill all with 0, in as few kernels as that takes."""
+    torch._foreach_zero_(list(tensors))
+
+
+def norms_of_all(tensors: Sequence[Tensor], order: float) -> Sequence[Tensor]:
+    """A norm of each, in as few kernels as that takes."""
+    return torch._foreach_norm(list(tensors), order)
+
+
+# --- modules ---
+
+
+def parameters_of(module: nn.Module) -> dict[str, nn.Parameter | None]:
+    """A module's own parameters by name, in its order; a change of this dictionary changes the module."""
+    return module._parameters
+
+
+def submodules_of(module: nn.Module) -> dict[str, nn.Module | None]:
+    """A module's own submodules by name, past ``__getattr__``, which takes its time."""
+    return module._modules
+
+
+def _all_hooks(module: nn.Module) -> list[dict[int, Callable[..., Any]]]:
+    return [
+        module._load_state_dict_post_hooks,
+        module._state_dict_hooks,
+        module._load_state_dict_pre_hooks,
+        module._forward_pre_hooks,
+        module._forward_hooks,
+    ]
+
+
+def has_hook(module: nn.Module, function: Callable[..., Any]) -> bool:
+    """Whether a module has this very function as a hook, of whatever kind."""
+    return any(getattr(hook, "hook", hook) is function for hooks in _all_hooks(module) for hook in hooks.values())
+
+
+def remove_hooks(module: nn.Module, *functions: Callable[..., Any]) -> None:
+    """Take these functions off a module's hooks, of whatever kind."""
+    for hooks in _all_hooks(module):
+        for key, hook in list(hooks.items()):
+            if getattr(hook, "hook", hook) in functions:
+                del hooks[key]
+                module._forward_hooks_always_called.pop(key, None)
+
+
+def on_conversion(cls: type[nn.Module], call: Callable[[Any], object]) -> None:
+    """Call a function with a module of this class after each ``to()``, ``cuda()``, ``half()`` and their like.
+
+    For a class of this module's own: one of its bases is to have the method that is replaced.
+    """
+
+    def _apply(self: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
+        applied = type(self).__mro__[1]._apply(self, *args, **kwargs)  # type: ignore[attr-defined]  # of a copy of cls too
+        call(self)
+        return applied
+
+    cls._apply = _apply  # type: ignore[method-assign]
+
+
+class Convertible(nn.Module):
+    """A module that is told before its tensors are moved or converted."""
+
+    def before_conversion(self) -> None:
+        """What there is to do then."""
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Self:
+        self.before_conversion()
+        return super()._apply(*args, **kwargs)
+
+
+def drop_flat_weights(recurrent: nn.RNNBase) -> None:
+    """Let go of the weights that a recurrent module keeps flat; it reads them anew at its next forward pass.
+
+    Not while torch caches parametrized weights, which the module then has to find again.
+    """
+    if not parametrize._cache_enabled:
+        recurrent._flat_weights = [None] * len(recurrent._flat_weights_names)
+
+
+def restore_flat_weights(recurrent: nn.RNNBase) -> None:
+    """Let a recurrent module keep its weights flat again, as an ordinary one does."""
+    recurrent._init_flat_weights()

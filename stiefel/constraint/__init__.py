@@ -1,0 +1,37 @@
+"""What a method is, and the catalogue of methods by name."""
+
+from stiefel.constraint.base import (
+    RELU_SCALE,
+    Constraint,
+    Control,
+    Decay,
+    ManifoldMethod,
+    Penalty,
+    Reparameterization,
+    Schedule,
+    StepMethod,
+)
+from stiefel.constraint.catalogue import register
+from stiefel.constraint.centred import Centred
+from stiefel.constraint.claim import ROUNDING, Claim
+from stiefel.constraint.options import is_count, is_number
+from stiefel.constraint.trivialization import Trivialization
+
+__all__ = [
+    "RELU_SCALE",
+    "ROUNDING",
+    "Centred",
+    "Claim",
+    "Constraint",
+    "Control",
+    "Decay",
+    "ManifoldMethod",
+    "Penalty",
+    "Reparameterization",
+    "Schedule",
+    "StepMethod",
+    "Trivialization",
+    "is_count",
+    "is_number",
+    "register",
+]

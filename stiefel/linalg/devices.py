@@ -1,0 +1,16 @@
+"""What the host may do while a device computes. Imports torch alone."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def may_wait(tensor: Tensor) -> bool:
+    """Whether a number of a tensor may be read in a step: on a GPU the host would wait for all that is queued there."""
+    return not tensor.is_cuda
+
+
+def is_capturing(tensor: Tensor) -> bool:
+    """Whether a CUDA graph is being captured on a tensor's device: nothing can be read back, not even later."""
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()

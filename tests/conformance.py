@@ -22,7 +22,7 @@ from fixed_points import bases, departure
 from torch import Tensor, nn
 
 import stiefel
-from stiefel.attach.binding import constrained_weights
+from stiefel.attach.weights import constrained_weights
 from stiefel.constraint import ROUNDING, Constraint, ManifoldMethod, Penalty, Reparameterization
 from stiefel.errors import LayoutError
 from stiefel.layout import Layout

@@ -17,7 +17,7 @@ from common import on_common_set
 from torch import Tensor, nn
 
 import stiefel
-from stiefel.attach.binding import constrained_weights
+from stiefel.attach.weights import constrained_weights
 from stiefel.constraint import Constraint
 from stiefel.layout import Layout
 

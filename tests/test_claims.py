@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 import stiefel
-from stiefel.attach.binding import ConstrainedWeight, constrained_weights
+from stiefel.attach.weights import ConstrainedWeight, constrained_weights
 from stiefel.constraint import Claim, Constraint, Reparameterization
 from stiefel.layout import Layout
 from stiefel.linalg import EXACT_DTYPES, newton_schulz

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 import stiefel
 import stiefel.methods
-from stiefel.attach.binding import bindings_of, constrained_weights
+from stiefel.attach.weights import bindings_of, constrained_weights
 from stiefel.layout import Layout
 from stiefel.manifold.geometry import project_tangent
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.optim import SGD
 
 import stiefel
-from stiefel.attach.binding import constrained_weights
+from stiefel.attach.weights import constrained_weights
 from stiefel.constraint import Constraint
 from stiefel.linalg import gram_residual, nearest_orthonormal, qf
 from stiefel.linalg.svd import nearest_in_step

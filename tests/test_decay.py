@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import stiefel
-from stiefel.attach.binding import constrained_weights
+from stiefel.attach.weights import constrained_weights
 
 
 def model(method: str, **options: Any) -> nn.Module:

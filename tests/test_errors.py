@@ -17,7 +17,7 @@ from torch.nn.utils import parametrize
 import stiefel
 import stiefel.errors
 import stiefel.methods
-from stiefel.attach.binding import bindings_of
+from stiefel.attach.weights import bindings_of
 
 METHODS = stiefel.available()
 
@@ -499,7 +499,7 @@ def test_half_precision_weights_are_not_stepped(dtype: torch.dtype) -> None:
     model.to(dtype)
     for p in model.parameters():
         p.grad = torch.ones_like(p.detach())
-    with pytest.raises(stiefel.OptimizerError) as caught:
+    with pytest.raises(stiefel.WeightError) as caught:
         optimizer.step()
     for word in ("'0.weight'", str(dtype), "float32", "autocast"):
         assert word in str(caught.value)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.autograd import gradcheck
 
 import stiefel
-from stiefel.attach.binding import constrained_weights
+from stiefel.attach.weights import constrained_weights
 from stiefel.constraint import ROUNDING, ManifoldMethod, StepMethod
 from stiefel.layout import Layout
 from stiefel.linalg import cayley, cayley_along, cayley_step, gram_residual, nearest_orthonormal, newton_schulz

@@ -199,7 +199,7 @@ def test_weights_in_half_precision_are_not_stepped(method):
     optimizer = stiefel.optimizer(net, torch.optim.SGD, lr=0.1)
     for p in net.parameters():
         p.grad = torch.ones_like(p)
-    with pytest.raises(stiefel.OptimizerError, match="bfloat16"):
+    with pytest.raises(stiefel.WeightError, match="bfloat16"):
         optimizer.step()
 
 

@@ -24,7 +24,7 @@ from test_readme import snippet
 from torch import Tensor, nn
 
 import stiefel
-from stiefel.attach.binding import constrained_weights
+from stiefel.attach.weights import constrained_weights
 from stiefel.errors import OptionError
 from stiefel.measure import display
 from stiefel.measure import monitor as monitor_module

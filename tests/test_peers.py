@@ -20,7 +20,7 @@ from torch import nn
 from torch.nn.utils.parametrizations import orthogonal
 
 import stiefel
-from stiefel.attach.binding import constrained_weights
+from stiefel.attach.weights import constrained_weights
 from stiefel.layout import Layout
 from stiefel.linalg import householder_rows, householder_vectors, nearest_orthonormal, polar, skew
 from stiefel.manifold import geometry

@@ -14,7 +14,7 @@ from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
 import stiefel
-from stiefel.attach import deposits, prefetch
+from stiefel.attach import prefetch, prefetched
 from stiefel.attach.prefetch import stop_prefetch
 from stiefel.constraint import Reparameterization
 from stiefel.methods import method_class
@@ -79,7 +79,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
 
     monkeypatch.setattr(method_class("own"), "forward", counted)
     yield seen
-    assert not deposits._passes.stack  # whatever happened, no pass is left open
+    assert not prefetched._passes.stack  # whatever happened, no pass is left open
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -263,7 +263,7 @@ def test_a_pass_that_fails_leaves_nothing_behind(calls: list[int]) -> None:
     model = block()
     with pytest.raises(RuntimeError):
         model(torch.randn(3, 7))
-    assert not deposits._passes.stack
+    assert not prefetched._passes.stack
     model(inputs()).sum().backward()
 
 
@@ -322,7 +322,7 @@ def test_recurrent_layers(cls: Any) -> None:
     assert_same(*found, eps=1e-6)
 
 
-def test_copies_carry_no_deposits() -> None:
+def test_copies_carry_no_prefetched_weights() -> None:
     model = block()
     model(inputs()).sum()
     twin = copy.deepcopy(model)
@@ -504,7 +504,7 @@ def test_an_interrupted_pass_does_not_freeze_the_layer() -> None:
         fused_steps(model)
         assert (model.layer.weight.detach() - before).norm() > 0.1
     finally:
-        deposits._passes.stack.clear()
+        prefetched._passes.stack.clear()
 
 
 @pytest.mark.parametrize("method", ["own", "weight_norm", "cayley", "pogo", "riemannian", "soft"])

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 import stiefel
-from stiefel.attach.binding import constrained_weights
+from stiefel.attach.weights import constrained_weights
 from stiefel.constraint import Constraint, Reparameterization
 from stiefel.layout import Layout
 from stiefel.linalg import unit_sized

@@ -3,9 +3,10 @@
 The only package that knows the insides of torch.nn. Imports ``methods``, ``optim``, ``layout`` and below.
 """
 
-from stiefel.attach.binding import Binding, ConstrainedWeight, constrained_weights
 from stiefel.attach.constrain import constrain, project, refresh, release
 from stiefel.attach.train import optimizer, penalty
+from stiefel.attach.weights import ConstrainedWeight, constrained_weights
+from stiefel.constraint.binding import Binding
 
 __all__ = [
     "Binding",

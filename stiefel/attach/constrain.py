@@ -11,25 +11,16 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from stiefel.attach.binding import (
-    Binding,
-    ConstrainedWeight,
-    Reparametrized,
-    add_quick_access,
-    bind,
-    bindings_of,
-    constrained_weights,
-    unbind,
-)
-from stiefel.attach.hooks import add_hooks, take_off_hooks, take_over
+from stiefel.attach.hooks import add_weight_hooks, remove_weight_hooks
+from stiefel.attach.parametrization import Reparametrized
 from stiefel.attach.prefetch import prefetch_below, stop_prefetch
 from stiefel.attach.select import Target, layout_of, select
-from stiefel.compat.geoopt import untag
+from stiefel.attach.tagging import tag_weight, untag_weight
+from stiefel.attach.weights import ConstrainedWeight, add_quick_access, bind, bindings_of, constrained_weights, unbind
 from stiefel.compat.torch_private import parameters_of
-from stiefel.constraint import ROUNDING, Constraint, ManifoldMethod, Reparameterization
+from stiefel.constraint import ROUNDING, Binding, Constraint, Reparameterization
 from stiefel.errors import LayoutError, OptionError, WeightError
 from stiefel.methods import get
-from stiefel.optim import SteppedParameter, take_back, unwatch
 
 
 def constrain(
@@ -109,14 +100,10 @@ def release(module: nn.Module) -> nn.Module:
             _give_own_class(owner)
             parametrize.remove_parametrizations(owner, tensor, leave_parametrized=True)
             _restore_order(owner, tensor, found.binding.position)
-        elif isinstance(found.binding.constraint, ManifoldMethod) and hasattr(found.parameter, "manifold"):
-            untag(found.parameter)
-        elif isinstance(found.parameter, SteppedParameter):
-            take_back(found.parameter)
-        unwatch(found.parameter)
+        untag_weight(found)
         unbind(owner, tensor)
         if not bindings_of(owner):
-            take_off_hooks(owner)
+            remove_weight_hooks(owner)
     for each in module.modules():
         stop_prefetch(each)
     for parameter, value in values.values():
@@ -147,7 +134,7 @@ def project(module: nn.Module) -> nn.Module:
                 f"weight '{found.binding.label}' has entries that are NaN or infinite, of which no point of its set is "
                 "the nearest: go back to a checkpoint from before the loss diverged"
             )
-        if found.can_leave and found.residual() > ROUNDING * torch.finfo(found.parameter.dtype).eps:
+        if found.may_be_off_set and found.residual() > ROUNDING * torch.finfo(found.parameter.dtype).eps:
             found.move_to_nearest()
     return module
 
@@ -164,7 +151,7 @@ def refresh(module: nn.Module) -> nn.Module:
     """
     for each in module.modules():
         if isinstance(each, Reparametrized):
-            each.kept = None
+            each.cached = None
     return module
 
 
@@ -177,12 +164,12 @@ def _attach_forward(target: Target, binding: Binding, parametrization: Reparamet
         parametrize.register_parametrization(each.owner, each.tensor, parametrization)
         add_quick_access(each.owner, each.tensor)
         bind(each.owner, each.tensor, replace(binding, label=each.name, position=position))
-        add_hooks(each.owner, binding.constraint)
-    parametrization.first = parametrization.kept = None
+        add_weight_hooks(each.owner, binding.constraint)
+    parametrization.first = parametrization.cached = None
     parameter.requires_grad_(trained)  # torch keeps the Parameter object as the proxy
     parametrization.requires_grad_(trained)
     for each in owners:
-        take_over(ConstrainedWeight(each.name, each.owner, each.tensor, bindings_of(each.owner)[each.tensor]))
+        tag_weight(ConstrainedWeight(each.name, each.owner, each.tensor, bindings_of(each.owner)[each.tensor]))
 
 
 @torch.no_grad()
@@ -190,8 +177,8 @@ def _attach_in_place(target: Target, binding: Binding, start: torch.Tensor) -> N
     target.parameter.copy_(start)
     for each in (target, *target.ties):
         bind(each.owner, each.tensor, binding)
-        take_over(ConstrainedWeight(each.name, each.owner, each.tensor, binding))
-        add_hooks(each.owner, binding.constraint)
+        tag_weight(ConstrainedWeight(each.name, each.owner, each.tensor, binding))
+        add_weight_hooks(each.owner, binding.constraint)
 
 
 def _give_own_class(owner: nn.Module) -> None:

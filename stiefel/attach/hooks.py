@@ -12,80 +12,46 @@ from typing import Any
 import torch
 from torch import nn
 
-from stiefel.attach.binding import ConstrainedWeight, bindings_of
-from stiefel.compat.geoopt import tag
+from stiefel.attach.tagging import retag, tag_weight
+from stiefel.attach.weights import ConstrainedWeight, bindings_of
 from stiefel.compat.torch_private import drop_flat_weights, has_hook, on_conversion, remove_hooks, restore_flat_weights
-from stiefel.constraint import Constraint, ManifoldMethod, Penalty, Reparameterization, StepMethod
+from stiefel.constraint import Constraint, Reparameterization
 from stiefel.errors import WeightError
-from stiefel.optim import Ownership, Watched, hand_over, is_watched, watch
 
 
-def take_over(found: ConstrainedWeight) -> None:
-    """Make a weight's parameter known to optimizers, in place; again where a copy or a conversion has lost that."""
-    method, layout, label = found.binding.constraint, found.binding.layout, found.binding.label
-    parameter = found.parameter
-    if isinstance(method, ManifoldMethod) and not hasattr(parameter, "manifold"):
-        manifold = method.manifold(layout)
-        manifold.label = label
-        tag(parameter, manifold)
-    elif method.lifts:
-        assert isinstance(method, (StepMethod, Penalty))
-        hand_over(parameter, Ownership(method, layout, label, found.binding.tally))
-    marks = [watch(parameter, Watched(label, found.binding.tally, _moves(method), method.decay))]
-    if isinstance(method, Reparameterization):  # gains and other trained parts: they diverge too, and count no steps
-        parts = found.owner.parametrizations[found.tensor].parameters()  # type: ignore[index, union-attr]
-        marks += [watch(part, Watched(label, None, False, "acts")) for part in parts if part is not parameter]
-    found.binding.marks = marks
-
-
-def _moves(method: Constraint) -> bool:
-    return method.lifts or isinstance(method, ManifoldMethod)
-
-
-def add_hooks(owner: nn.Module, method: Constraint) -> None:
+def add_weight_hooks(owner: nn.Module, method: Constraint) -> None:
     """Give a module the hooks that a method on one of its tensors needs, each once."""
     if not has_hook(owner, _save_tally):
         owner.register_load_state_dict_post_hook(_after_load)
         owner.register_state_dict_post_hook(_save_tally)
         owner.register_load_state_dict_pre_hook(_load_tally)
-    if not has_hook(owner, _take_over_again):
-        owner.register_forward_pre_hook(_take_over_again)
+    if not has_hook(owner, retag):
+        owner.register_forward_pre_hook(retag)
     recomputed = isinstance(owner, nn.RNNBase) and isinstance(method, Reparameterization)
     if recomputed and not has_hook(owner, _drop_flat_weights):
         owner.register_forward_hook(_drop_flat_weights, always_call=True)
         on_conversion(type(owner), _drop_flat_weights)  # torch has given it a class of its own
 
 
-def take_off_hooks(owner: nn.Module) -> None:
+def remove_weight_hooks(owner: nn.Module) -> None:
     """Take all of them off a module that has no binding left."""
-    remove_hooks(owner, _after_load, _save_tally, _load_tally, _take_over_again, _drop_flat_weights)
+    remove_hooks(owner, _after_load, _save_tally, _load_tally, retag, _drop_flat_weights)
     if isinstance(owner, nn.RNNBase):
         restore_flat_weights(owner)
 
 
-def _take_over_again(owner: nn.Module, args: Any) -> None:
-    """Notice parameters that are new, by a copy or a conversion (``torch.__future__``'s flags), before they train."""
-    if not torch.is_grad_enabled():  # nothing trains, and layers at rest should cost what plain ones do
-        return
-    for tensor, binding in bindings_of(owner).items():
-        found = ConstrainedWeight(binding.label, owner, tensor, binding)
-        parameter = found.parameter
-        if isinstance(parameter, nn.Parameter) and not is_watched(parameter):  # a replica's (DataParallel) are none
-            take_over(found)
-
-
 @torch.no_grad()
 def _after_load(owner: nn.Module, incompatible_keys: Any) -> None:
-    """Take loaded weights over, and move those that are not where the method promises to the nearest point of its set.
+    """Tag loaded weights, and move those that are not where the method promises to the nearest point of its set.
 
     A proxy gives a weight of the set whatever was loaded; the point that a trivialization starts from does not.
     """
     for tensor, binding in bindings_of(owner).items():
         found = ConstrainedWeight(binding.label, owner, tensor, binding)
         if found.parametrization is not None:
-            found.parametrization.kept = None
-        take_over(found)
-        if binding.constraint.claim is None or not found.can_leave:
+            found.parametrization.cached = None
+        tag_weight(found)
+        if binding.constraint.claim is None or not found.may_be_off_set:
             continue
         residual = found.residual()
         if residual != residual:

@@ -16,9 +16,10 @@ from weakref import WeakKeyDictionary, ref
 import torch
 from torch import Tensor, nn
 
-from stiefel.attach.binding import Bucket, Reparametrized, constrained_weights, first_parametrization, needs_graph
-from stiefel.attach.deposits import Deposit, begin, deposited, end, forget
+from stiefel.attach.parametrization import Bucket, Reparametrized, needs_graph
+from stiefel.attach.prefetched import PrefetchedWeight, begin, end, forget, prefetched_weight
 from stiefel.attach.snapshot import Snapshot
+from stiefel.attach.weights import constrained_weights, first_parametrization
 from stiefel.compat.torch_private import has_hook, remove_hooks, saves_tensors_elsewhere
 from stiefel.constraint import Reparameterization
 from stiefel.linalg import full_precision, is_traced
@@ -53,14 +54,16 @@ def _before_forward(root: nn.Module, args: Any) -> None:
     if not torch.is_grad_enabled() or is_traced() or saves_tensors_elsewhere():
         return
     forget(root)
-    deposits = []
+    prefetched = []
     for members in bucket(_members(root), _computed_together):
         snapshots = [Snapshot(m.tensors) for m in members]
         weights = _Together.apply(
             Bucket([m.parametrization for m in members]), *(t for m in members for t in m.tensors)
         )
-        deposits += [Deposit(m.parametrization, s, w) for m, s, w in zip(members, snapshots, weights, strict=True)]
-    begin(root, deposits)
+        prefetched += [
+            PrefetchedWeight(m.parametrization, s, w) for m, s, w in zip(members, snapshots, weights, strict=True)
+        ]
+    begin(root, prefetched)
 
 
 def _after_forward(root: nn.Module, args: Any, output: Any) -> None:
@@ -82,7 +85,7 @@ def _members(root: nn.Module) -> list[_Member]:
         if not isinstance(parametrization, Reparametrized) or proxy is None:
             continue
         tensors = parametrization.tensors(proxy)
-        if needs_graph(tensors) and deposited(parametrization, tensors) is None:
+        if needs_graph(tensors) and prefetched_weight(parametrization, tensors) is None:
             members.append(_Member(parametrization, tensors))
     return members
 

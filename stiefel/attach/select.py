@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
-from stiefel.attach.binding import bindings_of
+from stiefel.attach.weights import bindings_of
 from stiefel.compat.torch_private import parameters_of
 from stiefel.constraint import Constraint
 from stiefel.errors import LayoutError, SelectionError, WeightError, nearest_names

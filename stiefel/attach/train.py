@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stiefel.attach.binding import ConstrainedWeight, constrained_weights
-from stiefel.attach.hooks import take_over
+from stiefel.attach.tagging import tag_weight
+from stiefel.attach.weights import ConstrainedWeight, constrained_weights
 from stiefel.constraint import ManifoldMethod, Penalty
 from stiefel.errors import OptimizerError
 from stiefel.linalg import full_precision
@@ -45,7 +45,7 @@ def optimizer(
         raise OptimizerError(f"cls must be an optimizer class such as torch.optim.SGD, got {cls!r}")
     found = list(constrained_weights(module))
     for weight in found:
-        take_over(weight)
+        tag_weight(weight)
     methods = [weight.binding.constraint for weight in found]
     if any(isinstance(m, ManifoldMethod) for m in methods):
         from stiefel.optim.riemannian import riemannian  # imports geoopt, which other models need not pay
@@ -82,7 +82,7 @@ def penalty(module: nn.Module) -> Tensor:
             strength = method.strength_at(binding.tally.steps)
             terms.append(strength * scale**2 * method.penalty(x, binding.layout).sum())
         for w in members:
-            take_over(w)  # a copy of a model counts its own steps
+            tag_weight(w)  # a copy of a model counts its own steps
     return torch.stack([t.to(terms[0]) for t in terms]).sum()
 
 

@@ -11,6 +11,7 @@ from stiefel.constraint.base import (
     Schedule,
     StepMethod,
 )
+from stiefel.constraint.binding import Binding, Tally
 from stiefel.constraint.catalogue import register
 from stiefel.constraint.centred import Centred
 from stiefel.constraint.claim import ROUNDING, Claim
@@ -20,6 +21,7 @@ from stiefel.constraint.trivialization import Trivialization
 __all__ = [
     "RELU_SCALE",
     "ROUNDING",
+    "Binding",
     "Centred",
     "Claim",
     "Constraint",
@@ -30,6 +32,7 @@ __all__ = [
     "Reparameterization",
     "Schedule",
     "StepMethod",
+    "Tally",
     "Trivialization",
     "is_count",
     "is_number",

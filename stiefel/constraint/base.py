@@ -133,6 +133,11 @@ class Constraint(ABC):
         return False
 
     @property
+    def moves(self) -> bool:
+        """Whether the weight itself is moved along its set in the step, by an optimizer made for that alone."""
+        return self.lifts
+
+    @property
     def dtypes(self) -> tuple[torch.dtype, ...]:
         """The precisions and fields of weights that the method can hold."""
         return tuple(d for d in EXACT_DTYPES if not (self.real_only and d.is_complex))
@@ -276,6 +281,11 @@ class ManifoldMethod(Constraint):
 
     place = "step"
     claim = Claim()
+
+    @property
+    def moves(self) -> bool:
+        """Always."""
+        return True
 
     @abstractmethod
     def manifold(self, layout: Layout) -> geoopt.Manifold:

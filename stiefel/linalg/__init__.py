@@ -10,7 +10,7 @@ from stiefel.linalg.lyapunov import lyapunov
 from stiefel.linalg.msign import msign
 from stiefel.linalg.norm import spectral_radius
 from stiefel.linalg.polar import polar
-from stiefel.linalg.precision import EXACT_DTYPES, full_precision, in_double
+from stiefel.linalg.precision import EXACT_DTYPES, full_precision, in_double, require_exact
 from stiefel.linalg.products import (
     add_product,
     balance,
@@ -60,6 +60,7 @@ __all__ = [
     "polar",
     "qf",
     "readable",
+    "require_exact",
     "skew",
     "spectral_map",
     "spectral_radius",

@@ -1,4 +1,4 @@
-"""The context in which a constraint computes: no autocast, no reduced-precision products. Imports only torch."""
+"""The context in which a constraint computes: no autocast, no reduced-precision products. Imports torch, errors."""
 
 from __future__ import annotations
 
@@ -9,8 +9,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from stiefel.errors import WeightError
+
 EXACT_DTYPES = (torch.float32, torch.float64, torch.complex64, torch.complex128)
 """The precisions in which a weight can be held on its set; bfloat16 leaves a residual of about 0.02."""
+
+
+def require_exact(dtype: torch.dtype, label: str) -> None:
+    """Raise :class:`WeightError` where the weight of that name is in a precision in which none is orthogonal."""
+    if dtype not in EXACT_DTYPES:
+        raise WeightError(
+            f"weight '{label}' is {dtype}, in which it cannot be orthogonal; keep the model in float32 and use "
+            "torch.autocast, or stiefel.release(model) before converting it"
+        )
 
 
 def in_double(x: Tensor) -> Tensor:

@@ -37,6 +37,7 @@ class StiefelWeight(geoopt.Stiefel):
 
     name = "StiefelWeight"
     reversible = False
+    binding: Any  # what is known of the weight: set by whoever puts one on the manifold
 
     def __new__(cls, *args: Any, **kwargs: Any) -> StiefelWeight:
         return geoopt.Manifold.__new__(cls)  # geoopt's own __new__ takes `canonical` and nothing else
@@ -50,7 +51,6 @@ class StiefelWeight(geoopt.Stiefel):
         super().__init__()
         self.layout, self.metric, self.retraction = layout, metric, retraction
         self.ndim = len(layout.shape)
-        self.label = "weight"  # set by whoever attaches the manifold, for messages
 
     # --- on points (b, p, n) ---
 

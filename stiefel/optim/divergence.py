@@ -29,8 +29,8 @@ class _Flags(threading.local):
 _flags = _Flags()
 
 
-def tell_later(finite: Tensor, message: Callable[[], str]) -> None:
-    """Have :func:`tell` raise a :class:`DivergenceError` with that message, made then, if the flag is false.
+def raise_later(finite: Tensor, message: Callable[[], str]) -> None:
+    """Have :func:`raise_pending` raise a :class:`DivergenceError` with that message, made then, if the flag is false.
 
     Reading a flag at once would make the host wait for everything that the device still has to do. It is copied while
     both go on, and looked at before the next step, or one of those after it.
@@ -42,7 +42,7 @@ def tell_later(finite: Tensor, message: Callable[[], str]) -> None:
     _flags.pending.append(_Flag(value, arrived, message))
 
 
-def tell() -> None:
+def raise_pending() -> None:
     """Raise for the flags that have arrived and are false.
 
     Raises:

@@ -18,31 +18,37 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 from stiefel.compat.geoopt import is_on_manifold, is_riemannian
 from stiefel.compat.torch_private import norms_of_all
-from stiefel.constraint import Decay
+from stiefel.constraint import Binding, Decay
 from stiefel.errors import DivergenceError, OptimizerError
 from stiefel.linalg import is_capturing, may_wait
 from stiefel.optim.bases import decays, refuse_late_start
 from stiefel.optim.decay import unwelcome
-from stiefel.optim.divergence import tell, tell_later
+from stiefel.optim.divergence import raise_later, raise_pending
 from stiefel.optim.lift import Lift, quoted, skipped
-from stiefel.optim.stepped_parameter import SteppedParameter, Tally
+from stiefel.optim.stepped_parameter import SteppedParameter
 
 
 @dataclass(frozen=True)
 class Watched:
-    """What is known of a constrained parameter.
+    """What a step looks up of a constrained parameter.
 
     Args:
-        label: its name for messages.
-        tally: what counts its steps; None for parts of a weight that is counted already.
-        moved: whether its method moves it in the step.
-        decay: what weight decay does to its weight.
+        binding: of its weight.
+        part: whether it is another trained part of a weight whose own parameter is watched: a learnable gain.
     """
 
-    label: str
-    tally: Tally | None
-    moved: bool
-    decay: Decay
+    binding: Binding
+    part: bool = False
+
+    @property
+    def label(self) -> str:
+        """Its weight's name."""
+        return self.binding.label
+
+    @property
+    def decay(self) -> Decay:
+        """What weight decay does to its weight."""
+        return "acts" if self.part else self.binding.constraint.decay
 
 
 _ATTRIBUTE = "_stiefel_watched"  # on the parameter itself: a weak reference to it would forbid torch to swap it
@@ -67,7 +73,7 @@ def _watch_again(parameter: Tensor, watched: Watched) -> Mark:
     return Mark(parameter, watched)
 
 
-def watch(parameter: Tensor, watched: Watched) -> Mark:
+def watch(parameter: Tensor, binding: Binding, *, part: bool = False) -> Mark:
     """From now on, look at every optimizer step that has ``parameter``.
 
     A step with a gradient that is NaN or infinite raises before anything is changed. So does one of a plain optimizer
@@ -78,7 +84,7 @@ def watch(parameter: Tensor, watched: Watched) -> Mark:
     Returns:
         What to keep beside the parameter's module, so that the copies of both belong together.
     """
-    return _watch_again(parameter, watched)
+    return _watch_again(parameter, Watched(binding, part))
 
 
 def unwatch(parameter: Tensor) -> None:
@@ -100,8 +106,7 @@ def is_watched(parameter: Tensor) -> bool:
 
 def _watched(parameter: Tensor) -> Watched | None:
     if isinstance(parameter, SteppedParameter):  # which keeps this also through copies and pickles
-        owner = parameter.ownership
-        return Watched(owner.label, owner.tally, True, owner.method.decay)
+        return Watched(parameter.binding)
     return getattr(parameter, _ATTRIBUTE, None)
 
 
@@ -156,15 +161,20 @@ def _refuse_plain_step(optimizer: torch.optim.Optimizer, members: list[tuple[Ten
         if lifted and isinstance(p, SteppedParameter):
             continue
         manifold = getattr(p, "manifold", None)
-        on_manifold = is_on_manifold(p) and hasattr(manifold, "label")
+        on_manifold = is_on_manifold(p) and hasattr(manifold, "binding")
         if isinstance(p, SteppedParameter) or (on_manifold and not riemannian):
-            label = p.ownership.label if isinstance(p, SteppedParameter) else manifold.label  # type: ignore[union-attr]
+            label = (p if isinstance(p, SteppedParameter) else manifold).binding.label  # type: ignore[union-attr]
             name = type(optimizer).__name__
             raise OptimizerError(
                 f"{name} is about to step weight '{label}' off its constraint's set; create the optimizer with "
                 f"stiefel.optimizer(model, torch.optim.{name}, ...), or stiefel.release(model) first"
             )
-        if watched is not None and watched.moved and not isinstance(p, SteppedParameter) and not on_manifold:
+        if (
+            watched is not None
+            and watched.binding.constraint.moves
+            and not isinstance(p, SteppedParameter)
+            and not on_manifold
+        ):
             raise OptimizerError(
                 f"weight '{watched.label}' has lost the class by which its optimizer knows it; call "
                 "stiefel.optimizer(model, ...) again, or stiefel.release(model) first"
@@ -185,7 +195,7 @@ def _refuse_decay(optimizer: torch.optim.Optimizer) -> None:
                 "along its set; make the optimizer with stiefel.optimizer(model, ...), which keeps constrained weights "
                 f"in groups without it, or set {options[0]}=0 there (a checkpoint from before may have brought it back)"
             )
-            if watched.moved:
+            if watched.binding.constraint.moves:
                 raise OptimizerError(message)
             _told_of_decay.setdefault(optimizer, set()).add(watched.label)
             warnings.warn(message, stacklevel=5)
@@ -196,7 +206,7 @@ def _refuse_divergence(optimizer: torch.optim.Optimizer, members: list[tuple[Ten
         return  # torch.amp.GradScaler hands the decision to a fused optimizer
     if torch.compiler.is_compiling() or is_capturing(members[0][0]):
         return  # nothing may be read back here
-    tell()
+    raise_pending()
     gradients = [
         (g.coalesce().values() if g.is_sparse else g, w.label) for p, w in members if (g := p.grad) is not None
     ]
@@ -213,7 +223,7 @@ def _refuse_divergence(optimizer: torch.optim.Optimizer, members: list[tuple[Ten
         finite = torch.stack([v.to(sizes[0].device, non_blocking=True) for v in sizes]).isfinite().all()
         labels = [w.label for _, w in members]
         what = "a gradient or an entry of weights"
-        tell_later(finite, lambda: f"{what} {quoted(labels)} was NaN or infinite: the loss has diverged")
+        raise_later(finite, lambda: f"{what} {quoted(labels)} was NaN or infinite: the loss has diverged")
         return
     if torch.stack([v.cpu() for v in sizes]).isfinite().all():
         return
@@ -234,5 +244,5 @@ def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Non
     for group in optimizer.param_groups:
         for p in group["params"]:
             watched = _watched(p)
-            if watched is not None and watched.tally is not None:
-                watched.tally.steps += 1
+            if watched is not None and not watched.part:
+                watched.binding.tally.steps += 1

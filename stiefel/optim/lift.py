@@ -17,14 +17,14 @@ import torch
 from torch import Tensor
 
 from stiefel.compat.torch_private import copy_all_, zero_all_
-from stiefel.constraint import Penalty
-from stiefel.errors import DivergenceError, OptimizerError
-from stiefel.linalg import EXACT_DTYPES, full_precision, is_capturing, may_wait
+from stiefel.constraint import Binding, Constraint, Penalty, StepMethod
+from stiefel.errors import DivergenceError
+from stiefel.linalg import full_precision, is_capturing, may_wait, require_exact
 from stiefel.manifold.geometry import tangent_gradient_
 from stiefel.optim.bases import is_additive, keeps_nothing, refuse
 from stiefel.optim.buckets import bucket, stack, unstack
-from stiefel.optim.divergence import tell_later
-from stiefel.optim.stepped_parameter import Ownership, SteppedParameter
+from stiefel.optim.divergence import raise_later
+from stiefel.optim.stepped_parameter import SteppedParameter
 
 if TYPE_CHECKING:
     _Base = torch.optim.Optimizer
@@ -92,12 +92,8 @@ class Lift(_Base):
             for p in group["params"]:
                 if not isinstance(p, SteppedParameter) or p.grad is None:
                     continue
-                if p.dtype not in EXACT_DTYPES:
-                    raise OptimizerError(
-                        f"weight '{p.ownership.label}' is {p.dtype}, in which no method holds it; keep the model in "
-                        "float32 and train under torch.autocast"
-                    )
-                owned.append(_Owned(p, float(group["lr"]), p.ownership.wants_tangent(forgets), additive))
+                require_exact(p.dtype, p.binding.label)
+                owned.append(_Owned(p, float(group["lr"]), _wants_tangent(p.binding.constraint, forgets), additive))
         return owned
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
@@ -148,7 +144,7 @@ class _Move:
     def __init__(self, members: list[_Owned]) -> None:
         self.parameters = [m.parameter for m in members]
         self.lr, self.tangent, self.additive = members[0].lr, members[0].tangent, members[0].additive
-        self.layouts = [p.ownership.layout for p in self.parameters]
+        self.layouts = [p.binding.layout for p in self.parameters]
         self.before = stack(self.layouts, self.parameters, scaled=False, copy=True)
         self.shortened: Tensor | None = None
 
@@ -184,8 +180,7 @@ class _Move:
             before = self.before
             if scale != 1:
                 before, displacement = before / scale, displacement.div_(scale)
-            owner = self.parameters[0].ownership
-            x, shortened = _moved(owner, before, displacement, self.lr)
+            x, shortened = _moved(self.parameters[0].binding, before, displacement, self.lr)
             x = self._finite(x, before)  # where numbers end, or a penalty's pull is too strong
         self._write(unstack(self.layouts, x, scaled=True))
         self.shortened = shortened
@@ -201,7 +196,7 @@ class _Move:
         else:
             flags = [flag.any() for flag in self.shortened.split(counts)]
         for p, flag in zip(self.parameters, flags, strict=True):
-            tally = p.ownership.tally
+            tally = p.binding.tally
             tally.shortened = flag + (0 if tally.shortened is None else tally.shortened)
 
     def undo(self) -> None:
@@ -217,7 +212,7 @@ class _Move:
         if is_capturing(value):
             return value
         if not may_wait(value):
-            tell_later(finite, self._divergence)
+            raise_later(finite, self._divergence)
             return torch.where(finite, value, otherwise)
         if not finite and not value.isfinite().all():
             raise DivergenceError(self._divergence())
@@ -225,25 +220,32 @@ class _Move:
 
     def _divergence(self) -> str:
         return (
-            f"the optimizer's step of weight {quoted(p.ownership.label for p in self.parameters)} is NaN or infinite. "
+            f"the optimizer's step of weight {quoted(p.binding.label for p in self.parameters)} is NaN or infinite. "
             "It is left where it was; lower the learning rate"
         )
 
 
-def _moved(owner: Ownership, x: Tensor, displacement: Tensor, lr: float) -> tuple[Tensor, Tensor | None]:
+def _wants_tangent(method: Constraint, forgets: bool) -> bool:
+    """Whether the base gets P_X(G); where it ``forgets``, a method that projects its step makes the same of G."""
+    return isinstance(method, StepMethod) and method.tangent and not (forgets and method.projects)
+
+
+def _moved(binding: Binding, x: Tensor, displacement: Tensor, lr: float) -> tuple[Tensor, Tensor | None]:
     """Where the method goes from X, and which matrices' steps it shortened, if it is one that does."""
-    method = owner.method
+    method = binding.constraint
     if isinstance(method, Penalty):
-        return method.step(x, displacement, lr * method.strength_at(owner.tally.steps), owner.layout), None
+        return method.step(x, displacement, lr * method.strength_at(binding.tally.steps), binding.layout), None
+    assert isinstance(method, StepMethod)
     result = method.step(x, displacement, lr)
     return result if isinstance(result, tuple) else (result, None)
 
 
 def _moves_together(member: _Owned) -> Hashable:
-    p, owner = member.parameter, member.parameter.ownership
+    p, binding = member.parameter, member.parameter.binding
     # A penalty may depend on what the kernel does (its stride) and on the number of steps taken.
-    more = (owner.layout, owner.tally.steps) if isinstance(owner.method, Penalty) else owner.layout.matrix_shape[1:]
-    return id(owner.method), more, p.dtype, p.device, member.lr, member.tangent, member.additive
+    method, layout = binding.constraint, binding.layout
+    more = (layout, binding.tally.steps) if isinstance(method, Penalty) else layout.matrix_shape[1:]
+    return id(method), more, p.dtype, p.device, member.lr, member.tangent, member.additive
 
 
 def _rebuild_optimizer(base: type[torch.optim.Optimizer]) -> torch.optim.Optimizer:

@@ -18,7 +18,7 @@ from stiefel.compat.geoopt import geoopt
 from stiefel.compat.torch_private import copy_all_
 from stiefel.constraint import is_number
 from stiefel.errors import OptimizerError
-from stiefel.linalg import EXACT_DTYPES, full_precision
+from stiefel.linalg import full_precision, require_exact
 from stiefel.manifold.geometry import project_tangent
 from stiefel.manifold.weight_manifold import StiefelWeight
 from stiefel.optim.buckets import bucket, stack, unstack
@@ -85,11 +85,8 @@ class _Batched:
             if p.grad.is_sparse:
                 raise OptimizerError(f"{type(self).__name__} does not support sparse gradients")
             manifold = _manifold(p)
-            if manifold is not None and p.dtype not in EXACT_DTYPES:
-                raise OptimizerError(
-                    f"weight '{manifold.label}' is {p.dtype}: no retraction holds in that precision; keep the model in "
-                    "float32 and train under torch.autocast"
-                )
+            if manifold is not None:
+                require_exact(p.dtype, manifold.binding.label)
         return bucket(ready, key)
 
     def _move(self, group: dict[str, Any], members: list[Tensor]) -> None:

@@ -21,7 +21,7 @@ from fuzzing.faults import Fault
 from fuzzing.models import LARGE, gaussian
 from fuzzing.optimizers import OPTIMIZERS, needs_closure
 from stiefel import measure
-from stiefel.attach.binding import constrained_weights
+from stiefel.attach.weights import constrained_weights
 
 if TYPE_CHECKING:
     from fuzzing.models import Net

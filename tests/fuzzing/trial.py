@@ -16,7 +16,7 @@ from fuzzing.events import EVENTS, MOVES, SPOILT
 from fuzzing.faults import Fault, is_named
 from fuzzing.models import BORN, LOSSES, STARTS, Net, make
 from fuzzing.optimizers import OPTIMIZERS
-from stiefel.attach.binding import ConstrainedWeight, constrained_weights
+from stiefel.attach.weights import ConstrainedWeight, constrained_weights
 from stiefel.constraint import Claim, Penalty, Reparameterization
 
 EXTREME = 1e15

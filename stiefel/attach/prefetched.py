@@ -15,7 +15,7 @@ from stiefel.compat.torch_private import saves_tensors_elsewhere
 
 
 @dataclass(frozen=True)
-class Deposit:
+class PrefetchedWeight:
     """A weight with its graph, the parametrization that it belongs to, and what it was computed from."""
 
     parametrization: nn.Module
@@ -27,15 +27,15 @@ class _Passes(threading.local):
     """One entry per forward pass under way in this thread, the innermost last."""
 
     def __init__(self) -> None:
-        self.stack: list[tuple[ref[nn.Module], dict[int, Deposit]]] = []
+        self.stack: list[tuple[ref[nn.Module], dict[int, PrefetchedWeight]]] = []
 
 
 _passes = _Passes()
 
 
-def begin(root: nn.Module, deposits: Iterable[Deposit]) -> None:
-    """Offer deposits to the layers below ``root`` until :func:`end`."""
-    _passes.stack.append((ref(root), {id(d.parametrization): d for d in deposits}))
+def begin(root: nn.Module, weights: Iterable[PrefetchedWeight]) -> None:
+    """Offer weights to the layers below ``root`` until :func:`end`."""
+    _passes.stack.append((ref(root), {id(w.parametrization): w for w in weights}))
 
 
 def end(root: nn.Module) -> None:
@@ -50,10 +50,10 @@ def forget(root: nn.Module) -> None:
         _passes.stack = [entry for entry in _passes.stack if entry[0]() is not root]
 
 
-def deposited(parametrization: nn.Module, tensors: Sequence[Tensor]) -> Tensor | None:
+def prefetched_weight(parametrization: nn.Module, tensors: Sequence[Tensor]) -> Tensor | None:
     """The weight computed ahead for a parametrization, where there is one that is valid here and now."""
-    for _, deposits in reversed(_passes.stack):
-        found = deposits.get(id(parametrization))
+    for _, weights in reversed(_passes.stack):
+        found = weights.get(id(parametrization))
         if found is not None:
             valid = torch.is_grad_enabled() and found.snapshot.holds_for(tensors) and not saves_tensors_elsewhere()
             return found.weight if valid else None

@@ -1,0 +1,195 @@
+"""torch's parametrization of a weight by a method, alone and in batches. Imports ``prefetched``, ``snapshot``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+
+from stiefel.attach.prefetched import prefetched_weight
+from stiefel.attach.snapshot import Snapshot, can_be_watched
+from stiefel.compat.torch_private import Convertible, version
+from stiefel.constraint import Binding, Reparameterization
+from stiefel.errors import DivergenceError, StiefelError
+from stiefel.linalg import full_precision, is_traced, require_exact
+from stiefel.optim.buckets import stack, unstack
+
+
+class CachedWeight:
+    """A weight computed where nothing needed its graph, and what it was computed from."""
+
+    def __init__(self, snapshot: Snapshot, weight: Tensor) -> None:
+        self.snapshot, self.weight, self.version = snapshot, weight, version(weight)
+
+    def holds_for(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether the weight is still a function of these tensors, and was not edited itself."""
+        return version(self.weight) == self.version and self.snapshot.holds_for(tensors)
+
+
+class Reparametrized(Convertible):
+    """torch's parametrization of a weight by a method: ``weight = gain · s · method(proxy / s)``.
+
+    The proxy starts at s times the method's own start, so that one small step moves the weight as far at every scale.
+    What else the method needs beside the proxy is in ``parts``.
+    """
+
+    cached: CachedWeight | None = None
+
+    def __init__(self, binding: Binding, weight: Tensor) -> None:
+        super().__init__()
+        self.binding = binding
+        self.parts = nn.Module()
+        self.gain: nn.Parameter | None = None
+        if binding.constraint.scale == "learnable":
+            b, p, _ = binding.layout.matrix_shape
+            self.gain = nn.Parameter(torch.ones(b * p, dtype=weight.dtype.to_real(), device=weight.device))
+        proxy, parts = self._start(weight)
+        self.names = tuple(parts)  # a replica of a module (DataParallel) has no dictionary of its parameters
+        for name, part in parts.items():
+            if not part.ndim or len(part) != binding.layout.matrix_shape[0]:
+                raise StiefelError(
+                    f"{binding.constraint.name!r} starts with {name!r} of shape {tuple(part.shape)}: its first "
+                    f"dimension must be that of the batch of matrices, here {binding.layout.matrix_shape[0]}"
+                )
+            if isinstance(part, nn.Parameter):
+                self.parts.register_parameter(name, part)
+            else:
+                self.parts.register_buffer(name, part)
+        self.first: Tensor | None = proxy  # what right_inverse returns while torch registers the parametrization
+
+    def forward(self, proxy: Tensor) -> Tensor:
+        """The constrained weight of a proxy: one computed already where that is valid, a new one otherwise.
+
+        Raises:
+            WeightError: the model was converted to a precision in which no weight is orthogonal.
+        """
+        tensors = self.tensors(proxy)
+        if not is_traced():
+            ready = self.ready(proxy)
+            if ready is not None:
+                return ready
+            self.cached = None
+            if not needs_graph(tensors) and can_be_watched(tensors):
+                return self._cache(tensors)
+        return self._computed(tensors)
+
+    def _computed(self, tensors: Sequence[Tensor]) -> Tensor:
+        return Bucket([self]).weights(tensors)[0]
+
+    def _cache(self, tensors: Sequence[Tensor]) -> Tensor:
+        snapshot = Snapshot(tensors, hold=True)  # before the weight: another thread may change the proxy meanwhile
+        with torch.inference_mode(False), torch.no_grad():  # so that the weight has a version, and can be used anywhere
+            weight = self._computed(tensors)
+        self.cached = CachedWeight(snapshot, weight)
+        return weight
+
+    def ready(self, proxy: Tensor) -> Tensor | None:
+        """The weight of a proxy where it need not be computed: this pass has done so, or it was kept from before."""
+        tensors, cached = self.tensors(proxy), self.cached
+        if needs_graph(tensors):
+            return prefetched_weight(self, tensors)
+        return cached.weight if cached is not None and cached.holds_for(tensors) else None
+
+    def tensors(self, proxy: Tensor) -> tuple[Tensor, ...]:
+        """What the weight is a function of: the proxy, a learnable gain, and the method's parts, in this order."""
+        gains = () if self.gain is None else (self.gain,)
+        return proxy, *gains, *(getattr(self.parts, name) for name in self.names)
+
+    def train(self, mode: bool = True) -> Self:
+        """As for every module; a weight kept from before is computed anew."""
+        self.cached = None
+        return super().train(mode)
+
+    def before_conversion(self) -> None:
+        """As for :meth:`train`."""
+        self.cached = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in self.__dict__.items() if name != "cached"}
+
+    @torch.no_grad()
+    def right_inverse(self, weight: Tensor) -> Tensor:
+        """The proxy that an assigned weight starts from: that of the nearest point of the set."""
+        if self.first is not None:
+            return self.first
+        proxy, parts = self._start(weight)
+        for name, part in parts.items():
+            getattr(self.parts, name).copy_(part)
+        return proxy
+
+    @torch.no_grad()
+    def _start(self, weight: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        method, layout = self.binding.constraint, self.binding.layout
+        assert isinstance(method, Reparameterization)
+        proxy, parts = method.start(method.nearest(self.without_gains(layout.points(weight)), layout), layout)
+        return layout.weight(proxy), parts
+
+    def without_gains(self, points: Tensor) -> Tensor:
+        """Points without each output's learnable factor, where there is one and it is not 0."""
+        if self.gain is None:
+            return points
+        gain = self.gain.reshape(*points.shape[:2], 1)
+        return points / torch.where(gain == 0, 1, gain)
+
+
+def needs_graph(tensors: Sequence[Tensor]) -> bool:
+    """Whether what is computed from these tensors here and now is to be differentiated."""
+    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+
+
+class Bucket:
+    """Parametrizations by one method and of one layout, whose weights are computed as one batch.
+
+    Args:
+        parametrizations: one or more, with equally many tensors each.
+    """
+
+    def __init__(self, parametrizations: Sequence[Reparametrized]) -> None:
+        self.parametrizations, self.first = parametrizations, parametrizations[0]
+        self.layouts = [p.binding.layout for p in parametrizations]
+
+    def stack(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """What :meth:`Reparametrized.tensors` gives for each, one after the other, as one tensor per kind.
+
+        Raises:
+            WeightError: the model was converted to a precision in which no weight is orthogonal.
+        """
+        width = len(tensors) // len(self.parametrizations)
+        proxies, *others = [tensors[i::width] for i in range(width)]
+        for p, proxy in zip(self.parametrizations, proxies, strict=True):
+            require_exact(proxy.dtype, p.binding.label)
+        return [
+            stack(self.layouts, proxies, scaled=True),
+            *(o[0] if len(o) == 1 else torch.cat(list(o)) for o in others),
+        ]
+
+    def points(self, stacked: Sequence[Tensor]) -> Tensor:
+        """The weights, in units of X but with their gains, as functions of the stacked tensors."""
+        x = self.held(stacked)
+        with full_precision(x.device):
+            return x if self.first.gain is None else x * stacked[1].reshape(*x.shape[:2], 1)
+
+    def held(self, stacked: Sequence[Tensor]) -> Tensor:
+        """The same without gains: what the method holds on its set.
+
+        Raises:
+            DivergenceError: a proxy is beyond what can be factorized.
+        """
+        method, names = self.first.binding.constraint, self.first.names
+        assert isinstance(method, Reparameterization)
+        with full_precision(stacked[0].device):
+            parts = dict(zip(names, stacked[len(stacked) - len(names) :], strict=True))
+            try:
+                return method.forward(stacked[0], self.layouts[0], **parts)
+            except torch.linalg.LinAlgError as error:
+                labels = ", ".join(f"'{p.binding.label}'" for p in self.parametrizations)
+                raise DivergenceError(
+                    f"no weight can be computed from the proxy of {labels}: {error} Its entries are NaN, infinite or "
+                    "too large; lower the learning rate"
+                ) from error
+
+    def weights(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """All in one: the weights in their own shapes."""
+        return unstack(self.layouts, self.points(self.stack(tensors)), scaled=True)

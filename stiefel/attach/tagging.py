@@ -1,0 +1,55 @@
+"""Making parameters known to optimizers, by the classes and marks that they carry. Imports ``weights``, ``optim``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from stiefel.attach.weights import ConstrainedWeight, bindings_of
+from stiefel.compat.geoopt import tag as tag_manifold
+from stiefel.compat.geoopt import untag as untag_manifold
+from stiefel.constraint import ManifoldMethod, Reparameterization
+from stiefel.optim import SteppedParameter, is_watched, tag_stepped, untag, unwatch, watch
+
+
+def tag_weight(found: ConstrainedWeight) -> None:
+    """Make a weight's parameter known to optimizers, in place; again where a copy or a conversion has lost that."""
+    binding, parameter = found.binding, found.parameter
+    method = binding.constraint
+    if isinstance(method, ManifoldMethod) and not hasattr(parameter, "manifold"):
+        manifold = method.manifold(binding.layout)
+        manifold.binding = binding
+        tag_manifold(parameter, manifold)
+    elif method.lifts:
+        tag_stepped(parameter, binding)
+    marks = [watch(parameter, binding)]
+    if isinstance(method, Reparameterization):  # gains and other trained parts: they diverge too, and count no steps
+        parts = found.owner.parametrizations[found.tensor].parameters()  # type: ignore[index, union-attr]
+        marks += [watch(part, binding, part=True) for part in parts if part is not parameter]
+    found.keep(marks)
+
+
+def retag(owner: nn.Module, args: Any = None) -> None:
+    """Notice parameters that are new, by a copy or a conversion (``torch.__future__``'s flags), before they train.
+
+    A forward pre-hook of modules with constrained weights.
+    """
+    if not torch.is_grad_enabled():  # nothing trains, and layers at rest should cost what plain ones do
+        return
+    for tensor, binding in bindings_of(owner).items():
+        found = ConstrainedWeight(binding.label, owner, tensor, binding)
+        parameter = found.parameter
+        if isinstance(parameter, nn.Parameter) and not is_watched(parameter):  # a replica's (DataParallel) are none
+            tag_weight(found)
+
+
+def untag_weight(found: ConstrainedWeight) -> None:
+    """Make its parameter an ordinary one again, which any optimizer may step."""
+    parameter = found.parameter
+    if isinstance(found.binding.constraint, ManifoldMethod) and hasattr(parameter, "manifold"):
+        untag_manifold(parameter)
+    elif isinstance(parameter, SteppedParameter):
+        untag(parameter)
+    unwatch(parameter)

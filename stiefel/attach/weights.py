@@ -1,0 +1,165 @@
+"""Constrained weights as they are found in a module. Imports ``parametrization``, ``optim`` and below."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from stiefel.attach.parametrization import Bucket, Reparametrized
+from stiefel.compat.torch_private import parameters_of, submodules_of
+from stiefel.constraint import Binding, Reparameterization
+from stiefel.linalg import gram_residual, in_double, is_traced
+from stiefel.optim import Mark
+
+_ATTRIBUTE = "_stiefel"
+_MARKS = "_stiefel_marks"
+
+
+@dataclass(frozen=True)
+class ConstrainedWeight:
+    """A constrained tensor found in a module: ``owner.tensor``, by its name from the module searched."""
+
+    name: str
+    owner: nn.Module
+    tensor: str
+    binding: Binding
+
+    @property
+    def value(self) -> Tensor:
+        """The weight as the layer uses it, computed anew: what is measured and saved must not rest on a kept one."""
+        if self.parametrization is not None:
+            self.parametrization.cached = None
+        return getattr(self.owner, self.tensor)
+
+    @property
+    def parametrization(self) -> Reparametrized | None:
+        """What computes the weight from its proxy; None where nothing does."""
+        if not isinstance(self.binding.constraint, Reparameterization):
+            return None
+        return self.owner.parametrizations[self.tensor][0]  # type: ignore[index, return-value]
+
+    @property
+    def parameter(self) -> nn.Parameter:
+        """What the optimizer trains: the weight itself, or its proxy."""
+        if parametrize.is_parametrized(self.owner, self.tensor):
+            return self.owner.parametrizations[self.tensor].original  # type: ignore[index, union-attr]
+        return getattr(self.owner, self.tensor)
+
+    @property
+    def gains(self) -> Tensor | None:
+        """The learnable factors of its rows, ``(b, p, 1)``, where its scale is learnable: what points are without."""
+        gain = None if self.parametrization is None else self.parametrization.gain
+        return None if gain is None else gain.reshape(*self.binding.layout.matrix_shape[:2], 1)
+
+    @property
+    def may_be_off_set(self) -> bool:
+        """Whether values written from outside can put the weight off its set: a proxy alone cannot."""
+        if isinstance(self.binding.constraint, Reparameterization):
+            return any(True for _ in self.owner.parametrizations[self.tensor].buffers())  # type: ignore[index, union-attr]
+        return True
+
+    def keep(self, marks: list[Mark]) -> None:
+        """Keep with the module what lets optimizers know the weight's parameters, so that copies of both have it."""
+        self.owner.__dict__.setdefault(_MARKS, {})[self.tensor] = marks
+
+    @torch.no_grad()
+    def residual(self) -> float:
+        """``‖XXᵀ − I‖_F/√p``, the largest of the weight's matrices, in double precision."""
+        x = in_double(self.points())
+        return torch.linalg.matrix_norm(gram_residual(x)).max().item() / x.shape[-2] ** 0.5
+
+    def allows(self, residual: float) -> bool:
+        """Whether such a residual is within what the weight's method promises; true where it promises nothing."""
+        claim, p = self.binding.constraint.claim, self.binding.layout.matrix_shape[1]
+        return claim is None or claim.allows(residual, self.parameter.dtype, p)
+
+    @torch.no_grad()
+    def move_to_nearest(self) -> None:
+        """Put the weight at the nearest point of its method's set."""
+        if self.parametrization is not None:
+            setattr(self.owner, self.tensor, self.value)  # the proxy then starts from the nearest point
+        else:
+            self.parameter.copy_(self.binding.nearest(self.value))
+
+    def points(self) -> Tensor:
+        """The weight as ``(b, p, n)`` in units in which the constraint is X Xᵀ = I."""
+        parametrization = self.parametrization
+        if parametrization is None or parametrization.gain is None:
+            return self.binding.layout.points(self.value)
+        bucket = Bucket([parametrization])  # a value cannot be divided by a gain that has become 0
+        return bucket.held(bucket.stack(parametrization.tensors(self.parameter)))
+
+
+def first_parametrization(
+    owner: nn.Module | None, tensor: str, *, only: bool = False
+) -> tuple[nn.Module | None, Tensor | None]:
+    """The first parametrization of ``owner.tensor`` and its proxy, past torch's containers, which take their time.
+
+    Args:
+        owner: the module; None gives None.
+        tensor: the weight's name.
+        only: none where there is a second one.
+    """
+    group: Any = None if owner is None else submodules_of(owner).get("parametrizations")
+    listed = None if group is None else submodules_of(group).get(tensor)
+    if listed is None or (only and len(submodules_of(listed)) > 1):
+        return None, None
+    # A replica of a module (DataParallel) has plain attributes instead of parameters.
+    return submodules_of(listed).get("0"), parameters_of(listed).get("original", listed.__dict__.get("original"))
+
+
+def add_quick_access(owner: nn.Module, tensor: str) -> None:
+    """Put a short way to a weight that is ready before torch's property, which calls two modules at each access."""
+    torchs = vars(type(owner))[tensor]
+
+    def weight(self: nn.Module) -> Tensor:
+        """The weight that is ready, or what torch's property gives."""
+        if not is_traced():
+            parametrization, proxy = first_parametrization(self, tensor, only=True)
+            if parametrization is not None and proxy is not None:
+                ready = parametrization.ready(proxy)  # type: ignore[operator]
+                if ready is not None:
+                    return ready
+        return torchs.fget(self)
+
+    setattr(type(owner), tensor, property(weight, torchs.fset))
+
+
+def bindings_of(owner: nn.Module) -> dict[str, Binding]:
+    """The bindings that this very module carries, by tensor name; empty where it carries none."""
+    return owner.__dict__.get(_ATTRIBUTE, {})
+
+
+def bind(owner: nn.Module, tensor: str, binding: Binding) -> None:
+    """Record a binding on its module."""
+    owner.__dict__.setdefault(_ATTRIBUTE, {})[tensor] = binding
+
+
+def unbind(owner: nn.Module, tensor: str) -> None:
+    """Remove a binding, and with the last one every trace of it."""
+    for attribute in (_ATTRIBUTE, _MARKS):
+        carried = owner.__dict__.get(attribute, {})
+        carried.pop(tensor, None)
+        if not carried:
+            owner.__dict__.pop(attribute, None)
+
+
+def constrained_weights(module: nn.Module, *, ties: bool = False) -> Iterator[ConstrainedWeight]:
+    """All constrained weights of a module and its submodules, in the module's order.
+
+    Args:
+        module: where to look.
+        ties: whether a parameter that several layers share comes once for each of them, or only once.
+    """
+    seen = set()
+    for prefix, owner in module.named_modules():
+        for tensor, binding in bindings_of(owner).items():
+            found = ConstrainedWeight(f"{prefix}.{tensor}" if prefix else tensor, owner, tensor, binding)
+            if ties or id(found.parameter) not in seen:
+                seen.add(id(found.parameter))
+                yield found

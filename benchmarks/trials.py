@@ -17,7 +17,7 @@ from stiefel.linalg.inverse_root import inverse_root
 from stiefel.linalg.lyapunov import lyapunov_by_products
 from stiefel.linalg.qr import _by_reflections, qf
 from stiefel.manifold.geometry import random_stiefel
-from stiefel.measure.cost import interleaved
+from stiefel.measure.cost.clock import interleaved
 from stiefel.methods.pogo import POGO
 
 SHAPES = [(8, 128, 128), (8, 256, 256), (4, 512, 512), (16, 64, 576), (8, 128, 1152), (64, 16, 144), (1000, 32, 64)]

@@ -32,8 +32,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     "optim": {"constraint", "manifold", "linalg", "layout", "compat"},
     "attach": {"optim", "methods", "constraint", "manifold", "linalg", "layout", "compat"},
     "nn": {"attach", "constraint"},
-    "measure": {"attach", "optim", "methods", "constraint", "manifold", "linalg", "layout", "compat"},
-    "compare": {"measure", "attach", "optim", "methods", "constraint", "compat"},
+    "measure": {"measure/model", "measure/cost", "measure/monitor"},
+    "measure/model": {"attach", "optim", "methods", "constraint", "manifold", "linalg", "layout", "compat"},
+    "measure/cost": {"compat"},
+    "measure/monitor": {"measure/model", "measure/cost", "attach"},
+    "compare": {"measure", "measure/model", "measure/cost", "attach", "optim", "methods", "constraint", "compat"},
 }
 FACES = {"__init__", "__main__"}
 """Files of the package itself, which may import every room."""

@@ -343,7 +343,7 @@ def test_the_time_of_compiling_is_told_apart_from_that_of_the_steps(tmp_path):
     """With a stand-in for a compiler's back end, which takes its time and leaves the graph as it is."""
     source = FAULTY.replace("return nn.Sequential(", "return torch.compile(backend=slow, model=nn.Sequential(")
     source = source.replace("nn.Linear(8, 2))", "nn.Linear(8, 2)))")
-    source = source.replace("@dataclass", "def slow(graph, inputs):\n    time.sleep(2)\n    return graph\n\n@dataclass")
+    source = source.replace("@dataclass", "def slow(graph, inputs):\n    time.sleep(1)\n    return graph\n\n@dataclass")
     for name, text in {"compiled": source, "eager": FAULTY}.items():
         (tmp_path / f"{name}.py").write_text(text)
     runs = {}
@@ -353,8 +353,8 @@ def test_the_time_of_compiling_is_told_apart_from_that_of_the_steps(tmp_path):
         folder.start()
         runs[name] = run_quality(problem, folder.spec, folder)["summary"]
     assert runs["eager"]["compile_seconds"] == 0
-    assert runs["compiled"]["compile_seconds"] >= 2
-    assert runs["compiled"]["seconds"] < 2, "without what the compiler slept"
+    assert runs["compiled"]["compile_seconds"] >= 1
+    assert runs["compiled"]["seconds"] < 1, "without what the compiler slept"
 
 
 def test_a_layout_that_a_method_refuses_is_a_skipped_run(toy, tmp_path):

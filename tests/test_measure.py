@@ -19,10 +19,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import stiefel
 from stiefel.errors import OptionError, UncountedOperatorError
-from stiefel.measure import cost as cost_module
 from stiefel.measure import count, preservation, redundancy, step_cost
-from stiefel.measure.cost import EnergyMeter, StepClock, gpu_cost, interleaved
-from stiefel.measure.formulas import FACTORIZATIONS, PRODUCTS, exponential_products, svd_flops
+from stiefel.measure.cost import clock, environment, memory
+from stiefel.measure.cost.clock import StepClock, interleaved
+from stiefel.measure.cost.energy import EnergyMeter
+from stiefel.measure.cost.formulas import FACTORIZATIONS, PRODUCTS, exponential_products, svd_flops
+from stiefel.measure.cost.step import computed, gpu_cost
 
 CPU = torch.device("cpu")
 L = torch.linalg
@@ -346,14 +348,14 @@ def test_an_operator_without_a_formula_is_an_error_and_the_step_has_ended(monkey
     with pytest.raises(UncountedOperatorError, match=r"aten\.linalg_qr.*zero would be wrong"):
         count(step)
     assert ended
-    found = cost_module.computed(step)
+    found = computed(step)
     assert found["operators"] is found["matmul_flops"] is found["factorization_flops"] is None
     assert "linalg_qr" in found["flops_reason"]
 
 
 def test_every_linear_algebra_operator_of_torch_is_counted_or_refused() -> None:
     """None of aten's operators with such a name has a count of zero by oversight."""
-    from stiefel.measure.flops import _FREE, _LINEAR_ALGEBRA
+    from stiefel.measure.cost.flops import _FREE, _LINEAR_ALGEBRA
 
     names = {n.removeprefix("aten::").split(".")[0] for n in torch._C._dispatch_get_all_op_names() if "aten::" in n}
     linear = {n for n in names if _LINEAR_ALGEBRA & set(n.split("_"))}
@@ -597,7 +599,7 @@ class _FakeGpu:
         monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: self.peak)
         monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda device: 2 * self.peak)
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: types.SimpleNamespace(uuid="abc"))
-        monkeypatch.setattr(cost_module.time, "perf_counter", lambda: self.now)
+        monkeypatch.setattr(clock.time, "perf_counter", lambda: self.now)
 
     def energy(self, handle: str) -> int:
         assert handle == "GPU-abc"
@@ -631,14 +633,14 @@ def test_energy_is_the_counters_difference_over_the_steps_of_a_window(monkeypatc
 
 
 def test_without_the_module_of_unix_the_resident_size_is_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cost_module, "resource", None)
-    assert cost_module.peak_resident_bytes() is None
+    monkeypatch.setattr(memory, "resource", None)
+    assert memory.peak_resident_bytes() is None
 
 
 def test_the_environment_asks_git_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    first = cost_module.environment(CPU)
-    monkeypatch.setattr(cost_module.subprocess, "run", lambda *a, **k: pytest.fail("asked again"))
-    assert cost_module.environment(CPU) == first
+    first = environment.environment(CPU)
+    monkeypatch.setattr(environment.subprocess, "run", lambda *a, **k: pytest.fail("asked again"))
+    assert environment.environment(CPU) == first
 
 
 def test_measuring_leaves_a_model_free_to_be_copied() -> None:

@@ -26,12 +26,12 @@ from torch import Tensor, nn
 import stiefel
 from stiefel.attach.weights import constrained_weights
 from stiefel.errors import OptionError
-from stiefel.measure import display
-from stiefel.measure import monitor as monitor_module
-from stiefel.measure.cadence import SHARE, Budget, Opening
-from stiefel.measure.display import LiveLine
-from stiefel.measure.history import History, Thinned
-from stiefel.measure.sinks import JsonLines, Table, flat
+from stiefel.measure.monitor import display
+from stiefel.measure.monitor import monitor as monitor_module
+from stiefel.measure.monitor.cadence import SHARE, Budget, Opening
+from stiefel.measure.monitor.display import LiveLine
+from stiefel.measure.monitor.history import History, Thinned
+from stiefel.measure.monitor.sinks import JsonLines, Table, flat
 
 Monitor = stiefel.Monitor
 

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 
 from costs.cases import Work
-from stiefel.measure.cost import Spread, StepClock, gpu_cost
+from stiefel.measure.cost.clock import Spread, StepClock
+from stiefel.measure.cost.step import gpu_cost
 
 LEAST = 3
 """Fewest rounds that a candidate is timed in."""

@@ -18,7 +18,8 @@ from costs.cases import Candidate, Case, Work
 from costs.maps import PRODUCT, maps
 from costs.rounds import Effort, TooSlowError, gpu_fields, in_rounds, reason_of, wall
 from costs.steps import steps
-from stiefel.measure.cost import Spread, environment
+from stiefel.measure.cost.clock import Spread
+from stiefel.measure.cost.environment import environment
 
 Record = dict[str, Any]
 

@@ -52,7 +52,7 @@ def _run(job: Job, claim: Claim | None) -> None:
 
     import torch
 
-    from stiefel.measure.cost import environment
+    from stiefel.measure.cost.environment import environment
 
     torch.set_num_threads(job.threads)
     gc.freeze()  # what the process was born with is not garbage: collections stay short

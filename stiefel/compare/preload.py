@@ -8,7 +8,7 @@ import torch
 
 import stiefel.compare.child
 import stiefel.compare.run
-import stiefel.measure.cost
+import stiefel.measure.cost.step
 import stiefel.optim.riemannian  # noqa: F401
 
 torch.set_num_threads(1)

@@ -26,21 +26,15 @@ from stiefel.compare.problem import Data, Problem
 from stiefel.compare.records import RunFolder, writing
 from stiefel.compare.spec import RunSpec
 from stiefel.errors import DivergenceError, LayoutError, OptimizerError, OptionError, WeightError
-from stiefel.measure.compilation import CompileClock
-from stiefel.measure.cost import (
-    StepClock,
-    as_dict,
-    computed,
-    gpu_cost,
-    interleaved,
-    peak_allocated_bytes,
-    peak_resident_bytes,
-)
-from stiefel.measure.dependence import dependence
-from stiefel.measure.orthogonality import errors
-from stiefel.measure.rate import effective_rates
-from stiefel.measure.signal import preservation, redundancy
-from stiefel.measure.variance import activation_variance
+from stiefel.measure.cost.clock import StepClock, as_dict, interleaved
+from stiefel.measure.cost.compilation import CompileClock
+from stiefel.measure.cost.memory import peak_allocated_bytes, peak_resident_bytes
+from stiefel.measure.cost.step import computed, gpu_cost
+from stiefel.measure.model.dependence import dependence
+from stiefel.measure.model.effective_rate import effective_rates
+from stiefel.measure.model.orthogonality import errors
+from stiefel.measure.model.signal import preservation, redundancy
+from stiefel.measure.model.variance import activation_variance
 from stiefel.methods import control, get
 
 WARMUP, REPEATS = 20, 60

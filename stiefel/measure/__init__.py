@@ -1,13 +1,13 @@
-"""Orthogonality, time, memory, energy, FLOPs, signals. Alone knows clocks and devices; imports ``attach``."""
+"""Measuring: what a model's weights do, what a step costs, and both in a user's own training loop."""
 
-from stiefel.measure.cost import step_cost
-from stiefel.measure.dependence import Dependence, dependence
-from stiefel.measure.flops import StepCount, count
-from stiefel.measure.monitor import Monitor
-from stiefel.measure.orthogonality import OrthogonalityReport, WeightRow, report
-from stiefel.measure.rate import effective_rates
-from stiefel.measure.signal import LayerSignal, preservation, redundancy
-from stiefel.measure.variance import activation_variance
+from stiefel.measure.cost.flops import StepCount, count
+from stiefel.measure.cost.step import step_cost
+from stiefel.measure.model.dependence import Dependence, dependence
+from stiefel.measure.model.effective_rate import effective_rates
+from stiefel.measure.model.orthogonality import OrthogonalityReport, WeightRow, report
+from stiefel.measure.model.signal import LayerSignal, preservation, redundancy
+from stiefel.measure.model.variance import activation_variance
+from stiefel.measure.monitor.monitor import Monitor
 
 __all__ = [
     "Dependence",

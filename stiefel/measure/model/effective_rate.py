@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from stiefel.attach import ConstrainedWeight, constrained_weights, optimizer
 from stiefel.constraint import Reparameterization
 from stiefel.manifold.geometry import project_tangent
-from stiefel.measure.dependence import Loss, PlainCopy, Point, frozen_random_state
+from stiefel.measure.model.dependence import Loss, PlainCopy, Point, frozen_random_state
 
 
 def effective_rates(model: nn.Module, loss: Loss) -> dict[str, float | None]:

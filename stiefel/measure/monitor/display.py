@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TextIO
 
-from stiefel.measure.sinks import Row
+from stiefel.measure.monitor.sinks import Row
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

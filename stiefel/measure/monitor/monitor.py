@@ -15,20 +15,15 @@ from torch import nn
 
 from stiefel.attach import constrained_weights
 from stiefel.errors import OptionError
-from stiefel.measure.cadence import SHARE, Budget, Opening
-from stiefel.measure.cost import (
-    EnergyMeter,
-    Spread,
-    StepClock,
-    peak_allocated_bytes,
-    peak_reserved_bytes,
-    peak_resident_bytes,
-)
-from stiefel.measure.display import LiveLine, figure, live_text, table
-from stiefel.measure.history import History, Thinned, Transfer, check, taken
-from stiefel.measure.orthogonality import errors
-from stiefel.measure.signal import Probe
-from stiefel.measure.sinks import Row, flat, sink_of
+from stiefel.measure.cost.clock import Spread, StepClock
+from stiefel.measure.cost.energy import EnergyMeter
+from stiefel.measure.cost.memory import peak_allocated_bytes, peak_reserved_bytes, peak_resident_bytes
+from stiefel.measure.model.orthogonality import errors
+from stiefel.measure.model.signal import Probe
+from stiefel.measure.monitor.cadence import SHARE, Budget, Opening
+from stiefel.measure.monitor.display import LiveLine, figure, live_text, table
+from stiefel.measure.monitor.history import History, Thinned, Transfer, check, taken
+from stiefel.measure.monitor.sinks import Row, flat, sink_of
 
 if TYPE_CHECKING:
     import pandas as pd

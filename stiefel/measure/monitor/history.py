@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from stiefel.errors import OptionError
-from stiefel.measure.display import RESERVED
+from stiefel.measure.monitor.display import RESERVED
 
 
 class Thinned:

@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 
 from stiefel.compat.torch_private import TorchDispatchMode, operator_of
 from stiefel.errors import UncountedOperatorError
-from stiefel.measure.formulas import FACTORIZATIONS, OF_VALUES, PRODUCTS
+from stiefel.measure.cost.formulas import FACTORIZATIONS, OF_VALUES, PRODUCTS
 
 aten = torch.ops.aten
 

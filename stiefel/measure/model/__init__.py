@@ -1,0 +1,1 @@
+"""What a model's constrained weights do: orthogonality, signals, dependence, effective rates."""

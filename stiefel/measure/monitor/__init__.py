@@ -1,0 +1,1 @@
+"""What happens in a user's own training loop, as it happens."""

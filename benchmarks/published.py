@@ -23,12 +23,14 @@ import tables
 from matplotlib import pyplot
 from stability import stability
 
-from stiefel.compare import cli, words
-from stiefel.compare.page import write_html
-from stiefel.compare.records import Record
-from stiefel.compare.report import Report, file_name, flat
-from stiefel.compare.rows import Row
-from stiefel.compare.scores import Interval
+from stiefel.compare import cli
+from stiefel.compare.analyse.rows import Row
+from stiefel.compare.analyse.scores import Interval
+from stiefel.compare.present import formatting as words
+from stiefel.compare.present.page import write_html
+from stiefel.compare.present.publish import file_name, flat
+from stiefel.compare.present.report import Report
+from stiefel.compare.record.records import Record
 
 HERE = Path(__file__).parent
 RUNS = Path("runs/published")

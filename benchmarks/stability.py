@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from stiefel.compare.records import ENDED, Record, read_all
+from stiefel.compare.record.records import ENDED, Record, read_all
 from stiefel.errors import ProblemError
 
 
@@ -41,7 +41,7 @@ def stability(records: Iterable[Record], factor: float) -> list[Stability]:
             raise ProblemError(f"{spec.problem}: a factor of the best says nothing where more is better")
         factors = ", ".join(f"{name}={value}" for name, value in sorted(spec.fields.items()))
         final = record.summary.get("final_validation") if record.status in ENDED else None
-        ends[f"{spec.problem}, {factors}, scale={spec.options.get('scale')}"][spec.label][spec.lr].append(
+        ends[f"{spec.problem}, {factors}, scale={spec.options.get('scale')}"][record.label][spec.lr].append(
             float("inf") if final is None else final
         )
     rows = []

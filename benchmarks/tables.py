@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pandas as pd
 
-from stiefel.compare import words
-from stiefel.compare.scores import Interval
-from stiefel.compare.summary import dagger
+from stiefel.compare.analyse.scores import Interval
+from stiefel.compare.analyse.summary import dagger
+from stiefel.compare.present import formatting as words
 from stiefel.methods import control
 
 

@@ -4,11 +4,13 @@ stiefel.constrain(model, "own")
 optimizer = stiefel.optimizer(model, torch.optim.SGD, lr=0.1)
 loss = F.cross_entropy(model(x), y) + stiefel.penalty(model)
 print(stiefel.report(model))
+
+Names are resolved on first use: reading the records of a comparison needs no torch.
 """
 
-from stiefel import nn
-from stiefel.attach import constrain, optimizer, penalty, project, refresh, release
-from stiefel.constraint import Claim, Constraint, ManifoldMethod, Penalty, Reparameterization, StepMethod
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from stiefel.errors import (
     DataError,
     DivergenceError,
@@ -24,8 +26,13 @@ from stiefel.errors import (
     UnknownMethodError,
     WeightError,
 )
-from stiefel.measure import Monitor, OrthogonalityReport, report
-from stiefel.methods import available, get, register
+
+if TYPE_CHECKING:
+    from stiefel import nn
+    from stiefel.attach import constrain, optimizer, penalty, project, refresh, release
+    from stiefel.constraint import Claim, Constraint, ManifoldMethod, Penalty, Reparameterization, StepMethod
+    from stiefel.measure import Monitor, OrthogonalityReport, report
+    from stiefel.methods import available, get, register
 
 __version__ = "0.1.0"
 
@@ -63,3 +70,28 @@ __all__ = [
     "release",
     "report",
 ]
+
+_ROOMS = {
+    "attach": ("constrain", "optimizer", "penalty", "project", "refresh", "release"),
+    "constraint": ("Claim", "Constraint", "ManifoldMethod", "Penalty", "Reparameterization", "StepMethod"),
+    "measure": ("Monitor", "OrthogonalityReport", "report"),
+    "methods": ("available", "get", "register"),
+}
+"""Where each name is defined."""
+_HOME = {name: room for room, names in _ROOMS.items() for name in names}
+_MODULES = (*_ROOMS, "nn", "optim")
+"""Rooms that are attributes of the package without an import of their own."""
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        value = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+        globals()[name] = value
+        return value
+    if name in _MODULES:
+        return import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

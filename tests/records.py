@@ -11,9 +11,9 @@ from types import MappingProxyType
 import numpy as np
 
 import stiefel
-from stiefel.compare.plan import FRESH
-from stiefel.compare.records import RunFolder
-from stiefel.compare.spec import RunSpec
+from stiefel.compare.plan.plan import FRESH
+from stiefel.compare.record.folder import RunFolder
+from stiefel.compare.record.spec import RunSpec
 
 CPU = {"commit": "abc", "cpu": "a processor", "cores": 2, "threads": 1, "gpu": None, "gpu_reason": "no CUDA device"}
 GPU = {"commit": "abc", "cpu": "a processor", "cores": 2, "threads": 1, "gpu": "a GPU", "gpu_reason": None}

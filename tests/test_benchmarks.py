@@ -13,7 +13,7 @@ from torch import nn
 
 import stiefel
 from stiefel.compare import load_problem
-from stiefel.compare.records import read_all
+from stiefel.compare.record.records import read_all
 from stiefel.linalg import gram_residual, nearest_orthonormal, qf
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"

@@ -14,8 +14,8 @@ from torch import nn
 
 import stiefel
 from stiefel.compare import cli, load_problem
-from stiefel.compare.records import Record, read_all
-from stiefel.compare.spec import RunSpec
+from stiefel.compare.record.records import Record, read_all
+from stiefel.compare.record.spec import RunSpec
 from stiefel.errors import ProblemError
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
@@ -40,7 +40,7 @@ def test_every_method_runs_end_to_end(name, settings, lr, tmp_path):
     tuned = [r for r in records if r.spec.phase == "tuning"]
     assert sorted(r.spec.method for r in tuned) == sorted(settings * stiefel.available())
     for record in records:
-        assert record.status in ("done", "target missed", "skipped"), f"{record.spec.label}: {record.reason}"
+        assert record.status in ("done", "target missed", "skipped"), f"{record.label}: {record.reason}"
         assert record.status != "skipped" or record.reason
         if name == "gan" and record.status != "skipped":
             assert (record.path / "samples.png").read_bytes()[:4] == b"\x89PNG"

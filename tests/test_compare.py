@@ -23,10 +23,15 @@ from common import FAULTY, compare
 
 import stiefel
 from stiefel.compare import cli, datasets, load_problem
-from stiefel.compare.plan import FRESH, Choice, Plan, Variant, cell_key, on_edge, parse_variants, winners
-from stiefel.compare.records import Record, RunFolder, read, read_all
-from stiefel.compare.run import Training, run_cost, run_quality
-from stiefel.compare.spec import RunSpec
+from stiefel.compare.plan.plan import FRESH, Plan
+from stiefel.compare.plan.variants import Variant, label_of, parse_variants
+from stiefel.compare.record.choice import Choice, cell_key, on_edge, winners
+from stiefel.compare.record.folder import RunFolder
+from stiefel.compare.record.records import Record, read, read_all
+from stiefel.compare.record.spec import RunSpec
+from stiefel.compare.worker.cost import run_cost
+from stiefel.compare.worker.quality import run_quality
+from stiefel.compare.worker.training import Training
 from stiefel.errors import RecordError
 
 OMDSM = Path(__file__).parent.parent / "benchmarks" / "omdsm.py"
@@ -75,11 +80,11 @@ def test_plan_gives_every_method_the_same_trials():
     tuning = plan.tuning()
     assert len(tuning) == 2 * 3 * 2 * 3 * 2
     assert len({s.hash for s in tuning}) == len(tuning)
-    counts = [sum(s.label == label for s in tuning) for label in {s.label for s in tuning}]
+    counts = [sum(label_of(s) == label for s in tuning) for label in {label_of(s) for s in tuning}]
     assert len(set(counts)) == 1
     # Methods are compared on one set: own does not centre unless told to.
     assert all(s.options["center"] is False for s in tuning if s.method == "own")
-    assert {s.label for s in tuning} == {"own", "soft:strength=0.5", "riemannian:metric=canonical"}
+    assert {label_of(s) for s in tuning} == {"own", "soft:strength=0.5", "riemannian:metric=canonical"}
 
 
 def test_winner_is_chosen_on_validation_and_run_again_with_fresh_seeds():
@@ -465,6 +470,7 @@ def test_a_corrupt_record_is_an_error_that_names_it(tmp_path):
         ({"summary": {"test_at_best": 0.9}}, "no best_validation"),
         ({"summary": {"best_validation": None}}, "no best_validation"),
         ({"summary": {}, "status": "target missed"}, "no best_validation"),
+        ({"summary": {"best_validation": 0.9, "metric": 3}}, "metric is 3, not a text"),
         ({"wall_seconds": [1]}, "wall_seconds"),
     ],
 )
@@ -477,6 +483,28 @@ def test_json_that_no_run_wrote_is_corrupt(tmp_path, change, words):
     (folder.path / "run.json").write_text(json.dumps(raw | change))
     with pytest.raises(RecordError, match=rf"corrupt.*{words}"):
         read(folder.path)
+
+
+def test_what_a_later_version_may_add_is_no_corruption(tmp_path):
+    folder = RunFolder(tmp_path, spec())
+    folder.start()
+    folder.finish({"status": "done", "reason": None, "summary": {"best_validation": 0.9, "why": ["a", "text"]}}, {})
+    assert read(folder.path).summary["why"] == ["a", "text"]
+
+
+def test_a_record_says_what_the_method_is_called(tmp_path):
+    """The name in a report depends on what was run, not on what the reader's catalogue says of it by now."""
+    options = {"scale": 1.0, "center": False, "strength": 0.5}
+    folder = RunFolder(tmp_path, spec(options=options))
+    folder.start()
+    outcome = {"status": "done", "reason": None, "summary": {"best_validation": 0.9}}
+    folder.finish(outcome, {})  # as 0.1.0 wrote it
+    assert (read(folder.path).label, read(folder.path).control) == ("own:strength=0.5", False)
+    folder.finish(outcome | {"label": "mine", "control": True}, {})
+    assert (read(folder.path).label, read(folder.path).control) == ("mine", True)
+    plain = RunFolder(tmp_path, spec(method="unconstrained"))
+    plain.finish(outcome, {})
+    assert read(plain.path).control
 
 
 def test_a_run_that_did_not_end_needs_no_validation(tmp_path):
@@ -525,9 +553,9 @@ def test_a_knob_that_is_given_is_held_also_at_its_default():
     variants = parse_variants(["riemannian:metric=euclidean,retraction=qr", "riemannian"])
     plan = Plan("toy", "d", ({},), variants, (1.0,), (0.1, 1.0), seeds=1, trials=5)
     tuned = [Record(Path("."), s, "done", None, {"best_validation": s.lr}, {}) for s in plan.tuning()]
-    knobs = {(s.label, key) for s in plan.refinement(tuned, higher_is_better=True) for key in s.knobs}
+    knobs = {(label_of(s), key) for s in plan.refinement(tuned, higher_is_better=True) for key in s.knobs}
     assert knobs == {("riemannian", "metric"), ("riemannian", "retraction")}
-    assert {s.label for s in plan.cells()} == {"riemannian:metric=euclidean,retraction=qr", "riemannian"}
+    assert {label_of(s) for s in plan.cells()} == {"riemannian:metric=euclidean,retraction=qr", "riemannian"}
 
 
 def test_an_optimizer_that_a_method_cannot_have_is_a_skipped_run(toy, tmp_path):

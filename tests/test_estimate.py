@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 from records import spec
 
-from stiefel.compare import estimate
-from stiefel.compare.plan import Plan, parse_variants
-from stiefel.compare.records import Record
+from stiefel.compare.driver import estimate
+from stiefel.compare.plan.plan import Plan
+from stiefel.compare.plan.variants import parse_variants
+from stiefel.compare.record.records import Record
 
 RATES = (0.1, 1.0, 10.0)
 
@@ -19,7 +20,7 @@ RATES = (0.1, 1.0, 10.0)
 @pytest.fixture(autouse=True)
 def starts(monkeypatch):
     """A new process takes 2 s to import what a run needs first, and 3 s for all."""
-    known = {"stiefel.compare.child": 2.0, "stiefel.compare.preload": 3.0}
+    known = {"stiefel.compare.worker.main": 2.0, "stiefel.compare.worker.preload": 3.0}
     monkeypatch.setattr(estimate, "_STARTS", known)
 
 

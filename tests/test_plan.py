@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 
 import stiefel
-from stiefel.compare.plan import Choice, Plan, cell_key, parse_variants, winners
-from stiefel.compare.records import Record
+from stiefel.compare.plan.plan import Plan
+from stiefel.compare.plan.variants import label_of, parse_variants
+from stiefel.compare.record.choice import Choice, cell_key, winners
+from stiefel.compare.record.records import Record
 from stiefel.errors import OptionError
 
 RATES = (0.01, 0.1, 1.0, 10.0)
@@ -152,7 +154,7 @@ def test_winners_take_the_best_choice_and_of_equals_the_default():
     final = compared.final(ran(specs, lambda s: 0.9 if s.knobs and s.lr == 0.1 else 0.8), True)
     assert [s.knobs for s in final] == [{"strength": 0.01}] * 2
     assert final[0].method_options == {"scale": 1.0, "strength": 0.01}
-    assert final[0].label == "soft", "a knob that tuning turned is no other method"
+    assert label_of(final[0]) == "soft", "a knob that tuning turned is no other method"
 
 
 def test_cost_is_of_the_method_as_it_was_chosen():

@@ -16,11 +16,13 @@ from torch.utils.data import DataLoader, TensorDataset
 import stiefel
 from stiefel.attach import constrained_weights
 from stiefel.compare import Data, Problem, Regression, cli, load_problem
-from stiefel.compare.batches import Batches, examples, mover, share
-from stiefel.compare.check import check
-from stiefel.compare.records import RunFolder, read_all
-from stiefel.compare.run import Training, run_quality
-from stiefel.compare.spec import RunSpec
+from stiefel.compare.problem.batches import Batches, examples, mover, share
+from stiefel.compare.problem.check import check
+from stiefel.compare.record.folder import RunFolder
+from stiefel.compare.record.records import read_all
+from stiefel.compare.record.spec import RunSpec
+from stiefel.compare.worker.quality import run_quality
+from stiefel.compare.worker.training import Training
 from stiefel.errors import ProblemError
 
 X = torch.randn(20, 6, generator=torch.Generator().manual_seed(0))

@@ -7,6 +7,7 @@ import math
 import re
 import shutil
 import subprocess
+import sys
 import time
 from urllib.parse import unquote
 
@@ -19,13 +20,18 @@ from rich.console import Console
 
 import stiefel
 from stiefel.compare import cli, read_report
-from stiefel.compare.plan import FRESH, Choice
-from stiefel.compare.profile import profile
-from stiefel.compare.recommend import candidates, in_setting, overall, reference
-from stiefel.compare.records import frame, read_all
-from stiefel.compare.report import Report, flat, publish
-from stiefel.compare.scores import Interval, iqm, median, resample, told_apart
-from stiefel.compare.summary import Summary
+from stiefel.compare.analyse.frames import runs
+from stiefel.compare.analyse.notes import notes
+from stiefel.compare.analyse.profile import profile
+from stiefel.compare.analyse.recommend import candidates, in_setting, overall, reference
+from stiefel.compare.analyse.scores import Interval, distinguishable, iqm, median, resample
+from stiefel.compare.analyse.summarize import summaries
+from stiefel.compare.analyse.summary import Summary
+from stiefel.compare.plan.plan import FRESH
+from stiefel.compare.present.publish import flat, publish
+from stiefel.compare.present.report import Report
+from stiefel.compare.record.choice import Choice
+from stiefel.compare.record.records import read_all
 
 LEVELS = {"own": (0.9, 1e-8), "soft": (0.95, 1e-2), "pogo": (0.8, 1e-4), "unconstrained": (0.97, 1.0)}
 
@@ -37,7 +43,7 @@ def root(tmp_path):
 
 
 def summary_of(root) -> Summary:
-    return Summary.of(read_all([root])[0])
+    return next(summaries(read_all([root])[0]))
 
 
 def rows_of(root):
@@ -82,7 +88,7 @@ def test_one_failure_of_five_makes_one_end_of_the_interval_infinite():
 
 def test_intervals_found_together_are_those_found_alone():
     samples = [[0.1, 0.5, 0.7], [0.2, 0.2, 0.9], [1.0, 2.0]]
-    from stiefel.compare import scores
+    from stiefel.compare.analyse import scores
 
     scores._KNOWN.clear()
     alone = [Interval.of(sample) for sample in samples]
@@ -104,16 +110,16 @@ def test_an_interval_in_words():
 def test_scores_are_told_apart_by_pairs_of_a_seed():
     noise = dict(enumerate([0.5, -0.3, 0.1, -0.2, 0.4]))
     better = {seed: value + 0.01 for seed, value in noise.items()}
-    assert told_apart(better, noise)  # a constant difference under much larger noise
-    assert told_apart(noise, better)
+    assert distinguishable(better, noise)  # a constant difference under much larger noise
+    assert distinguishable(noise, better)
     shuffled = {seed: noise[(seed + 1) % 5] + 0.01 for seed in noise}
-    assert not told_apart(shuffled, noise)
-    assert not told_apart(noise, noise)
-    assert not told_apart({0: 1.0}, {0: 2.0})  # one pair tells nothing
-    assert not told_apart({0: 1.0, 1: 1.0}, {2: 5.0, 3: 5.0})  # no seed in common
+    assert not distinguishable(shuffled, noise)
+    assert not distinguishable(noise, noise)
+    assert not distinguishable({0: 1.0}, {0: 2.0})  # one pair tells nothing
+    assert not distinguishable({0: 1.0, 1: 1.0}, {2: 5.0, 3: 5.0})  # no seed in common
     failed = dict.fromkeys(noise, -math.inf)
-    assert told_apart(noise, failed)
-    assert not told_apart(failed, dict(failed))
+    assert distinguishable(noise, failed)
+    assert not distinguishable(failed, dict(failed))
 
 
 # --- one problem ---
@@ -234,7 +240,7 @@ def test_counts_of_a_step_may_be_missing(root):
 
 
 def notes_of(root) -> str:
-    return "\n".join(summary_of(root).notes)
+    return "\n".join(notes(summary_of(root)))
 
 
 def test_a_comparison_that_keeps_the_protocol_has_no_notes(root):
@@ -260,7 +266,7 @@ def test_notes_tell_where_the_protocol_was_not_kept(tmp_path):
 
 def test_a_busy_machine_shows_in_the_controls_own_step(root):
     def told():
-        return [note for note in summary_of(root).notes if "the machine was not left to them" in note]
+        return [note for note in notes(summary_of(root)) if "the machine was not left to them" in note]
 
     assert not told()
     control = {"median": 0.04, "q1": 0.03, "q3": 0.05, "n": 60}
@@ -297,14 +303,14 @@ def test_problems_devices_and_sources_are_never_mixed(tmp_path):
         ("second", "d", "cpu"): (10, 0),
         ("first", "d", "cpu"): (10, 1),
     }
-    assert "1 record is left out: of an earlier source of first" in "".join(report.problems[-1].notes)
+    assert "1 record is left out: of an earlier source of first" in "".join(notes(report.problems[-1]))
     table = report.table()
     assert list(table.groupby(["problem", "device"]).size()) == [1, 1, 1]
     cuda = next(s for s in report.problems if s.device == "cuda")
     assert cuda.title == "second · GPU cost, a GPU"
     assert report.problems[-1].title == "first · CPU cost, a processor, 1 thread"
     assert set(report.figures()) >= {"profile-cpu", "second-cuda-float32-sensitivity"}
-    assert Summary.of(read_all([tmp_path / "a"])[0]).problem in ("first", "second")
+    assert next(summaries(read_all([tmp_path / "a"])[0])).problem in ("first", "second")
 
 
 def test_faults_are_a_note(root, tmp_path):
@@ -339,7 +345,7 @@ def test_known_faults_keep_a_method_apart_everywhere(tmp_path):
     assert [setting.rank(row, 1e-6) for row in setting.rows] == [None, None, 1, None, None]
     for r in (*overall(summary), *in_setting(summary, setting)):
         assert "own_as_released" not in [r.best.name, *(rival.name for rival in r.rivals)]
-    (note,) = [note for note in summary.notes if "known faults" in note]
+    (note,) = [note for note in notes(summary) if "known faults" in note]
     assert "never zeroes its gradient" in note
     assert note.endswith(": own_as_released")
     assert "own_as_released †" in shown(root)
@@ -451,14 +457,14 @@ def test_times_over_problems_and_settings(tmp_path):
 def page(root) -> str:
     path = root.parent / "report.html"
     records, faults = read_all([root])
-    publish(records, faults, html=path, console=Console(file=io.StringIO()))
+    publish(Report.of(records, faults), html=path, console=Console(file=io.StringIO()))
     return path.read_text()
 
 
 def shown(root, width=80) -> str:
     stream = io.StringIO()
     records, faults = read_all([root])
-    publish(records, faults, html=root.parent / "shown.html", console=Console(file=stream, width=width))
+    publish(Report.of(records, faults), html=root.parent / "shown.html", console=Console(file=stream, width=width))
     return stream.getvalue()
 
 
@@ -571,13 +577,13 @@ def test_curves_are_thinned_and_a_missing_one_costs_only_itself(root):
     assert max(map(len, row.curves)) == 40
     assert (row.curves[0][0]["epoch"], row.curves[0][-1]["epoch"], row.ends[0]["epoch"]) == (0, 999, 999)
     torn = "measurements cannot be read, and their curves are left out, of runs of own"
-    assert torn not in summary_of(root).notes
+    assert torn not in notes(summary_of(root))
     file = root / run.hash / "metrics.jsonl"
     for damage in (lambda: file.write_text(file.read_text()[:-9]), lambda: file.write_text("[]\n"), file.unlink):
         damage()
         row = rows_of(root)["own"]
         assert (row.runs, len(row.curves), len(row.ends)) == (5, 4, 4)
-        assert torn in summary_of(root).notes
+        assert torn in notes(summary_of(root))
         page(root)
 
 
@@ -616,14 +622,14 @@ def test_columns_of_mixed_types_become_text():
 def test_a_factor_keeps_its_column_beside_what_a_run_tells(tmp_path):
     trained(tmp_path, spec(fields={"steps": 7}), 0.9, **{"steps_to_target": 3, "compile_seconds": 0.0})
     write(tmp_path, spec(fields={"steps": 7}, seed=1), "done", best_validation=0.5, steps=70)
-    rows = frame(read_all([tmp_path])[0]).set_index("seed")
+    rows = runs(read_all([tmp_path])[0]).set_index("seed")
     assert rows.steps.tolist() == [7, 7]
     assert rows.run_steps[1] == 70
 
 
 def test_frame_has_a_row_per_run(root):
     records, _ = read_all([root])
-    assert len(frame(records)) == len(records) == len(read_report(root).runs())
+    assert len(runs(records)) == len(records) == len(read_report(root).runs())
     assert {"method", "lr", "seed", "status", "cpu", "commit"} <= set(read_report(root).runs())
 
 
@@ -635,11 +641,19 @@ def test_the_command_writes_the_report_and_every_figure(root, tmp_path, capsys):
     assert names == {"toy-sensitivity.png", "toy-defaults.png", "toy-scale-1.png"}
 
 
+def test_a_report_needs_no_torch(root):
+    code = "import sys; sys.modules |= dict.fromkeys(['torch', 'geoopt']); from stiefel.compare.cli import main; "
+    code += f"sys.exit(main(['report', {str(root)!r}]))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "report.html" in done.stdout
+
+
 def test_the_command_looks_for_garbage_rarely_while_it_reports(root, monkeypatch):
-    from stiefel.compare import report
+    from stiefel.compare.present import publish
 
     usual, during = gc.get_threshold(), []
-    monkeypatch.setattr(report, "publish", lambda *args, **kwargs: during.append(gc.get_threshold()))
+    monkeypatch.setattr(publish, "publish", lambda *args, **kwargs: during.append(gc.get_threshold()))
     assert cli.main(["report", str(root)]) == 0
     assert during[0][0] > 10 * usual[0]
     assert cli.main(["report", str(root / "missing")]) == 2
@@ -670,7 +684,7 @@ def test_a_large_comparison_is_reported_fast_and_small(tmp_path):
     records, faults = read_all([root])
     assert len(records) > 300
     start = time.process_time()
-    publish(records, faults, html=tmp_path / "report.html", console=Console(file=io.StringIO()))
+    publish(Report.of(records, faults), html=tmp_path / "report.html", console=Console(file=io.StringIO()))
     assert time.process_time() - start < 30  # measured 7 s, half of it for each: a shared machine may be slower
     assert (tmp_path / "report.html").stat().st_size < 2e6
     assert Report.of(records).problems[0].settings[0].title == "depth 4, scale 1"

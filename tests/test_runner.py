@@ -18,11 +18,13 @@ import torch
 from common import FAULTY, compare
 from drill import drill
 
-from stiefel.compare import cli, executors, runner
-from stiefel.compare.claim import Claim
-from stiefel.compare.job import Job
-from stiefel.compare.records import RunFolder, read, read_all
-from stiefel.compare.spec import RunSpec
+from stiefel.compare import cli
+from stiefel.compare.driver import executors, runner
+from stiefel.compare.record.folder import RunFolder
+from stiefel.compare.record.lock import RunLock
+from stiefel.compare.record.records import read, read_all
+from stiefel.compare.record.spec import RunSpec
+from stiefel.compare.worker.job import Job
 from stiefel.errors import OptionError, RecordError, StorageError
 
 
@@ -113,22 +115,22 @@ def test_ctrl_c_waits_for_what_is_being_told_of(problem, last):
 
 
 def test_a_claim_is_exclusive_and_ends_with_its_last_holder(tmp_path):
-    first = Claim.take(tmp_path / "run")
-    assert Claim.take(tmp_path / "run") is None
+    first = RunLock.take(tmp_path / "run")
+    assert RunLock.take(tmp_path / "run") is None
     assert json.loads((tmp_path / "run" / "claim").read_text())["pid"] == os.getpid()
     sleeper = subprocess.Popen(["sleep", "60"], pass_fds=(first.descriptor,))
     first.close()
-    assert Claim.take(tmp_path / "run") is None, "the other holder lives"
+    assert RunLock.take(tmp_path / "run") is None, "the other holder lives"
     sleeper.kill()
     sleeper.wait()
-    with Claim.take(tmp_path / "run") as second:
+    with RunLock.take(tmp_path / "run") as second:
         assert second is not None
-    assert Claim.take(tmp_path / "run") is not None
+    assert RunLock.take(tmp_path / "run") is not None
 
 
 def test_a_claimed_run_is_left_to_its_owner_and_its_record_used(problem):
     mine = job(problem)
-    claim = Claim.take(mine.root / mine.spec.hash)
+    claim = RunLock.take(mine.root / mine.spec.hash)
     assert runner.execute(mine) is None
     records = []
 

@@ -16,20 +16,25 @@ from records import comparison, diagnosed, measured, spec, trained
 from rich.console import Console
 from torch import nn
 
-from stiefel.compare import Data, Problem, figures, read_report, why_figures
-from stiefel.compare.plan import FRESH
-from stiefel.compare.records import RunFolder, read_all
-from stiefel.compare.report import publish
-from stiefel.compare.run import RATES, run_quality
-from stiefel.compare.spec import RunSpec
-from stiefel.compare.summary import Summary
-from stiefel.compare.why import PERCENT, Why, line
+from stiefel.compare import Data, Problem, read_report
+from stiefel.compare.analyse.layers import PERCENT, Why, line
+from stiefel.compare.analyse.summarize import summaries
+from stiefel.compare.analyse.summary import Summary
+from stiefel.compare.plan.plan import FRESH
+from stiefel.compare.present.figures import layers as why_figures
+from stiefel.compare.present.figures import style as figures
+from stiefel.compare.present.publish import publish
+from stiefel.compare.present.report import Report
+from stiefel.compare.record.folder import RunFolder
+from stiefel.compare.record.records import read_all
+from stiefel.compare.record.spec import RunSpec
+from stiefel.compare.worker.quality import RATES, run_quality
 
 LEVELS = {"own": (0.9, 1e-8), "soft": (0.95, 1e-2), "pogo": (0.8, 1e-4), "unconstrained": (0.97, 1.0)}
 
 
 def summary_of(root) -> Summary:
-    return Summary.of(read_all([root])[0])
+    return next(summaries(read_all([root])[0]))
 
 
 # --- what a run records ---
@@ -193,7 +198,7 @@ def test_a_rate_far_above_all_others_is_told_and_not_drawn(tmp_path):
 def test_pages_with_and_without(tmp_path):
     def page(root) -> tuple[str, str]:
         out = Console(file=io.StringIO(), width=80)
-        publish(*read_all([root]), html=tmp_path / "report.html", console=out)
+        publish(Report.of(*read_all([root])), html=tmp_path / "report.html", console=out)
         return (tmp_path / "report.html").read_text(), " ".join(out.file.getvalue().split())
 
     comparison(tmp_path / "with", LEVELS, signals=True)
@@ -227,14 +232,14 @@ def test_records_of_earlier_versions_are_read(tmp_path):
     assert [text.get_text() for ax in axes for text in ax.texts] == ["not recorded"] * 3
     assert list(line(summary)) == []
     assert math.isnan(why.methods.rate.iloc[0])
-    publish(*read_all([tmp_path]), html=tmp_path / "report.html", console=Console(file=io.StringIO()))
+    publish(Report.of(*read_all([tmp_path])), html=tmp_path / "report.html", console=Console(file=io.StringIO()))
 
 
 def test_a_reason_for_what_is_missing_is_on_the_page(tmp_path):
     signals = {key: value for key, value in diagnosed(2, 0.1).items() if key not in ("effective_rate", "dependence")}
     rows = [measured(epoch, 0.5, 1e-8, **signals, gradients_reason="RuntimeError: no copy") for epoch in (0, 1)]
     trained(tmp_path, spec(phase="final", seed=FRESH), 0.9, rows=rows)
-    publish(*read_all([tmp_path]), html=tmp_path / "report.html", console=Console(file=io.StringIO()))
+    publish(Report.of(*read_all([tmp_path])), html=tmp_path / "report.html", console=Console(file=io.StringIO()))
     assert "RuntimeError: no copy" in (tmp_path / "report.html").read_text()
 
 

@@ -1,18 +1,44 @@
-"""The comparison engine: problems, runs in processes of their own, records, reports. Imports ``measure`` and below."""
+"""The comparison engine: problems, runs in processes of their own, records, reports.
+
+Its names are resolved on first use: reading records needs neither torch nor a problem.
+"""
 
 from __future__ import annotations
 
+from importlib import import_module
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-from stiefel.compare import datasets
-from stiefel.compare.batches import Batch
-from stiefel.compare.problem import Data, Problem, Regression, load_problem, where
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from stiefel.compare.report import Report
+    from stiefel.compare.present.report import Report
+    from stiefel.compare.problem import datasets
+    from stiefel.compare.problem.batches import Batch
+    from stiefel.compare.problem.load import load_problem
+    from stiefel.compare.problem.problem import Data, Problem, Regression, where
 
 __all__ = ["Batch", "Data", "Problem", "Regression", "datasets", "load_problem", "read_report", "where"]
+
+_HOME = {
+    "Batch": "problem.batches",
+    "Data": "problem.problem",
+    "Problem": "problem.problem",
+    "Regression": "problem.problem",
+    "datasets": "problem",
+    "load_problem": "problem.load",
+    "where": "problem.problem",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:  # the import system asks for modules of this folder here first
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name == "datasets":
+        return import_module(f"{__name__}.problem.datasets")
+    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
 
 
 def read_report(*folders: str | Path) -> Report:
@@ -21,6 +47,6 @@ def read_report(*folders: str | Path) -> Report:
     Raises:
         ProblemError: a folder is not there, or there is no finished run in any.
     """
-    from stiefel.compare.report import Report  # with pandas and matplotlib, which a run does not need
+    from stiefel.compare.present.report import Report  # with pandas and matplotlib, which a run does not need
 
     return Report.read(*folders)

@@ -59,7 +59,7 @@ def _dispatch(arguments: list[str]) -> int:
     )
     new.add_argument("file", type=Path, help="where to write it, e.g. my_problem.py")
     if arguments[:1] == ["compare"] and len(arguments) > 1 and not arguments[1].startswith("-"):
-        from stiefel.compare.problem import load_problem
+        from stiefel.compare.problem.load import load_problem
 
         problem = load_problem(arguments[1])
         _add_options(compare, problem)
@@ -74,8 +74,8 @@ def _dispatch(arguments: list[str]) -> int:
 
 def _add_options(parser: argparse.ArgumentParser, problem: Any) -> None:
     """The comparison's own options, and one for each of the problem's factors."""
-    from stiefel.compare.executors import EXECUTORS
-    from stiefel.compare.plan import literal
+    from stiefel.compare.driver.executors import EXECUTORS
+    from stiefel.compare.plan.variants import literal
 
     plan = parser.add_argument_group("what is compared")
     plan.add_argument("--methods", nargs="+", default=["all"], help="names, or name:option=value,...; default: all")
@@ -156,7 +156,7 @@ def _settings(args: argparse.Namespace, problem: Any) -> list[Any]:
 
 
 def _executor_options(texts: Sequence[str]) -> dict[str, Any]:
-    from stiefel.compare.plan import literal
+    from stiefel.compare.plan.variants import literal
 
     options = {}
     for text in texts:
@@ -170,9 +170,10 @@ def _executor_options(texts: Sequence[str]) -> dict[str, Any]:
 def _compare(args: argparse.Namespace, problem: Any) -> int:
     import torch
 
-    from stiefel.compare.comparison import Comparison, Means
-    from stiefel.compare.plan import Plan, parse_variants
-    from stiefel.compare.runner import available_cores, writable
+    from stiefel.compare.driver.comparison import Comparison, ExecutionOptions
+    from stiefel.compare.driver.runner import available_cores, writable
+    from stiefel.compare.plan.plan import Plan
+    from stiefel.compare.plan.variants import parse_variants
 
     if args.device == "cuda" and not torch.cuda.is_available() and args.executor == "local":
         raise OptionError("--device cuda: there is no CUDA device on this machine; use --device cpu")
@@ -192,7 +193,7 @@ def _compare(args: argparse.Namespace, problem: Any) -> int:
     )
     cores = available_cores()
     jobs = args.jobs or (max(1, torch.cuda.device_count()) if args.device == "cuda" else cores)
-    means = Means(
+    means = ExecutionOptions(
         file=str(Path(args.file).resolve()),
         root=args.out.resolve(),
         jobs=jobs,
@@ -218,7 +219,7 @@ def _compare(args: argparse.Namespace, problem: Any) -> int:
 
 def _new_problem(path: Path) -> int:
     """Write the template."""
-    source = (Path(__file__).parent / "template.py").read_text(encoding="utf-8")
+    source = (Path(__file__).parent / "problem" / "template.py").read_text(encoding="utf-8")
     if path.suffix != ".py":
         raise ProblemError(f"{path} must end in .py: a problem is a Python file")
     try:
@@ -245,21 +246,13 @@ def _rarely_collected() -> Iterator[None]:
 
 @_rarely_collected()
 def _report(folders: list[Path], html: Path | None, only: set[str] | None = None, figures: Path | None = None) -> int:
-    from stiefel.compare.records import BROKEN, read_all, writing
-    from stiefel.compare.report import publish
+    from stiefel.compare.present.publish import publish
+    from stiefel.compare.present.report import Report
+    from stiefel.compare.record.folder import writing
+    from stiefel.compare.record.records import BROKEN
 
-    for folder in folders:
-        if not folder.is_dir():
-            raise ProblemError(
-                f"there is no folder {str(folder)!r}; give a folder of records, as written by stiefel compare"
-            )
-    found, faults = read_all(folders)
-    records = [r for r in found if only is None or r.spec.hash in only]
-    if not records:
-        unread = f", and {len(faults)} that cannot be read: {faults[0]}" if faults else ""
-        raise ProblemError(f"no finished run in {', '.join(map(str, folders))}{unread}; run stiefel compare first")
+    report = Report.read(*folders, only=only)
     path = html or folders[0] / "report.html"
-    remedy = "give another place with stiefel report DIR --html FILE"
-    with writing(path.parent, remedy):
-        publish(records, faults, html=path, figures=figures)
-    return 1 if any(record.status in BROKEN for record in records) else 0
+    with writing(path.parent, "give another place with stiefel report DIR --html FILE"):
+        publish(report, html=path, figures=figures)
+    return 1 if any(record.status in BROKEN for record in report.records) else 0

@@ -12,7 +12,7 @@ from stiefel.constraint.base import (
     StepMethod,
 )
 from stiefel.constraint.binding import Binding, Tally
-from stiefel.constraint.catalogue import register
+from stiefel.constraint.catalogue import available, control, get, method_class, register
 from stiefel.constraint.centred import Centred
 from stiefel.constraint.claim import ROUNDING, Claim
 from stiefel.constraint.options import is_count, is_number
@@ -34,7 +34,11 @@ __all__ = [
     "StepMethod",
     "Tally",
     "Trivialization",
+    "available",
+    "control",
+    "get",
     "is_count",
     "is_number",
+    "method_class",
     "register",
 ]

@@ -1,0 +1,1 @@
+"""From records to numbers: rows, scores, summaries, recommendations. No torch."""

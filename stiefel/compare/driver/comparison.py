@@ -1,0 +1,165 @@
+"""A comparison from its plan to its records: tuning, extension, refinement, fresh seeds, cost. Imports ``runner``."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from stiefel.compare.driver import estimate, executors, runner
+from stiefel.compare.driver.process import start_server
+from stiefel.compare.driver.progress import Progress
+from stiefel.compare.driver.runner import duration, elapsed
+from stiefel.compare.plan.plan import Plan
+from stiefel.compare.plan.variants import label_of
+from stiefel.compare.problem.problem import Problem
+from stiefel.compare.record.records import BROKEN, Record, read_all
+from stiefel.compare.record.spec import RunSpec
+from stiefel.compare.worker.job import Job
+from stiefel.constraint import control
+
+
+@dataclass(frozen=True)
+class ExecutionOptions:
+    """Where and how a comparison runs: nothing here changes its results, but for times.
+
+    Args:
+        file: the problem's file.
+        root: folder of the records.
+        jobs: runs at a time.
+        threads: of each of them.
+        cores: threads of a cost run, which has the machine to itself.
+        timeout: of a run, in seconds.
+        memory: bytes that a run may allocate, or None.
+        processes: of a run, under torchrun.
+        executor: what runs them, by name.
+        executor_options: of that.
+        retry_failed: run again what failed for reasons that may lie outside the method.
+    """
+
+    file: str
+    root: Path
+    jobs: int
+    threads: int
+    cores: int
+    timeout: float
+    memory: int | None = None
+    processes: int = 1
+    executor: str = "local"
+    executor_options: dict[str, Any] = field(default_factory=dict)
+    retry_failed: bool = False
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A plan, and the means to carry it out.
+
+    Args:
+        plan: what is run.
+        settings: the problem's objects, by the ``repr`` of their sorted identity.
+        means: where and how.
+        cost: whether the cost of a step is measured.
+        extend: whether grids on whose edge a winner lies are continued.
+    """
+
+    plan: Plan
+    settings: Mapping[str, Problem]
+    means: ExecutionOptions
+    cost: bool = True
+    extend: bool = False
+
+    @property
+    def higher_is_better(self) -> bool:
+        """Of the problem's metric."""
+        return next(iter(self.settings.values())).higher_is_better
+
+    def check(self) -> None:
+        """Fail before the first run where every run would."""
+        from stiefel.compare.problem.check import check
+
+        for problem in self.settings.values():
+            check(problem)
+
+    def describe(self, out: Path) -> str:
+        """The plan in words."""
+        plan, means = self.plan, self.means
+        cells = len(list(plan.cells()))
+        trials = cells * (plan.trials or len(plan.rates)) * plan.tuning_seeds
+        finals, costs = cells * plan.seeds, len(plan.timed()) if self.cost else 0
+        beyond = ", and what the grid is continued by" if self.extend else ""
+        where = "" if means.executor == "local" else f" by {means.executor}"
+        threads = f"{means.threads} {'thread' if means.threads == 1 else 'threads'}"
+        lines = [
+            f"{plan.problem}: methods {len(plan.variants)} × settings {len(plan.settings)} × scales {len(plan.scales)}",
+            f"{trials} tuning runs ({len(plan.rates)} learning rates, {plan.trials or len(plan.rates)} trials each)"
+            f"{beyond}, then {finals} with fresh seeds, {costs} for cost",
+            f"{means.jobs} at a time{where}, {threads} each; records in {out}/",
+        ]
+        return "\n".join(lines)
+
+    def estimate(self) -> str:
+        """How long the whole may take, and what is left of it, where runs of this problem have ended before."""
+        plan, means = self.plan, self.means
+        records = {
+            record.spec.hash: record
+            for record in (read_all([means.root])[0] if means.root.is_dir() else [])
+            if (record.spec.problem, record.spec.digest, record.spec.device) == (plan.problem, plan.digest, plan.device)
+        }
+        pace = estimate.Pace(records.values())
+        if not pace.quality:
+            return "no run of this problem has ended here, so there is no estimate yet: it appears with the first runs"
+        valid = {k: r for k, r in records.items() if not (means.retry_failed and r.status in BROKEN)}
+        left = estimate.left(plan, valid, self.higher_is_better, cost=self.cost, extend=self.extend)
+        whole = pace.seconds(estimate.whole(plan, cost=self.cost), means.jobs)
+        rest = f"about {duration(pace.seconds(left, means.jobs))} of it left" if left else "nothing of it left"
+        return f"from nothing about {duration(whole)}, {rest}; judged by {pace.ended} training runs that have ended"
+
+    def run(self) -> list[Record]:
+        """Run what is missing, stage by stage; returns the records of all."""
+        plan, means, higher = self.plan, self.means, self.higher_is_better
+        devices = runner.gpu_slots(means.jobs) if plan.device == "cuda" and means.executor == "local" else []
+        if plan.device == "cpu" and means.executor == "local":
+            start_server()
+        start = time.monotonic()
+        with (
+            executors.make(means.executor, means.jobs, means.threads, means.root, means.executor_options) as executor,
+            Progress() as progress,
+        ):
+
+            def stage(name: str, specs: Sequence[RunSpec], *, alone: bool = False) -> list[Record]:
+                jobs = [self._job(spec, means.cores if alone else means.threads) for spec in specs]
+                advance = progress.stage(name, len(jobs))
+                found = []
+                for batch in [[job] for job in jobs] if alone else [jobs]:
+                    found += runner.run_all(
+                        batch, executor, advance, retry_failed=means.retry_failed, devices=devices[: len(batch)]
+                    )
+                return found
+
+            tuned = stage("tuning", plan.tuning())
+            while self.extend and (more := plan.extension(tuned, higher)):
+                tuned += stage("extend", more)
+            if more := plan.refinement(tuned, higher):
+                tuned += stage("refine", more)
+            records = tuned + stage("final", plan.final(tuned, higher))
+            if self.cost:
+                records += stage("cost", plan.cost(tuned, higher), alone=True)
+        print(f"finished in {elapsed(start)}")
+        return records
+
+    def _job(self, spec: RunSpec, threads: int) -> Job:
+        means = self.means
+        return Job(
+            spec=spec,
+            file=means.file,
+            settings=self.settings[repr(sorted(spec.fields.items()))].settings(),
+            root=means.root,
+            threads=threads,
+            timeout=means.timeout,
+            memory=means.memory,
+            processes=means.processes,
+            label=label_of(spec),
+            control=spec.method == control(),
+        )

@@ -1,0 +1,151 @@
+"""How long a comparison may take, from what has ended before. Imports ``plan``, ``records``, ``run`` and ``spec``."""
+
+from __future__ import annotations
+
+import statistics
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import Any
+
+from stiefel.compare.plan.plan import Plan
+from stiefel.compare.plan.variants import label_of
+from stiefel.compare.record.records import Record
+from stiefel.compare.record.spec import RunSpec
+from stiefel.compare.worker.cost import REPEATS, WARMUP
+from stiefel.constraint import control
+
+
+class Times:
+    """Seconds of something by method and setting; where there is none of both, of that setting, then of that method."""
+
+    def __init__(self) -> None:
+        self._found: dict[Any, list[float]] = defaultdict(list)
+
+    def add(self, spec: RunSpec, seconds: float) -> None:
+        """Note what one run took."""
+        for key in _keys(spec):
+            self._found[key].append(seconds)
+
+    def __contains__(self, spec: RunSpec) -> bool:
+        """Whether there is any of this method in this setting."""
+        return _keys(spec)[0] in self._found
+
+    def __bool__(self) -> bool:
+        """Whether there is any at all."""
+        return bool(self._found)
+
+    def of(self, spec: RunSpec) -> float:
+        """The median of the nearest that there is."""
+        return statistics.median(next(self._found[key] for key in _keys(spec) if key in self._found))
+
+
+def _keys(spec: RunSpec) -> list[Any]:
+    setting = repr(sorted(spec.fields.items()))
+    label = label_of(spec)
+    return [(label, setting), (None, setting), (label, None), (None, None)]
+
+
+class Pace:
+    """How long the runs of a problem take.
+
+    A quality run takes as long as those that have ended. A cost run is a new process, which imports everything, where a
+    quality run on the CPU is a copy of one that has; then steps of the method and of the control, which training has
+    timed. How long its data take to load is in no record, and left out.
+
+    Args:
+        records: runs of one problem on one device that have ended.
+    """
+
+    def __init__(self, records: Iterable[Record]) -> None:
+        self.quality, self.cost, self.step = Times(), Times(), Times()
+        self.ended = 0
+        for record in records:
+            spec, summary = record.spec, record.summary
+            if record.wall_seconds is not None:
+                (self.cost if spec.kind == "cost" else self.quality).add(spec, record.wall_seconds)
+                self.ended += spec.kind == "quality"
+            if spec.kind == "quality" and summary.get("steps") and summary.get("seconds"):
+                self.step.add(spec, summary["seconds"] / summary["steps"])
+
+    def seconds(self, runs: Iterable[RunSpec], jobs: int) -> float:
+        """Of some runs, quality runs so many at a time, cost runs one by one."""
+        runs = list(runs)
+        training = [run for run in runs if run.kind == "quality"]
+        quality = sum(self.quality.of(run) for run in training)
+        if any(run.device != "cpu" for run in training):
+            quality += len(training) * start_seconds("stiefel.compare.worker.main")
+        return quality / jobs + sum(self._cost(run) for run in runs if run.kind == "cost")
+
+    def _cost(self, run: RunSpec) -> float:
+        if run in self.cost:  # its clock starts when the process has imported what runs it
+            return start_seconds("stiefel.compare.worker.main") + self.cost.of(run)
+        started = start_seconds("stiefel.compare.worker.preload")
+        if not self.step:
+            return started
+        method = self.step.of(run)
+        # Where the control has not run, another method's step stands for it, which may take longer than this one's.
+        beside = min(method, self.step.of(replace(run, method=control(), options={}, knobs={})))
+        return started + (WARMUP + REPEATS) * (method + beside) + method
+
+
+_STARTS: dict[str, float] = {}
+
+
+def start_seconds(module: str) -> float:
+    """Measure, once, how long a new process takes to import a module."""
+    if module not in _STARTS:
+        start = time.monotonic()
+        subprocess.run([sys.executable, "-c", f"import {module}"], check=True, stdin=subprocess.DEVNULL)
+        _STARTS[module] = time.monotonic() - start
+    return _STARTS[module]
+
+
+def whole(plan: Plan, *, cost: bool) -> list[RunSpec]:
+    """Every run of a plan from nothing, with cells in place of what tuning has yet to choose."""
+    return plan.tuning() + _trials(plan) + _final(plan, cost)
+
+
+def left(
+    plan: Plan, records: Mapping[str, Record], higher_is_better: bool, *, cost: bool, extend: bool
+) -> list[RunSpec]:
+    """The runs of a plan without a record: exactly those as far as tuning has decided, beyond that all that may come.
+
+    Args:
+        plan: what is run.
+        records: what has ended, by hash.
+        higher_is_better: of the problem's metric.
+        cost: whether the cost of a step is measured.
+        extend: whether grids on whose edge a winner lies are continued.
+    """
+
+    def missing(specs: list[RunSpec]) -> list[RunSpec]:
+        ended.extend(records[spec.hash] for spec in specs if spec.hash in records)
+        return [spec for spec in specs if spec.hash not in records]
+
+    ended: list[Record] = []
+    lacking = missing(plan.tuning())
+    while not lacking and extend and (more := plan.extension(ended, higher_is_better)):
+        lacking = missing(more)
+    if lacking:
+        return lacking + _trials(plan) + _final(plan, cost)
+    lacking = missing(plan.refinement(ended, higher_is_better))
+    if lacking:
+        return lacking + _final(plan, cost)
+    tuned = list(ended)
+    return missing(plan.final(tuned, higher_is_better) + (plan.cost(tuned, higher_is_better) if cost else []))
+
+
+def _trials(plan: Plan) -> list[RunSpec]:
+    """What each cell may spend beyond the grid."""
+    each = ((plan.trials or len(plan.rates)) - len(plan.rates)) * plan.tuning_seeds
+    return [cell for cell in plan.cells() for _ in range(each)]
+
+
+def _final(plan: Plan, cost: bool) -> list[RunSpec]:
+    """Fresh seeds of each cell, and its cost."""
+    fresh = [cell for cell in plan.cells() for _ in range(plan.seeds)]
+    return fresh + [replace(cell, kind="cost") for cell in plan.timed() if cost]

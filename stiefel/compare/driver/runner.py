@@ -1,0 +1,284 @@
+"""Runs specs, each in a process of its own, and sees that each gets a record. Imports ``process``, ``records``.
+
+A crash, a hang or an exhausted memory costs that run alone. Any number of drivers may work on one folder.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import queue
+import re
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from stiefel.compare.driver.process import RunProcess, describe_exit, start
+from stiefel.compare.record.folder import NO_STORAGE, RunFolder, writing
+from stiefel.compare.record.lock import RunLock
+from stiefel.compare.record.records import BROKEN, Record, read
+from stiefel.compare.worker.job import Job
+from stiefel.compare.worker.main import TAIL
+from stiefel.errors import RecordError, StorageError
+
+_POLL = 0.2  # seconds between looks at a run that another driver has
+_LATE = 60.0  # seconds from its timeout, counted from its imports, to the end of a process that has not ended itself
+
+
+class Stop:
+    """What ends the runs of this process together; cannot leave the process."""
+
+    def __init__(self) -> None:
+        self.event = threading.Event()
+        self._running: set[RunProcess] = set()
+
+    def watch(self, process: RunProcess, seconds: float) -> bool:
+        """Wait for a process, which a stop ends; whether it has ended within the time."""
+        self._running.add(process)
+        try:
+            if self.event.is_set():
+                process.stop()
+            return process.wait(seconds)
+        finally:
+            self._running.discard(process)
+
+    def all(self) -> None:
+        """End every run that is watched, and start no other."""
+        self.event.set()
+        for process in list(self._running):
+            process.stop()
+
+
+def execute(job: Job, again: float | None = None, stop: Stop | None = None) -> Record | None:
+    """Run one job in a process of its own and return its record, whatever happens to the process.
+
+    Args:
+        job: what to run.
+        again: run it although there is a record, if that was written at this time: another driver's newer one counts.
+        stop: once set, nothing is started or recorded: what was interrupted has not failed.
+
+    Returns:
+        The record, also one that another driver has written meanwhile. None where another driver is running the spec
+        now, or where ``stop`` was set.
+    """
+    local = stop is not None
+    stop = stop or Stop()
+    if stop.event.is_set():
+        return None
+    folder = RunFolder(job.root, job.spec)
+    with writing(folder.path):
+        claim = RunLock.take(folder.path)
+    if claim is None:
+        return None
+    with claim:
+        record = _found(folder)
+        if record is not None and record.written != again:
+            return record
+        folder.start()
+        with writing(folder.path):
+            process = start(job, claim, forked=local)
+        if not stop.watch(process, job.timeout + _LATE):
+            process.stop()
+        record = read(folder.path)
+        if record is None and process.exitcode == NO_STORAGE:
+            raise StorageError(_said(folder)[-1] or f"{folder.path} cannot be written by the run's process")
+        if record is None and not stop.event.is_set():
+            folder.finish(_post_mortem(process.exitcode, folder, job) | job.identity, {})
+            record = read(folder.path)
+        return record
+
+
+def _found(folder: RunFolder) -> Record | None:
+    """The record that is there; a corrupt one is put aside, so that nothing of it is lost."""
+    try:
+        return read(folder.path)
+    except RecordError:
+        (folder.path / "run.json").replace(folder.path / "run.json.corrupt")
+        return None
+
+
+def _post_mortem(exitcode: int | None, folder: RunFolder, job: Job) -> dict[str, Any]:
+    lines = _said(folder)
+    outcome: dict[str, Any] = {"traceback": _tail(lines), "summary": {}, "wall_seconds": None}
+    if exitcode is None or any(re.match(r"Timeout \(\d+:\d\d:\d\d", line) for line in lines):
+        return outcome | {"status": "timeout", "reason": f"not finished after {job.timeout:g} s"}
+    if exitcode == -signal.SIGKILL:
+        return outcome | {"status": "out of memory", "reason": f"{describe_exit(exitcode)}, as when memory runs out"}
+    return outcome | {"status": "crashed", "reason": describe_exit(exitcode)}
+
+
+def _tail(lines: list[str]) -> list[str]:
+    """What a process that died said last; of Python's dump of its threads, the stack of the one that crashed."""
+    dumps = [i for i, line in enumerate(lines) if line.startswith(("Current thread", "Thread 0x"))]
+    crashed = [i for i in dumps if lines[i].startswith("Current thread")] or dumps
+    return lines[crashed[-1] :][:TAIL] if crashed else lines[-TAIL:]
+
+
+def _said(folder: RunFolder) -> list[str]:
+    """What the process of a run printed."""
+    return (folder.path / "output.txt").read_text(errors="replace").splitlines() or [""]
+
+
+def run_all(
+    jobs: Iterable[Job],
+    executor: Executor,
+    on_done: Callable[[Record], None],
+    *,
+    retry_failed: bool = False,
+    devices: Sequence[str | None] = (),
+) -> list[Record]:
+    """Run what has no record yet and return all records, in the order of the jobs.
+
+    Args:
+        jobs: what to run.
+        executor: where; a :class:`concurrent.futures.ThreadPoolExecutor` watches processes on this machine.
+        on_done: called with each record, also those found on disk, as it becomes available.
+        retry_failed: run again what ended in an error, a crash, a timeout or for want of memory.
+        devices: what the runs of a local executor may use, one run each; as many as it has threads.
+
+    Raises:
+        StorageError: the folder of the records cannot be written.
+    """
+    jobs = list(jobs)
+    records: dict[str, Record] = {}
+    missing: list[tuple[Job, float | None]] = []
+    for job in jobs:
+        record = _known(job)
+        if record is None or (retry_failed and record.status in BROKEN):
+            missing.append((job, record.written if record else None))
+        else:
+            records[job.spec.hash] = record
+            on_done(record)
+    stop = Stop()
+    local = isinstance(executor, ThreadPoolExecutor)
+    free: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+    for device in devices:
+        free.put(device)
+
+    def here(job: Job, again: float | None) -> Record | None:
+        if not devices:
+            return execute(job, again, stop)
+        device = free.get()
+        try:
+            return execute(replace(job, visible=device), again, stop)
+        finally:
+            free.put(device)
+
+    def submit(task: tuple[Job, float | None]) -> Future[Record | None]:
+        return executor.submit(here if local else execute, *task)
+
+    ended: _Ended = queue.SimpleQueue()
+    try:
+        with _interrupts(partial(ended.put, None)):
+            while missing:
+                futures = {submit(task): task for task in missing}
+                missing = []
+                for future in futures:
+                    future.add_done_callback(ended.put)
+                for _ in futures:
+                    future = _next(ended)
+                    record = future.result()
+                    if record is None:
+                        missing.append(futures[future])  # another driver has it: look again when the rest is done
+                    else:
+                        records[record.spec.hash] = record
+                        on_done(record)
+                if missing:
+                    time.sleep(_POLL)
+        if not ended.empty():  # a Ctrl-C as the last one ended
+            raise KeyboardInterrupt
+    except BaseException:
+        _give_up(stop, executor)
+        raise
+    return [records[job.spec.hash] for job in jobs]
+
+
+_Ended: TypeAlias = "queue.SimpleQueue[Future[Record | None] | None]"
+"""Futures that have ended, and None for a Ctrl-C.
+
+Python raises a KeyboardInterrupt wherever the main thread is: while it takes a lock, of which an error of another kind
+may come, or while it tells of a record.
+"""
+
+
+def _next(ended: _Ended) -> Future[Record | None]:
+    future = ended.get()
+    if future is None:
+        raise KeyboardInterrupt
+    return future
+
+
+@contextlib.contextmanager
+def _interrupts(call: Callable[[], object]) -> Iterator[None]:
+    """Ctrl-C calls a function instead of raising; not where someone else handles it, or it is ignored."""
+    main = threading.current_thread() is threading.main_thread()
+    if not main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
+    signal.signal(signal.SIGINT, lambda *_: call())
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def _give_up(stop: Stop, executor: Executor) -> None:
+    stop.event.set()
+    executor.shutdown(wait=False, cancel_futures=True)
+    stop.all()
+
+
+def _known(job: Job) -> Record | None:
+    try:
+        return read(job.root / job.spec.hash)
+    except RecordError as error:
+        print(f"stiefel: {error}", file=sys.stderr)
+        return None
+
+
+def elapsed(start: float) -> str:
+    """Time since ``start`` as minutes and seconds."""
+    return duration(time.monotonic() - start)
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people say them."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes:02d} min"
+    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
+
+
+def available_cores() -> int:
+    """Cores this process may use."""
+    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+
+
+def gpu_slots(count: int) -> list[str]:
+    """The GPU of each of ``count`` runs at a time: the visible ones in turn, as ``CUDA_VISIBLE_DEVICES`` has them."""
+    import torch
+
+    named = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
+    names = named or [str(i) for i in range(torch.cuda.device_count())]
+    return [names[i % len(names)] for i in range(count)]
+
+
+def writable(folder: Path) -> None:
+    """Raise where a folder of records cannot be made or written.
+
+    Raises:
+        StorageError: with the reason.
+    """
+    probe = folder / f".probe-{os.getpid()}"
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.write_text("probe")
+        probe.unlink()

@@ -1,0 +1,1 @@
+"""From numbers to what people see: terminal, page, figures, tables. No torch."""

@@ -1,0 +1,1 @@
+"""The figures of a comparison, one file for each kind."""

@@ -1,0 +1,176 @@
+"""The figures of why methods differ. Imports ``why``, ``figures``, numpy, matplotlib."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+from matplotlib.colors import LogNorm
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
+
+from stiefel.compare.analyse.layers import Why
+from stiefel.compare.analyse.summary import Summary
+from stiefel.compare.present.figures.style import (
+    INK,
+    STYLE,
+    draw_legend,
+    grid,
+    highlighted,
+    label_axis,
+    legend_of,
+    method_styles,
+    wrapped,
+)
+
+START: dict[str, Any] = {"color": INK, "ls": ":", "lw": 1.4, "zorder": 2.8, "label": "start, all methods"}
+MAPS = 10
+"""Heat maps of a figure at most."""
+FAR = 10.0
+"""An effective rate that is told and not drawn, where others are less."""
+ROUNDING = 1e-7
+"""What redundancy is drawn at where it is less."""
+
+
+def depth(summary: Summary, why: Why) -> Figure | None:
+    """Per layer at the end: energy kept both ways, variance, redundancy, effective rate; that rate against steps.
+
+    A line is the median over the fresh seeds; the start, which methods share, is dotted. None where nothing is known.
+    """
+    if why.layers.empty:
+        return None
+    panels = {
+        "forward": "energy kept forward, ‖Wx‖/‖x‖",
+        "backward": "energy kept backward",
+        "variance": "variance of activations",
+        "redundancy": "redundancy, mean |cos| of filters",
+        "effective_rate": "effective rate, at the end",
+    }
+    floor = dict.fromkeys(panels, 0.0) | {"redundancy": ROUNDING}
+    styles = method_styles(summary)
+    starts = why.layers[why.layers.moment == "start"].groupby("depth")[list(panels)].median()
+    with mpl.rc_context(STYLE):
+        made, axes = grid(2, 3, (3.6, 2.3), legend=[*legend_of(styles), START["label"]])
+        for ax, (what, title) in zip(axes.flat, panels.items(), strict=False):
+            for label, rows in why.layers[why.layers.moment == "end"].groupby("method", sort=False):
+                _points(ax, rows.depth, rows[what], styles[str(label)], floor[what])
+            if what in starts:
+                _points(ax, starts.index, starts[what], START, floor[what])
+            label_axis(ax, title, "constrained layer", log=True)
+            ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
+        ax = axes[1, 2]
+        for label, rows in why.rates.groupby("method", sort=False):
+            middle = rows.groupby("step").effective_rate.median().dropna()
+            _points(ax, middle.index, middle, styles[str(label)])
+        label_axis(ax, "effective rate, median layer", "training steps", log=True)
+        for panel in (axes[1, 1], ax):
+            _leave_out(panel)
+        for panel in axes.flat:
+            _say_nothing(panel)
+        draw_legend(made, styles | {START["label"]: START})
+    return made
+
+
+def heat(summary: Summary, why: Why) -> Figure | None:
+    """How far a step of each layer turns the gradient of each, at the start and per method at the end.
+
+    None where it was not recorded.
+    """
+    known = why.dependence
+    shown = [*highlighted(summary), *summary.controls]
+    maps = {"start, all methods": known[known.moment == "start"]}
+    for label in sorted(shown, key=lambda label: (label not in summary.controls, label)):
+        maps[label] = known[(known.moment == "end") & (known.method == label)]
+    squares = {title: _square(rows) for title, rows in maps.items() if rows.degrees.notna().any()}
+    squares = {wrapped(title): square for title, square in list(squares.items())[:MAPS]}
+    positive = np.concatenate([np.empty(0), *(s[s > 0] for s in squares.values())])
+    if not positive.size:
+        return None
+    norm = LogNorm(positive.min(), max(positive.max(), positive.min() * 1.01))
+    columns = min(5, len(squares))
+    with mpl.rc_context(STYLE):
+        made, axes = grid(
+            -(-len(squares) // columns),
+            columns,
+            (1.9, 1.9),
+            legend=(),
+            room=3,
+            margin=0.55,
+            between=0.3,
+            titles=max(title.count("\n") for title in squares) + 1,
+        )
+        image = None
+        for ax, (title, square) in zip(axes.flat, squares.items(), strict=False):
+            size = len(square)
+            image = ax.imshow(square, norm=norm, cmap="viridis", extent=(0.5, size + 0.5, size + 0.5, 0.5))
+            ax.set_title(title, fontsize=9)
+            ax.grid(visible=False)
+            ax.spines[:].set_visible(False)
+            for axis in (ax.xaxis, ax.yaxis):
+                axis.set_major_locator(MaxNLocator(integer=True, nbins=6, steps=[1, 2, 5, 10]))
+            ax.tick_params(length=0)
+        for ax in axes.flat[len(squares) :]:
+            ax.set_visible(False)
+        for ax in axes[:, 0]:
+            ax.set_ylabel("gradient of layer")
+        for ax in axes.flat[max(0, len(squares) - columns) : len(squares)]:
+            ax.set_xlabel("step of layer")
+        _colours(made, image)
+    return made
+
+
+def _colours(figure: Figure, image: Any) -> None:
+    """A bar of colours along the foot of the figure."""
+    width, height = figure.get_size_inches()
+    long, left, foot = min(3.4, width - 2.0), 0.55 / width, 0.28 / height
+    cax = figure.add_axes((left, foot, long / width, 0.12 / height))
+    bar = figure.colorbar(image, cax=cax, orientation="horizontal")
+    bar.outline.set_visible(False)
+    low, high = image.norm.vmin, image.norm.vmax
+    ticks = [t for e in range(-9, 4) for t in (10.0**e, 2 * 10.0**e, 5 * 10.0**e) if low <= t <= high]
+    ticks = ticks[:: -(-len(ticks) // 6)] if ticks else [low]
+    bar.set_ticks(ticks, labels=[f"{t:g}°" for t in ticks])
+    bar.ax.xaxis.set_minor_locator(NullLocator())
+    figure.text(left + (long + 0.12) / width, foot, "for a step of 1 %", fontsize=9)
+
+
+def _square(rows: pd.DataFrame) -> np.ndarray:
+    """Layer by stepped layer, in the network's order; medians where several methods share a start."""
+    layers = range(1, int(rows.depth.max()) + 1)
+    pairs = rows.assign(at=rows.depth - rows.distance)
+    wide = pairs.pivot_table(index="depth", columns="at", values="degrees", aggfunc="median")
+    return wide.reindex(index=layers, columns=layers).to_numpy(dtype=float)  # which the pivot leaves out where unknown
+
+
+def _points(ax: Any, x: Any, y: Any, style: dict[str, Any], floor: float = 0.0) -> None:
+    y = np.maximum(np.asarray(y, dtype=float), floor)
+    known = y > 0  # what is zero has no place on a logarithmic axis
+    if known.any():
+        ax.plot(np.asarray(x)[known], y[known], marker="o", ms=3, **style)
+
+
+def _leave_out(ax: Any) -> None:
+    """Rates so far above all others that nothing else could be told apart are named and not drawn."""
+    drawn = {line: np.asarray(line.get_ydata(), dtype=float) for line in ax.lines}
+    far = [line for line, values in drawn.items() if values.min() > FAR]
+    if not far or len(far) == len(drawn):
+        return
+    lengths = [f"{line.get_label()} {drawn[line].min():.0f}–{drawn[line].max():.0f}" for line in far]
+    for line in far:
+        line.remove()
+    kept = np.concatenate([values for line, values in drawn.items() if line not in far])
+    told = [text for text in lengths if not text.startswith("_")]
+    span = max(1.2, kept.max() / kept.min())
+    ax.set_ylim(kept.min() / 1.1, kept.max() * 1.1 * span ** (0.14 * len(told)))  # room for what is told
+    ax.yaxis.set_major_locator(LogLocator(numticks=6) if kept.max() > 30 * kept.min() else MaxNLocator(4))
+    if told:
+        text = "\n".join(["above:", *told])
+        ax.text(0.98, 0.98, text, transform=ax.transAxes, ha="right", va="top", fontsize=7)
+
+
+def _say_nothing(ax: Any) -> None:
+    if not ax.has_data():
+        ax.text(0.5, 0.5, "not recorded", transform=ax.transAxes, ha="center", fontsize=9)
+        ax.set_yticks([])

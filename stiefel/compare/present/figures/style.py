@@ -1,0 +1,221 @@
+"""The looks that all figures share: colours, lines, legends, grids of axes. Imports ``summary``, matplotlib."""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+
+from stiefel.compare.analyse.rows import TOLERANCES
+from stiefel.compare.analyse.summary import Summary, dagger
+
+# Okabe and Ito's palette, distinguishable in all common forms of colour blindness; line styles tell the rest.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C8C00")
+
+
+STYLES = ("-", "--", "-.", (0, (5, 1, 1, 1, 1, 1)))  # dotted are those with known faults
+
+
+HIGHLIGHTS = len(COLOURS)
+"""Methods in colour, beside the control; where there are more, the others are thin and grey."""
+
+
+GREY = "#888888"
+
+
+INK = "#010203"  # replaced by the page's text colour
+
+
+POWERS = FuncFormatter(lambda value, _: f"{value:g}" if 9e-3 < value < 1e4 else f"{value:.0e}".replace("e-0", "e-"))
+
+
+_CONTROL: dict[str, Any] = {"color": INK, "ls": (0, (4, 2)), "lw": 1.1, "zorder": 2.5}
+
+
+_FAULTY: dict[str, Any] = {"ls": (0, (1, 1.4)), "lw": 1.4, "alpha": 0.8, "zorder": 2.7}
+
+
+OTHER: dict[str, Any] = {"color": GREY, "lw": 0.6, "alpha": 0.6, "zorder": 2, "label": "_other"}
+
+
+STYLE: Any = {
+    "axes.edgecolor": INK,
+    "axes.labelcolor": INK,
+    "axes.titlesize": 10,
+    "axes.titley": 1.0,  # where it is not looked for: that takes a tenth of the time
+    "axes.labelsize": 9,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "figure.facecolor": "none",
+    "axes.facecolor": "none",
+    "font.size": 9,
+    "font.sans-serif": ["DejaVu Sans"],
+    "grid.alpha": 0.25,
+    "grid.color": GREY,
+    "axes.grid": True,
+    "legend.frameon": False,
+    "lines.linewidth": 1.6,
+    "savefig.facecolor": "none",
+    "svg.fonttype": "none",
+    "svg.hashsalt": "stiefel",
+    "text.color": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+}
+
+
+def short_name(label: str) -> str:
+    """A method's name, cut where a legend would become wide."""
+    return label if len(label) < 25 else label[:23] + "…"
+
+
+def highlighted(summary: Summary) -> list[str]:
+    """Methods in colour: all where they are few, else the best of each setting and tolerance and the next by rank."""
+    others = [label for label in summary.labels if label not in summary.controls and label not in summary.faults]
+    if len(others) <= HIGHLIGHTS:
+        return others
+    places = dict.fromkeys(others, 0.0)
+    for setting in summary.settings:
+        for row in setting.rows:
+            if row.label in places:
+                ranks = [setting.rank(row, tolerance) for tolerance in (None, *TOLERANCES)]
+                first = len(others) * (1 in ranks)
+                places[row.label] += (ranks[0] or 2 * len(others)) - first
+    return sorted(sorted(others, key=lambda label: places[label])[:HIGHLIGHTS])
+
+
+def svg(figure: Figure) -> str:
+    """A figure as inline SVG that takes its ink from the page's text colour, as small as that goes."""
+    stream = io.StringIO()
+    with mpl.rc_context(STYLE):
+        figure.savefig(stream, format="svg", metadata={"Date": None, "Creator": None})
+    text = stream.getvalue()
+    text = text[text.index("<svg") :].replace(INK, "currentColor")
+    text = re.sub(r' (?:width|height)="[\d.]+pt"', "", text, count=2)
+    text = re.sub(r"\s*<metadata>.*?</metadata>|\s*<!--.*?-->", "", text, flags=re.S)
+    text = re.sub(r'<g id="[^"]*"', "<g", text)  # nothing refers to groups, and ids must be unique in a page
+    text = re.sub(r"<[^>]+>", lambda tag: re.sub(r"(\d\.\d)\d+", r"\1", tag[0]), text)  # tenths of a point
+    text = re.sub(r"\s*\n\s*", " ", text)
+    return re.sub(r" ?([MLC]) ", r"\1", text).replace("> <", "><")
+
+
+def grid(
+    rows: int,
+    columns: int,
+    size: tuple[float, float],
+    *,
+    legend: Sequence[str],
+    room: int = 0,
+    titles: int = 1,
+    share: bool = False,
+    margin: float = 0.6,
+    between: float | None = None,
+) -> tuple[Figure, Any]:
+    """Panels of a size in inches, room for their labels, and below for a legend with these entries.
+
+    The layout is fixed: one that adapts draws everything twice. ``room`` is the least number of the legend's lines,
+    ``titles`` the number of lines of the panels' titles.
+    """
+    between = between or (0.2 if share else margin)
+    lines = max(room, -(-len(legend) // columns_of(columns * size[0], legend)))
+    more = 0.16 * (titles - 1)
+    below, above, gap = 0.5 + 0.2 * lines, 0.3 + more, (0.35 if share else 0.75) + more
+    width = margin + columns * size[0] + (columns - 1) * between + 0.1
+    height = above + rows * size[1] + (rows - 1) * gap + below
+    figure = Figure(figsize=(width, height))
+    axes = figure.subplots(rows, columns, squeeze=False, sharex=share, sharey=share)
+    ends = {"left": margin / width, "right": 1 - 0.1 / width, "bottom": below / height, "top": 1 - above / height}
+    figure.subplots_adjust(**ends, wspace=between / size[0], hspace=gap / size[1])
+    return figure, axes
+
+
+def columns_of(width: float, labels: Sequence[str]) -> int:
+    """Entries of a legend beside each other, in so many inches."""
+    return max(1, int(width / (0.6 + 0.068 * max(map(len, labels), default=0))))
+
+
+def wrapped(label: str, width: int = 26) -> str:
+    """A name in lines, broken after colons and commas where it is long."""
+    lines = [""]
+    for part in re.findall(r"[^:,]+[:,]?", label):
+        if lines[-1] and len(lines[-1]) + len(part) > width:
+            lines.append("")
+        lines[-1] += part
+    return "\n".join(lines)
+
+
+def label_axis(ax: Any, title: str, xlabel: str, *, log: bool) -> None:
+    """A panel's title, what runs along it, and a logarithmic height where that is asked for."""
+    ax.set_title(title)
+    if xlabel:
+        ax.set_xlabel(xlabel)
+    if log:
+        ax.set_yscale("log")
+        low, high = ax.get_ylim()
+        if ax.has_data():
+            ax.yaxis.set_major_locator(LogLocator(numticks=6) if high > 30 * low else MaxNLocator(4))
+        ax.yaxis.set_minor_locator(NullLocator())
+        ax.yaxis.set_major_formatter(POWERS)
+
+
+def in_decades(ax: Any) -> None:
+    """A logarithmic axis below, without minor ticks."""
+    ax.set_xscale("log")
+    ax.xaxis.set_minor_locator(NullLocator())
+
+
+def target_line(ax: Any, height: float) -> None:
+    """A dotted line across a panel, where it shows something."""
+    if ax.has_data():  # alone, two lines make no axis
+        ax.axhline(height, color=GREY, lw=1, ls=(0, (1, 2)), zorder=1)
+
+
+def method_styles(summary: Summary) -> dict[str, dict[str, Any]]:
+    """How each method of a comparison is drawn."""
+    return styles_of(highlighted(summary), summary.controls, summary.labels, sorted(summary.faults))
+
+
+def styles_of(
+    coloured: Sequence[str], controls: Iterable[str], labels: Iterable[str], faulty: Sequence[str] = ()
+) -> dict[str, dict[str, Any]]:
+    """How each method's line is drawn: those in colour over the control over the others; dotted, with known faults."""
+    styles = {label: dict(OTHER) for label in labels}
+    styles |= {label: {"label": label, **_CONTROL} for label in controls}
+    for i, label in enumerate(faulty):
+        styles[label] = {"label": dagger(label), "color": COLOURS[i % len(COLOURS)], **_FAULTY}
+    for i, label in enumerate(coloured):
+        styles[label] = {"label": label, "color": COLOURS[i], "ls": STYLES[i % len(STYLES)], "zorder": 3}
+    return styles
+
+
+def draw_legend(figure: Figure, styles: dict[str, dict[str, Any]]) -> None:
+    """The methods' names along the foot of a figure, those without a colour as one."""
+    shown = legend_of(styles)
+    legend_below(figure, [Line2D([], [], **style) for style in shown.values()], list(shown))
+
+
+def legend_of(styles: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """A legend's entries with how they are drawn."""
+    shown = {style["label"]: style for style in styles.values() if style["label"] != OTHER["label"]}
+    others = len(styles) - len(shown)
+    return shown | ({f"{others} others": OTHER} if others else {})
+
+
+def legend_below(figure: Figure, handles: Sequence[Any], labels: Sequence[str]) -> None:
+    """A legend of as many columns as fit, below the panels."""
+    columns = min(columns_of(figure.get_size_inches()[0], labels), len(labels))
+    figure.legend(handles, labels, loc="lower center", ncols=columns, borderaxespad=0.1)
+
+
+def spans_decades(summary: Summary) -> bool:
+    """Whether the metric spans so much that it wants a logarithmic axis, as a loss may."""
+    values = [t.validation for s in summary.settings for row in s.rows for t in row.trials]
+    finite = [value for value in values if math.isfinite(value)]
+    return bool(finite) and min(finite) > 0 and max(finite) / min(finite) > 100

@@ -1,0 +1,75 @@
+"""Numbers as reports write them. Imports ``rows`` and ``scores``."""
+
+from __future__ import annotations
+
+import math
+
+from stiefel.compare.analyse.rows import Row, powers
+from stiefel.compare.analyse.scores import Interval
+
+NONE = "—"
+
+
+def rate(row: Row) -> str:
+    """The chosen learning rate, with a mark where it is on the edge of its grid."""
+    return NONE if row.choice is None else f"{row.choice.lr:g}" + ("*" if row.edge else "")
+
+
+def knobs(row: Row) -> str:
+    """The chosen knobs; empty where they are the defaults."""
+    return "" if row.choice is None else ", ".join(f"{key}={value}" for key, value in row.choice.knobs)
+
+
+def choice(row: Row) -> str:
+    """The chosen learning rate and knobs."""
+    return ", ".join(filter(None, (rate(row), knobs(row))))
+
+
+def error(value: float) -> str:
+    """An orthogonality error, with one digit."""
+    return "∞" if math.isinf(value) else powers(value)
+
+
+def steps(interval: Interval | None) -> str:
+    """Steps to the target with their interval."""
+    return NONE if interval is None else interval.format(".0f")
+
+
+def seconds(interval: Interval | None) -> str:
+    """Seconds to the target with their interval."""
+    return NONE if interval is None else interval.format(".3g")
+
+
+def ratio(row: Row) -> str:
+    """Step time as a multiple of the control's."""
+    return NONE if row.cost is None else f"{row.cost.ratio:.1f}×"
+
+
+def milliseconds(value: float) -> str:
+    """A duration in ms."""
+    return f"{value * 1e3:.2f}"
+
+
+def megabytes(value: float | None, form: str = "+.0f") -> str:
+    """Memory in MB, by default as a difference."""
+    return NONE if value is None else f"{value / 1e6:{form}} MB"
+
+
+def count(value: float | None) -> str:
+    """A large number, in powers of thousand."""
+    if value is None:
+        return NONE
+    for size, unit in ((1e12, " T"), (1e9, " G"), (1e6, " M"), (1e3, " k")):
+        if abs(value) >= size:
+            return f"{value / size:.3g}{unit}"
+    return f"{value:.3g}"
+
+
+def score(value: float) -> str:
+    """A metric; infinite is a failure."""
+    return "failed" if math.isinf(value) else f"{value:.3f}" if 0.01 <= abs(value) < 100 else f"{value:.4g}"
+
+
+def number(value: float, form: str) -> str:
+    """A number, or the sign of infinity."""
+    return Interval(value, None, None, 1).format(form)

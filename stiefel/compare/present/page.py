@@ -1,0 +1,184 @@
+"""The report as one HTML file that needs no network. Imports ``report``, ``figures``, ``words``, jinja2."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jinja2
+
+from stiefel import __version__
+from stiefel.compare.analyse.layers import Why
+from stiefel.compare.analyse.notes import notes, skips
+from stiefel.compare.analyse.recommend import Candidate, Recommendation, candidates, in_setting, overall, reference
+from stiefel.compare.analyse.summary import Setting, Summary
+from stiefel.compare.present import formatting as words
+from stiefel.compare.present.figures.curves import curves
+from stiefel.compare.present.figures.layers import depth, heat
+from stiefel.compare.present.figures.profiles import profiles
+from stiefel.compare.present.figures.style import svg
+from stiefel.compare.present.figures.tuning import defaults, sensitivity
+from stiefel.compare.record.records import Record
+
+if TYPE_CHECKING:
+    from stiefel.compare.analyse.results import Results
+
+CURVES = 4
+"""Settings of a report whose curves are drawn into the page; ``--figures`` draws all."""
+FAILURES = 60
+"""Failures that the page lists, each kind once; runs.csv has all."""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Runs of one method without a result, for one reason."""
+
+    first: Record
+    runs: tuple[Record, ...]
+
+    @property
+    def folders(self) -> str:
+        """Where they are, not more than can be read."""
+        names = [run.path.name for run in self.runs]
+        return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+@dataclass(frozen=True)
+class Section:
+    """One problem's part of the page.
+
+    Args:
+        summary: what it shows.
+        curves: how many settings' curves it may draw.
+    """
+
+    summary: Summary
+    curves: int = CURVES
+
+    @cached_property
+    def overall(self) -> list[Recommendation]:
+        """Over all points of the grid."""
+        return overall(self.summary)
+
+    @cached_property
+    def by_setting(self) -> list[tuple[Setting, list[Recommendation], Candidate | None]]:
+        """In each setting, with the control beside."""
+        higher = self.summary.higher_is_better
+        return [
+            (s, in_setting(self.summary, s), reference([Candidate((row,)) for row in s.rows], higher))
+            for s in self.summary.settings
+        ]
+
+    @property
+    def reference(self) -> Candidate | None:
+        """The control over all points."""
+        return reference(candidates(self.summary), self.summary.higher_is_better)
+
+    @property
+    def scales(self) -> bool:
+        """Whether the scale is a choice."""
+        return len({setting.scale for setting in self.summary.settings}) > 1
+
+    @property
+    def points(self) -> int:
+        """How many points of the grid the recommendation is over."""
+        return len({setting.point for setting in self.summary.settings})
+
+    @property
+    def targets(self) -> str:
+        """What a run must reach; more than one where the settings differ in it."""
+        return " or ".join(f"{t:g}" for t in sorted({s.target for s in self.summary.settings if s.target is not None}))
+
+    @property
+    def skips(self) -> dict[str, list[str]]:
+        """Why methods were skipped."""
+        return skips(row for setting in self.summary.settings for row in setting.rows)
+
+    @cached_property
+    def failures(self) -> list[Failure]:
+        """The runs without a result, each reason once."""
+        kinds: dict[Any, list[Record]] = defaultdict(list)
+        for record in self.summary.failures:
+            kinds[record.label, record.status, record.reason, record.traceback[-3:]].append(record)
+        return [Failure(records[0], tuple(records)) for records in kinds.values()]
+
+    @cached_property
+    def notes(self) -> tuple[str, ...]:
+        """What a reader must know before believing the numbers."""
+        return notes(self.summary)
+
+    @property
+    def sensitivity(self) -> str:
+        """Figure."""
+        return svg(sensitivity(self.summary))
+
+    @property
+    def defaults(self) -> str:
+        """Figure."""
+        return svg(defaults(self.summary))
+
+    def drawn(self) -> Iterator[tuple[Setting, str]]:
+        """The settings with their curves."""
+        for setting in self.summary.settings[: self.curves]:
+            yield setting, svg(curves(self.summary, setting))
+
+    def why(self) -> Iterator[tuple[Setting, str, str, list[dict[str, Any]], list[str]]]:
+        """The settings whose layers are known: through depth, dependence where known, a row per method, what failed."""
+        for setting in self.summary.settings[: self.curves]:
+            why = Why(setting)
+            through, turned = depth(self.summary, why), heat(self.summary, why)
+            if through is not None:
+                shown = svg(through), svg(turned) if turned else ""
+                yield setting, *shown, why.methods.to_dict("records"), why.reasons  # type: ignore[misc]
+
+
+def write_html(report: Results, path: Path) -> None:
+    """Write the report as one file."""
+    sections, left = [], CURVES
+    for summary in report.problems:
+        sections.append(Section(summary, max(0, left)))
+        left -= len(summary.settings)
+    page = (
+        _environment()
+        .get_template("report.html.j2")
+        .render(
+            report=report,
+            sections=sections,
+            requirements=max(([r.requirement for r in section.overall] for section in sections), key=len),
+            profiles=list(_profiles(report)),
+            version=__version__,
+            limit=FAILURES,
+        )
+    )
+    path.write_text(page, encoding="utf-8")
+
+
+def _profiles(report: Results) -> Iterator[dict[str, Any]]:
+    for device in report.devices:
+        steps, seconds = (report.times(unit, device) for unit in ("steps", "seconds"))
+        if len(steps) > 1:
+            summaries = [summary for summary in report.problems if summary.device == device]
+            figure = svg(profiles(summaries))
+            absent = [label for label in steps if steps[label].isna().any()]
+            yield {"device": device, "steps": steps, "seconds": seconds, "figure": figure, "absent": absent}
+
+
+def _environment() -> jinja2.Environment:
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("stiefel.compare.present"), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {
+        name: getattr(words, name)
+        for name in ("choice", "error", "steps", "seconds", "ratio", "milliseconds", "megabytes", "count", "score")
+    }
+    environment.filters |= {"number": words.number, "key": _key}
+    return environment
+
+
+def _key(value: float | None) -> str:
+    """What a table's cell is sorted by: nothing comes last."""
+    return "" if value is None or value != value else str(value).replace("inf", "Infinity")

@@ -1,0 +1,52 @@
+"""Results with their figures: what :func:`stiefel.compare.read_report` returns. Imports ``results``, ``figures``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from stiefel.compare.analyse.layers import Why
+from stiefel.compare.analyse.results import Results
+from stiefel.compare.analyse.summary import Summary
+from stiefel.compare.present.figures.curves import curves
+from stiefel.compare.present.figures.layers import depth, heat
+from stiefel.compare.present.figures.profiles import profiles
+from stiefel.compare.present.figures.tuning import defaults, sensitivity
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+class Report(Results):
+    """What records say, problem by problem; for notebooks, the command line and the files."""
+
+    def figures(self) -> dict[str, Figure]:
+        """Every figure, by name."""
+        drawn: dict[str, Figure] = {}
+        for device in self.devices:
+            if len(self.times("steps", device)) > 1:
+                drawn[f"profile-{device}"] = profiles(self.on(device))
+        for summary in self.problems:
+            for name, figure in problem_figures(summary):
+                drawn[_name(summary, name, len(self.problems) > 1)] = figure
+        return drawn
+
+
+def problem_figures(summary: Summary) -> Iterable[tuple[str, Figure]]:
+    """The figures of one problem with their names."""
+    if summary.settings:  # cost runs alone have none
+        yield "sensitivity", sensitivity(summary)
+        yield "defaults", defaults(summary)
+    for setting in summary.settings:
+        yield setting.title, curves(summary, setting)
+        why = Why(setting)
+        for name, figure in (
+            ("why", depth(summary, why)),
+            ("dependence", heat(summary, why)),
+        ):
+            if figure is not None:
+                yield f"{setting.title} {name}", figure
+
+
+def _name(summary: Summary, figure: str, many: bool) -> str:
+    return "-".join([summary.problem, *([summary.device, summary.dtype] if many else []), figure])

@@ -1,0 +1,1 @@
+"""What a user writes: the problem, its file, its data."""

@@ -1,0 +1,64 @@
+"""Claims: the right to run a spec, so that no two processes anywhere run it at once. Imports the standard library."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import socket
+from multiprocessing import reduction
+from pathlib import Path
+from typing import Any
+
+
+class RunLock:
+    """An exclusive lock on the file ``claim`` in a run's folder.
+
+    The lock belongs to the open file, which a driver shares with the run's process. So it holds while either of them
+    lives, and is free when both have ended, however they ended: a driver that is killed leaves its runs claimed until
+    they finish, and a run that is killed stays claimed until its driver has recorded that. On a shared folder this
+    needs a file system whose locks reach across machines, as those of NFS 4 and Lustre do.
+    """
+
+    def __init__(self, descriptor: int) -> None:
+        self.descriptor = descriptor
+
+    @classmethod
+    def take(cls, folder: Path) -> RunLock | None:
+        """RunLock a run's folder; None where another process has."""
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder / "claim", os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(descriptor)
+            return None
+        claim = cls(descriptor)
+        claim.sign()
+        return claim
+
+    def sign(self) -> None:
+        """Write down which process holds it, for people who look."""
+        who = json.dumps({"host": socket.gethostname(), "pid": os.getpid()}) + "\n"
+        os.ftruncate(self.descriptor, 0)
+        os.pwrite(self.descriptor, who.encode(), 0)
+
+    def close(self) -> None:
+        """Let go of this process's share."""
+        if self.descriptor >= 0:
+            os.close(self.descriptor)
+            self.descriptor = -1
+
+    def __enter__(self) -> RunLock:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled on the way to a child process, it shares the open file."""
+        return _shared, (reduction.DupFd(self.descriptor),)
+
+
+def _shared(handle: Any) -> RunLock:
+    return RunLock(handle.detach())

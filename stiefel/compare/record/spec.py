@@ -1,0 +1,86 @@
+"""What identifies a run, and its hash. Imports the standard library."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from typing import Any
+
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class RunSpec:
+    """One run: everything that determines its result, and nothing else.
+
+    Args:
+        kind: ``"quality"`` (train and measure) or ``"cost"`` (time steps beside the control).
+        phase: ``"tuning"`` for runs that choose a learning rate, ``"final"`` for those that are reported.
+        problem: the problem's name.
+        digest: of the problem's source, comments apart, so that another problem of that name is another run.
+        fields: the problem's factors, by name.
+        method: the method's name.
+        options: the scale, and the method's options that differ from its defaults.
+        lr: learning rate.
+        seed: of the start and the order of batches.
+        knobs: options of the method's tuning space that the comparison chose, in place of its defaults.
+        device: ``"cpu"`` or ``"cuda"``.
+        dtype: of the weights.
+    """
+
+    kind: str
+    phase: str
+    problem: str
+    digest: str
+    fields: dict[str, Any]
+    method: str
+    options: dict[str, Any]
+    lr: float
+    seed: int
+    device: str = "cpu"
+    dtype: str = "float32"
+    knobs: dict[str, Any] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, with the schema's version; without knobs where none was turned."""
+        data = {"schema": SCHEMA, **asdict(self)}
+        return data if self.knobs else {key: value for key, value in data.items() if key != "knobs"}
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> RunSpec:
+        """Inverse of :meth:`to_dict`."""
+        return cls(**{key: value for key, value in data.items() if key != "schema"})
+
+    @cached_property
+    def hash(self) -> str:
+        """16 hexadecimal digits of the SHA-256 of the canonical JSON."""
+        canonical = json.dumps(_canonical(self.to_dict()), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+
+    @property
+    def method_options(self) -> dict[str, Any]:
+        """What the method is made with: its options, and its knobs over them."""
+        return {**self.options, **self.knobs}
+
+    @property
+    def plain_label(self) -> str:
+        """The method and its options without the scale and without ``center=False``: how 0.1.0 named it."""
+        shown = {k: v for k, v in self.options.items() if k != "scale" and (k, v) != ("center", False)}
+        return written(self.method, shown)
+
+
+def written(method: str, options: dict[str, Any]) -> str:
+    """A method with options, as a user would write it."""
+    changed = ",".join(f"{key}={value}" for key, value in sorted(options.items()))
+    return f"{method}:{changed}" if changed else method
+
+
+def _canonical(value: Any) -> Any:
+    """Equal numbers in one form: 1.0 and 1 are the same run."""
+    if isinstance(value, dict):
+        return {key: _canonical(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_canonical(item) for item in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value

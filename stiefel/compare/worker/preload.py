@@ -1,0 +1,17 @@
+"""What the server that CPU runs are forked from imports once, so that a run does not. Imports ``worker`` and ``optim``.
+
+It must not start threads, which do not survive a fork, nor touch CUDA.
+"""
+
+import sklearn.datasets  # noqa: F401
+import torch
+
+import stiefel.compare.worker.cost
+import stiefel.compare.worker.main
+import stiefel.compare.worker.quality
+import stiefel.measure.cost.step
+import stiefel.optim.riemannian  # noqa: F401
+
+torch.set_num_threads(1)
+# Making any optimizer imports torch's compiler, which takes over a second.
+torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)

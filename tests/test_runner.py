@@ -10,7 +10,6 @@ import subprocess
 import sys
 import threading
 import time
-from concurrent.futures import ThreadPoolExecutor
 from statistics import median
 
 import pytest
@@ -59,7 +58,7 @@ def test_each_fault_is_a_status_of_its_own_and_costs_its_run_alone(problem):
     }  # fmt: skip
     jobs = [job(problem, fault, timeout=3.0 if fault == "hang" else 60.0, memory=4_000_000_000) for fault in faults]
     told = []
-    with ThreadPoolExecutor(2) as pool:
+    with executors.Local(2) as pool:
         records = runner.run_all(jobs, pool, told.append)
     found = {r.spec.fields["fault"]: r for r in records}
     assert {fault: r.status for fault, r in found.items()} == faults
@@ -103,7 +102,7 @@ def test_ctrl_c_waits_for_what_is_being_told_of(problem, last):
 
     jobs = [job(problem, fault) for fault in (["none"] if last else ["none", "hang"])]
     before, start = signal.getsignal(signal.SIGINT), time.monotonic()
-    with ThreadPoolExecutor(2) as pool, pytest.raises(KeyboardInterrupt):
+    with executors.Local(2) as pool, pytest.raises(KeyboardInterrupt):
         runner.run_all(jobs, pool, interrupted)
     assert told == ["none"]
     assert signal.getsignal(signal.SIGINT) is before
@@ -135,7 +134,7 @@ def test_a_claimed_run_is_left_to_its_owner_and_its_record_used(problem):
     records = []
 
     def drive():
-        with ThreadPoolExecutor(1) as pool:
+        with executors.Local(1) as pool:
             records.extend(runner.run_all([mine], pool, lambda record: None))
 
     waiting = threading.Thread(target=drive)
@@ -188,7 +187,7 @@ def test_killed_drivers_lose_nothing_and_repeat_nothing(tmp_path):
 
 def test_a_corrupt_record_is_told_put_aside_and_run_again(problem, capsys):
     mine = job(problem)
-    with ThreadPoolExecutor(1) as pool:
+    with executors.Local(1) as pool:
         runner.run_all([mine], pool, lambda record: None)
     path = mine.root / mine.spec.hash / "run.json"
     path.write_text(path.read_text()[:100])
@@ -197,7 +196,7 @@ def test_a_corrupt_record_is_told_put_aside_and_run_again(problem, capsys):
     records, faults = read_all([mine.root])
     assert not records
     assert len(faults) == 1
-    with ThreadPoolExecutor(1) as pool:
+    with executors.Local(1) as pool:
         (record,) = runner.run_all([mine], pool, lambda record: None)
     assert record.status == "done"
     assert "corrupt" in capsys.readouterr().err
@@ -234,13 +233,13 @@ def test_a_full_disk_stops_the_driver_and_blames_no_run(problem, monkeypatch):
             (self.path / "metrics.jsonl").symlink_to("/dev/full")
 
     monkeypatch.setattr(RunFolder, "start", start)
-    with pytest.raises(StorageError, match=r"No space left on device.*--out"), ThreadPoolExecutor(1) as pool:
+    with pytest.raises(StorageError, match=r"No space left on device.*--out"), executors.Local(1) as pool:
         runner.run_all(jobs, pool, lambda record: None)
     assert read(jobs[0].root / jobs[0].spec.hash).status == "done"
     assert read(full) is None
     monkeypatch.undo()
     (full / "metrics.jsonl").unlink()
-    with ThreadPoolExecutor(1) as pool:
+    with executors.Local(1) as pool:
         records = runner.run_all(jobs, pool, lambda record: None)
     assert [r.status for r in records] == ["done"] * 3
 
@@ -250,10 +249,10 @@ def test_a_full_disk_stops_the_driver_and_blames_no_run(problem, monkeypatch):
 
 def test_gpus_are_handed_out_in_turn(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2, 5")
-    assert runner.gpu_slots(3) == ["2", "5", "2"]
+    assert executors.gpu_slots(3) == ["2", "5", "2"]
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert runner.gpu_slots(4) == ["0", "1", "0", "1"]
+    assert executors.gpu_slots(4) == ["0", "1", "0", "1"]
 
 
 def test_each_run_sees_its_own_device_and_gives_it_back(problem, monkeypatch):
@@ -271,8 +270,8 @@ def test_each_run_sees_its_own_device_and_gives_it_back(problem, monkeypatch):
         return read(job.root / job.spec.hash)
 
     monkeypatch.setattr(runner, "execute", execute)
-    with ThreadPoolExecutor(2) as pool:
-        runner.run_all([job(problem, seed=s) for s in range(6)], pool, lambda record: None, devices=["0", "1"])
+    with executors.Local(2, ["0", "1"]) as pool:
+        runner.run_all([job(problem, seed=s) for s in range(6)], pool, lambda record: None)
     assert sorted(set(seen)) == ["0", "1"]
     assert len(seen) == 6
 
@@ -316,7 +315,7 @@ def test_a_process_starts_fast_and_the_driver_pays_little_for_a_run(problem, mon
     monkeypatch.setattr(runner, "start", noting_start)
     monkeypatch.setattr(runner.Stop, "watch", noting_watch)
     monkeypatch.setattr(runner, "execute", noting_execute)
-    with ThreadPoolExecutor(1) as pool:
+    with executors.Local(1) as pool:
         runner.run_all([job(problem)], pool, lambda record: None)  # the server's imports
         between.clear()
         clocks = time.monotonic(), time.process_time()
@@ -343,9 +342,9 @@ def test_a_process_starts_fast_and_the_driver_pays_little_for_a_run(problem, mon
 
 def test_an_unknown_engine_or_option_is_told(tmp_path):
     with pytest.raises(OptionError, match="did you mean 'dask'"):
-        executors.make("dusk", 1, 1, tmp_path, {})
+        executors.make("dusk", 1, threads=1, folder=tmp_path)
     with pytest.raises(OptionError, match="takes no options"):
-        executors.make("local", 1, 1, tmp_path, {"address": "here"})
+        executors.make("local", 1, threads=1, folder=tmp_path, options={"address": "here"})
 
 
 @pytest.mark.parametrize(
@@ -355,7 +354,7 @@ def test_an_unknown_engine_or_option_is_told(tmp_path):
 def test_an_engine_runs_a_grid_in_its_workers(problem, name, options):
     pytest.importorskip({"dask": "distributed"}.get(name, name))
     jobs = [job(problem, fault) for fault in ("none", "segfault", "nan")]
-    with executors.make(name, 2, 1, problem.parent, options) as engine:
+    with executors.make(name, 2, threads=1, folder=problem.parent, options=options) as engine:
         records = runner.run_all(jobs, engine, lambda record: None)
     assert [r.status for r in records] == ["done", "crashed", "diverged"]
     holders = {json.loads((r.path / "claim").read_text())["pid"] for r in records}
@@ -368,9 +367,9 @@ def test_a_job_survives_pickling(problem):
 
 def test_cancelling_ends_what_an_engine_is_running(problem):
     pytest.importorskip("submitit")
-    slow = job(problem, "hang", timeout=30.0)
+    slow, options = job(problem, "hang", timeout=30.0), {"cluster": "local", "timeout_min": 5}
     start = time.monotonic()
-    with executors.make("submitit", 1, 1, problem.parent, {"cluster": "local", "timeout_min": 5}) as engine:
+    with executors.make("submitit", 1, threads=1, folder=problem.parent, options=options) as engine:
         future = engine.submit(runner.execute, slow)
         while not list(slow.root.glob("*/claim")):
             time.sleep(0.1)

@@ -28,7 +28,8 @@ from stiefel.compare.present.report import Report
 from stiefel.compare.record.folder import RunFolder
 from stiefel.compare.record.records import read_all
 from stiefel.compare.record.spec import RunSpec
-from stiefel.compare.worker.quality import RATES, run_quality
+from stiefel.compare.worker.probes import RATES
+from stiefel.compare.worker.quality import run_quality
 
 LEVELS = {"own": (0.9, 1e-8), "soft": (0.95, 1e-2), "pogo": (0.8, 1e-4), "unconstrained": (0.97, 1.0)}
 

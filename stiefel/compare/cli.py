@@ -171,11 +171,12 @@ def _compare(args: argparse.Namespace, problem: Any) -> int:
     import torch
 
     from stiefel.compare.driver.comparison import Comparison, ExecutionOptions
+    from stiefel.compare.driver.executors import engine
     from stiefel.compare.driver.runner import available_cores, writable
     from stiefel.compare.plan.plan import Plan
     from stiefel.compare.plan.variants import parse_variants
 
-    if args.device == "cuda" and not torch.cuda.is_available() and args.executor == "local":
+    if args.device == "cuda" and not torch.cuda.is_available() and engine(args.executor).here:
         raise OptionError("--device cuda: there is no CUDA device on this machine; use --device cpu")
     settings = {repr(sorted(s.identity().items())): s for s in _settings(args, problem)}
     rates = tuple(sorted(set(args.lr or problem.learning_rates)))

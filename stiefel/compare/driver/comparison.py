@@ -89,7 +89,7 @@ class Comparison:
         trials = cells * (plan.trials or len(plan.rates)) * plan.tuning_seeds
         finals, costs = cells * plan.seeds, len(plan.timed()) if self.cost else 0
         beyond = ", and what the grid is continued by" if self.extend else ""
-        where = "" if means.executor == "local" else f" by {means.executor}"
+        where = "" if executors.engine(means.executor).here else f" by {means.executor}"
         threads = f"{means.threads} {'thread' if means.threads == 1 else 'threads'}"
         lines = [
             f"{plan.problem}: methods {len(plan.variants)} × settings {len(plan.settings)} × scales {len(plan.scales)}",
@@ -119,12 +119,18 @@ class Comparison:
     def run(self) -> list[Record]:
         """Run what is missing, stage by stage; returns the records of all."""
         plan, means, higher = self.plan, self.means, self.higher_is_better
-        devices = runner.gpu_slots(means.jobs) if plan.device == "cuda" and means.executor == "local" else []
-        if plan.device == "cpu" and means.executor == "local":
+        if plan.device == "cpu" and executors.engine(means.executor).here:
             start_server()
         start = time.monotonic()
         with (
-            executors.make(means.executor, means.jobs, means.threads, means.root, means.executor_options) as executor,
+            executors.make(
+                means.executor,
+                means.jobs,
+                threads=means.threads,
+                folder=means.root,
+                device=plan.device,
+                options=means.executor_options,
+            ) as executor,
             Progress() as progress,
         ):
 
@@ -133,9 +139,7 @@ class Comparison:
                 advance = progress.stage(name, len(jobs))
                 found = []
                 for batch in [[job] for job in jobs] if alone else [jobs]:
-                    found += runner.run_all(
-                        batch, executor, advance, retry_failed=means.retry_failed, devices=devices[: len(batch)]
-                    )
+                    found += runner.run_all(batch, executor, advance, retry_failed=means.retry_failed)
                 return found
 
             tuned = stage("tuning", plan.tuning())

@@ -1,4 +1,4 @@
-"""Where runs go: this machine, or another engine behind :class:`concurrent.futures.Executor`. Imports the errors.
+"""Where runs go: this machine, or another engine behind :class:`concurrent.futures.Executor`. Imports ``runner``.
 
 Each engine is an extra of its own (``stiefel[dask]``, ``stiefel[ray]``, ``stiefel[submitit]``). A call that it gets
 runs in one of its workers, which starts the run's process there; records land in the folder that all machines share.
@@ -6,11 +6,16 @@ runs in one of its workers, which starts the run's process there; records land i
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+import queue
+from collections.abc import Callable, Iterable
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from stiefel.compare.driver.runner import Stop
+from stiefel.compare.worker.job import Job
 from stiefel.errors import OptionError, nearest_names
 
 Call = Callable[..., Any]
@@ -41,14 +46,59 @@ class Remote(Executor):
         self._close()
 
 
-def local(jobs: int, **options: Any) -> Executor:
-    """Processes on this machine, watched by threads."""
+class Local(ThreadPoolExecutor):
+    """Processes on this machine, watched by threads; what it cancels ends with them.
+
+    Args:
+        jobs: runs at a time.
+        devices: what each of them may use, one run at a time; None for any.
+    """
+
+    def __init__(self, jobs: int, devices: Iterable[str | None] = ()) -> None:
+        super().__init__(jobs)
+        self._stop = Stop()
+        # The last one given back is the next one taken, so that runs one after another all have the same.
+        self._free: queue.LifoQueue[str | None] = queue.LifoQueue()
+        for device in reversed(list(devices) or [None] * jobs):
+            self._free.put(device)
+
+    def submit(self, fn: Call, /, *args: Any, **kwargs: Any) -> Future[Any]:
+        """Schedule a run: a function of a job, of the record that it replaces, and of what ends the run."""
+        return super().submit(self._run, fn, *args, **kwargs)
+
+    def _run(self, fn: Call, job: Job, again: float | None) -> Any:
+        device = self._free.get()
+        try:
+            return fn(job if device is None else replace(job, visible=device), again, self._stop)
+        finally:
+            self._free.put(device)
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        """Start nothing more; end what runs where calls are to be cancelled, else wait for it."""
+        if cancel_futures:
+            self._stop.event.set()
+            super().shutdown(wait=False, cancel_futures=True)
+            self._stop.all()
+        super().shutdown(wait=wait)
+
+
+def local(jobs: int, *, threads: int, folder: Path, device: str, **options: Any) -> Executor:
+    """This machine, with a GPU for each run where they are to use one."""
     if options:
         raise OptionError(f"--executor local takes no options, got {', '.join(options)}")
-    return ThreadPoolExecutor(jobs)
+    return Local(jobs, gpu_slots(jobs) if device == "cuda" else ())
 
 
-def dask(jobs: int, *, threads: int, folder: Path, address: str | None = None, **options: Any) -> Executor:
+def gpu_slots(count: int) -> list[str]:
+    """The GPU of each of ``count`` runs at a time: the visible ones in turn, as ``CUDA_VISIBLE_DEVICES`` has them."""
+    import torch
+
+    named = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
+    names = named or [str(i) for i in range(torch.cuda.device_count())]
+    return [names[i % len(names)] for i in range(count)]
+
+
+def dask(jobs: int, *, threads: int, folder: Path, device: str, address: str | None = None, **options: Any) -> Executor:
     """A Dask cluster: the scheduler at ``address``, or ``jobs`` worker processes on this machine."""
     from distributed import Client
 
@@ -58,7 +108,7 @@ def dask(jobs: int, *, threads: int, folder: Path, address: str | None = None, *
     return Remote(jobs, lambda fn, *args: client.submit(fn, *args, pure=False).result(), client.close)
 
 
-def ray(jobs: int, *, threads: int, folder: Path, gpus: float = 0, **options: Any) -> Executor:
+def ray(jobs: int, *, threads: int, folder: Path, device: str, gpus: float = 0, **options: Any) -> Executor:
     """A Ray cluster: the one at ``address``, or one on this machine. Each run asks for its threads and GPUs."""
     import ray
 
@@ -67,7 +117,9 @@ def ray(jobs: int, *, threads: int, folder: Path, gpus: float = 0, **options: An
     return Remote(jobs, lambda fn, *args: ray.get(engine(fn).remote(*args)), ray.shutdown)
 
 
-def submitit(jobs: int, *, threads: int, folder: Path, cluster: str | None = None, **options: Any) -> Executor:
+def submitit(
+    jobs: int, *, threads: int, folder: Path, device: str, cluster: str | None = None, **options: Any
+) -> Executor:
     """Slurm, or ``cluster="local"``, one job a run; the options are those of submitit's ``update_parameters``."""
     import submitit
 
@@ -88,10 +140,31 @@ def submitit(jobs: int, *, threads: int, folder: Path, cluster: str | None = Non
     return Remote(jobs, call, cancel)
 
 
-EXECUTORS: dict[str, Callable[..., Executor]] = {"local": local, "submitit": submitit, "dask": dask, "ray": ray}
+@dataclass(frozen=True)
+class Engine:
+    """An engine by name: what makes its executor, and whether its runs are processes of this machine."""
+
+    make: Callable[..., Executor]
+    here: bool = False
 
 
-def make(name: str, jobs: int, threads: int, folder: Path, options: dict[str, Any]) -> Executor:
+EXECUTORS = {"local": Engine(local, here=True), "submitit": Engine(submitit), "dask": Engine(dask), "ray": Engine(ray)}
+
+
+def engine(name: str) -> Engine:
+    """An engine.
+
+    Raises:
+        OptionError: unknown name.
+    """
+    if name not in EXECUTORS:
+        raise OptionError(f"--executor {name}: {nearest_names(name, EXECUTORS)}")
+    return EXECUTORS[name]
+
+
+def make(
+    name: str, jobs: int, *, threads: int, folder: Path, device: str = "cpu", options: dict[str, Any] | None = None
+) -> Executor:
     """An executor by name.
 
     Args:
@@ -99,17 +172,17 @@ def make(name: str, jobs: int, threads: int, folder: Path, options: dict[str, An
         jobs: runs at a time.
         threads: of each run.
         folder: of the records; an engine may keep its logs there.
+        device: what the runs compute on.
         options: of the engine.
 
     Raises:
         OptionError: unknown name, an engine that is not installed or does not start, or options that it does not take.
     """
-    if name not in EXECUTORS:
-        raise OptionError(f"--executor {name}: {nearest_names(name, EXECUTORS)}")
-    if name == "local":
-        return local(jobs, **options)
+    found = engine(name)
     try:
-        return EXECUTORS[name](jobs, threads=threads, folder=folder.resolve(), **options)
+        return found.make(jobs, threads=threads, folder=folder.resolve(), device=device, **(options or {}))
+    except OptionError:
+        raise
     except ModuleNotFoundError as error:
         raise OptionError(f"--executor {name} needs its extra: pip install 'stiefel[{name}]' ({error})") from error
     except Exception as error:

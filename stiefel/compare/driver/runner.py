@@ -13,9 +13,8 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Executor, Future
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -127,77 +126,62 @@ def _said(folder: RunFolder) -> list[str]:
 
 
 def run_all(
-    jobs: Iterable[Job],
-    executor: Executor,
-    on_done: Callable[[Record], None],
-    *,
-    retry_failed: bool = False,
-    devices: Sequence[str | None] = (),
+    jobs: Iterable[Job], executor: Executor, on_done: Callable[[Record], None], *, retry_failed: bool = False
 ) -> list[Record]:
     """Run what has no record yet and return all records, in the order of the jobs.
 
     Args:
         jobs: what to run.
-        executor: where; a :class:`concurrent.futures.ThreadPoolExecutor` watches processes on this machine.
+        executor: where: one of :mod:`stiefel.compare.driver.executors`.
         on_done: called with each record, also those found on disk, as it becomes available.
         retry_failed: run again what ended in an error, a crash, a timeout or for want of memory.
-        devices: what the runs of a local executor may use, one run each; as many as it has threads.
 
     Raises:
         StorageError: the folder of the records cannot be written.
     """
     jobs = list(jobs)
-    records: dict[str, Record] = {}
+    known = [_known(job) for job in jobs]
     missing: list[tuple[Job, float | None]] = []
-    for job in jobs:
-        record = _known(job)
+    records: dict[str, Record] = {}
+
+    def note(record: Record) -> None:
+        records[record.spec.hash] = record
+        on_done(record)
+
+    for job, record in zip(jobs, known, strict=True):
         if record is None or (retry_failed and record.status in BROKEN):
             missing.append((job, record.written if record else None))
         else:
-            records[job.spec.hash] = record
-            on_done(record)
-    stop = Stop()
-    local = isinstance(executor, ThreadPoolExecutor)
-    free: queue.SimpleQueue[str | None] = queue.SimpleQueue()
-    for device in devices:
-        free.put(device)
-
-    def here(job: Job, again: float | None) -> Record | None:
-        if not devices:
-            return execute(job, again, stop)
-        device = free.get()
-        try:
-            return execute(replace(job, visible=device), again, stop)
-        finally:
-            free.put(device)
-
-    def submit(task: tuple[Job, float | None]) -> Future[Record | None]:
-        return executor.submit(here if local else execute, *task)
-
-    ended: _Ended = queue.SimpleQueue()
+            note(record)
     try:
-        with _interrupts(partial(ended.put, None)):
-            while missing:
-                futures = {submit(task): task for task in missing}
-                missing = []
-                for future in futures:
-                    future.add_done_callback(ended.put)
-                for _ in futures:
-                    future = _next(ended)
-                    record = future.result()
-                    if record is None:
-                        missing.append(futures[future])  # another driver has it: look again when the rest is done
-                    else:
-                        records[record.spec.hash] = record
-                        on_done(record)
-                if missing:
-                    time.sleep(_POLL)
-        if not ended.empty():  # a Ctrl-C as the last one ended
-            raise KeyboardInterrupt
+        _run_missing(missing, executor, note)
     except BaseException:
-        _give_up(stop, executor)
+        executor.shutdown(wait=False, cancel_futures=True)
         raise
     return [records[job.spec.hash] for job in jobs]
+
+
+def _run_missing(
+    missing: list[tuple[Job, float | None]], executor: Executor, on_done: Callable[[Record], None]
+) -> None:
+    ended: _Ended = queue.SimpleQueue()
+    with _interrupts(partial(ended.put, None)):
+        while missing:
+            futures = {executor.submit(execute, *task): task for task in missing}
+            missing = []
+            for future in futures:
+                future.add_done_callback(ended.put)
+            for _ in futures:
+                future = _next(ended)
+                record = future.result()
+                if record is None:
+                    missing.append(futures[future])  # another driver has it: look again when the rest is done
+                else:
+                    on_done(record)
+            if missing:
+                time.sleep(_POLL)
+    if not ended.empty():  # a Ctrl-C as the last one ended
+        raise KeyboardInterrupt
 
 
 _Ended: TypeAlias = "queue.SimpleQueue[Future[Record | None] | None]"
@@ -229,12 +213,6 @@ def _interrupts(call: Callable[[], object]) -> Iterator[None]:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def _give_up(stop: Stop, executor: Executor) -> None:
-    stop.event.set()
-    executor.shutdown(wait=False, cancel_futures=True)
-    stop.all()
-
-
 def _known(job: Job) -> Record | None:
     try:
         return read(job.root / job.spec.hash)
@@ -260,15 +238,6 @@ def duration(seconds: float) -> str:
 def available_cores() -> int:
     """Cores this process may use."""
     return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-
-
-def gpu_slots(count: int) -> list[str]:
-    """The GPU of each of ``count`` runs at a time: the visible ones in turn, as ``CUDA_VISIBLE_DEVICES`` has them."""
-    import torch
-
-    named = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
-    names = named or [str(i) for i in range(torch.cuda.device_count())]
-    return [names[i % len(names)] for i in range(count)]
 
 
 def writable(folder: Path) -> None:

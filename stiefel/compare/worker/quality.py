@@ -1,6 +1,6 @@
 """One run: train a model and measure it. Under ``torchrun`` several processes train it on their shares of each batch.
 
-Imports ``training``, ``data``, ``processes`` and ``measure``.
+Imports ``training``, ``data``, ``processes``, ``probes`` and ``measure``.
 """
 
 from __future__ import annotations
@@ -11,11 +11,12 @@ from typing import Any
 import torch
 from torch.nn.utils import parametrize
 
-from stiefel.compare.problem.batches import Batches, size_of
+from stiefel.compare.problem.batches import size_of
 from stiefel.compare.problem.problem import Problem
 from stiefel.compare.record.folder import RunFolder, writing
 from stiefel.compare.record.spec import RunSpec
 from stiefel.compare.worker.data import parts
+from stiefel.compare.worker.probes import Moment, probe
 from stiefel.compare.worker.processes import is_first, join, own_share
 from stiefel.compare.worker.training import UNSUPPORTED, Training
 from stiefel.constraint import get
@@ -25,108 +26,116 @@ from stiefel.measure.cost.compilation import CompileClock
 from stiefel.measure.cost.memory import peak_allocated_bytes, peak_resident_bytes
 from stiefel.measure.model.orthogonality import errors
 
-SIGNAL_BATCH = 256
-"""Examples on which signals and gradients are measured."""
-
-
-RATES = 10
-"""Epochs of a reported run, evenly spread, after which effective rates are measured; tuning runs measure none."""
-
 
 def run_quality(problem: Problem, spec: RunSpec, folder: RunFolder) -> dict[str, Any]:
     """Train once and write a row of measurements per epoch.
 
-    The clock runs during training steps, projections, retractions and penalties included, and stops during evaluation
-    and while torch compiles, which is reported apart.
-
     Returns:
         The record's ``status``, ``reason`` and ``summary``.
     """
-    device = join(spec)
-    data = parts(problem, spec, device)
     try:
-        training = Training(problem, spec, device)
+        run = QualityRun(problem, spec, folder)
     except UNSUPPORTED as error:
         return {"status": "skipped", "reason": str(error), "summary": {}}
-    schedule = problem.schedule(training.optimizer)
-    steps, seconds, compiling = 0, 0.0, CompileClock()
-    reported = spec.phase == "final"
-    measured = [_measure(training, data, steps, 0, seconds, None, folder, signals=True, gradients=reported)]
-    diverged = None
-    for epoch in range(1, problem.epochs + 1):
-        clock, losses, compiled = StepClock(device), [], compiling.seconds
+    run.train()
+    return run.conclude()
+
+
+class QualityRun:
+    """A training under way: what it trains, how far it is, and the rows of measurements so far.
+
+    The clock runs during training steps, projections, retractions and penalties included, and stops during evaluation
+    and while torch compiles, which is reported apart.
+
+    Raises:
+        LayoutError, OptimizerError, OptionError, WeightError: the method cannot hold a layer of the problem's model, or
+            be served by its optimizer.
+    """
+
+    def __init__(self, problem: Problem, spec: RunSpec, folder: RunFolder) -> None:
+        self.problem, self.spec, self.folder, self.device = problem, spec, folder, join(spec)
+        self.data = parts(problem, spec, self.device)
+        self.training = Training(problem, spec, self.device)
+        self.schedule = problem.schedule(self.training.optimizer)
+        self.steps, self.seconds, self.compiling = 0, 0.0, CompileClock()
+        self.rows: list[dict[str, Any]] = []
+        self.diverged: str | None = None
+
+    def train(self) -> None:
+        """All epochs, with a row before the first and after each, up to one in which numbers end."""
+        self.measure(0, None)
+        for epoch in range(1, self.problem.epochs + 1):
+            loss = self.train_epoch(epoch)
+            if loss is None:
+                return
+            self.measure(epoch, loss)
+        if is_first():
+            with writing(self.folder.path):
+                self.training.keep(self.folder.path)
+
+    def train_epoch(self, epoch: int) -> float | None:
+        """The mean loss of an epoch's steps; None where numbers ended, and ``diverged`` says where."""
+        clock, losses, compiled = StepClock(self.device), [], self.compiling.seconds
         try:
-            for batch in map(own_share, data["train"].epoch()):
-                with clock, compiling:
-                    losses.append(training.step(batch))
-                steps += 1
+            for batch in map(own_share, self.data["train"].epoch()):
+                with clock, self.compiling:
+                    losses.append(self.training.step(batch))
+                self.steps += 1
         except (RuntimeError, ArithmeticError) as error:
-            if training.finite() and not isinstance(error, DivergenceError):
+            if self.training.finite() and not isinstance(error, DivergenceError):
                 raise
-            diverged = f"gradients or weights became non-finite after step {steps}"
-            break
+            self.diverged = f"gradients or weights became non-finite after step {self.steps}"
+            return None
         if not losses:
-            raise ValueError(
-                f"the training data give no batch: {size_of(data['train'].part)}, batch_size={problem.batch_size}"
-            )
-        if schedule is not None:
-            schedule.step()
-        seconds += clock.total() - (compiling.seconds - compiled)
+            part, batch_size = size_of(self.data["train"].part), self.problem.batch_size
+            raise ValueError(f"the training data give no batch: {part}, batch_size={batch_size}")
+        if self.schedule is not None:
+            self.schedule.step()
+        self.seconds += clock.total() - (self.compiling.seconds - compiled)
         loss = torch.stack(losses).mean().item()
-        if not (math.isfinite(loss) and training.finite()):
-            diverged = f"loss or weights became non-finite in epoch {epoch}, by step {steps}"
-            break
-        last, every = epoch == problem.epochs, math.ceil(problem.epochs / RATES)
-        gradients = reported and (last or epoch % every == 0)
-        measured.append(
-            _measure(training, data, steps, epoch, seconds, loss, folder, signals=last, gradients=gradients)
-        )
-    if not diverged and is_first():
-        with writing(folder.path):
-            training.keep(folder.path)
-    outcome = _conclude(problem, measured, steps, seconds, diverged, device)
-    outcome["summary"] |= {
-        "compile_seconds": compiling.seconds,
-        "faults": get(spec.method, **spec.method_options).faults,
-    }
-    return outcome
+        if not (math.isfinite(loss) and self.training.finite()):
+            self.diverged = f"loss or weights became non-finite in epoch {epoch}, by step {self.steps}"
+            return None
+        return loss
 
+    def measure(self, epoch: int, loss: float | None) -> None:
+        """Add a row: scores, orthogonality, and what the probes find at this moment."""
+        training, moment = self.training, Moment(epoch, self.problem.epochs, self.spec.phase == "final")
+        with parametrize.cached():  # the weights do not change meanwhile: compute them once
+            layers = errors(training.model)
+            row = {
+                "step": self.steps,
+                "epoch": epoch,
+                "seconds": self.seconds,
+                "train_loss": loss,
+                "validation": training.evaluate(self.data["validation"]),
+                "test": training.evaluate(self.data["test"]),
+                "orthogonality": {"worst": max(layers.values()), "layers": layers},
+                **probe(training, self.data["validation"], moment, copies=False),
+            }
+        row |= probe(training, self.data["validation"], moment, copies=True)
+        if is_first():
+            self.folder.append(row)
+        self.rows.append(row)
 
-def _measure(
-    training: Training,
-    data: dict[str, Batches],
-    steps: int,
-    epoch: int,
-    seconds: float,
-    loss: float | None,
-    folder: RunFolder,
-    *,
-    signals: bool = False,
-    gradients: bool = False,
-) -> dict[str, Any]:
-    with parametrize.cached():  # the weights do not change meanwhile: compute them once
-        layers = errors(training.model)
-        row = {
-            "step": steps,
-            "epoch": epoch,
-            "seconds": seconds,
-            "train_loss": loss,
-            "validation": training.evaluate(data["validation"]),
-            "test": training.evaluate(data["test"]),
-            "orthogonality": {"worst": max(layers.values()), "layers": layers},
+    def conclude(self) -> dict[str, Any]:
+        """The record's ``status``, ``reason`` and ``summary``."""
+        outcome = _outcome(self.problem, self.rows, self.diverged)
+        outcome["summary"] |= {
+            "compile_seconds": self.compiling.seconds,
+            "faults": get(self.spec.method, **self.spec.method_options).faults,
         }
-        if signals:
-            row |= training.signals(next(data["validation"].all(SIGNAL_BATCH)))
-    if gradients:  # of copies, for which torch's cache of weights must be off
-        row |= training.gradients(next(data["validation"].all(SIGNAL_BATCH)), pairs=signals)
-    if is_first():
-        folder.append(row)
-    return row
+        if "best_validation" in outcome["summary"]:
+            outcome["summary"] |= {
+                "steps": self.steps,
+                "seconds": self.seconds,
+                "peak_resident_bytes": peak_resident_bytes(),
+                "gpu_peak_bytes": peak_allocated_bytes(self.device),
+            }
+        return outcome
 
 
-def _conclude(
-    problem: Problem, rows: list[dict[str, Any]], steps: int, seconds: float, diverged: str | None, device: torch.device
-) -> dict[str, Any]:
+def _outcome(problem: Problem, rows: list[dict[str, Any]], diverged: str | None) -> dict[str, Any]:
     sign = 1 if problem.higher_is_better else -1
     known = [row for row in rows if math.isfinite(row["validation"][problem.metric])]
     if not known:
@@ -153,14 +162,10 @@ def _conclude(
         "best_validation": value,
         "test_at_best": best["test"][problem.metric],
         "final_validation": rows[-1]["validation"][problem.metric],
-        "steps": steps,
-        "seconds": seconds,
         "steps_to_target": reached[0]["step"] if reached else None,
         "seconds_to_target": reached[0]["seconds"] if reached else None,
         "orthogonality_worst": max(row["orthogonality"]["worst"] for row in rows),
         "orthogonality_final": rows[-1]["orthogonality"]["worst"],
-        "peak_resident_bytes": peak_resident_bytes(),
-        "gpu_peak_bytes": peak_allocated_bytes(device),
     }
     return {"status": status, "reason": reason, "summary": summary}
 

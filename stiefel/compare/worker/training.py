@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +17,6 @@ from stiefel.compare.problem.problem import Problem
 from stiefel.compare.record.spec import RunSpec
 from stiefel.constraint import control, get
 from stiefel.errors import LayoutError, OptimizerError, OptionError, WeightError
-from stiefel.measure.model.dependence import dependence
-from stiefel.measure.model.effective_rate import effective_rates
-from stiefel.measure.model.signal import preservation, redundancy
-from stiefel.measure.model.variance import activation_variance
 
 UNSUPPORTED = (LayoutError, OptimizerError, OptionError, WeightError)
 """A method that cannot hold a layer, or be served by the optimizer, is skipped with the reason: nothing has failed."""
@@ -50,46 +45,17 @@ class Training:
     @torch.no_grad()
     def evaluate(self, part: Batches) -> dict[str, float]:
         """The problem's measures on a part of the data."""
-        with self._evaluation():
+        with self.evaluating():
             return self.problem.measure(self.model, part.all(self.problem.evaluation_batch))
 
     @torch.no_grad()
     def keep(self, folder: Path) -> None:
         """Write what the problem wants to show of the trained model."""
-        with self._evaluation():
+        with self.evaluating():
             self.problem.keep(self.model, folder)
 
-    def signals(self, batch: Batch) -> dict[str, Any]:
-        """Energy preservation and variance of each layer on a batch, and redundancy of its filters."""
-        with self._evaluation():
-            layers = preservation(self.model, lambda: self.problem.loss(self.model, batch))
-            variance = activation_variance(self.model, lambda: self.problem.loss(self.model, batch))
-        energy = {
-            name: {key: value for key, value in asdict(s).items() if key != "calls"} for name, s in layers.items()
-        }
-        return {"energy": energy, "variance": variance, "redundancy": redundancy(self.model)}
-
-    def gradients(self, batch: Batch, *, pairs: bool) -> dict[str, Any]:
-        """Effective rates of the layers on a batch, and of each pair of them how far one's step turns the other's.
-
-        What copies of a model cannot do costs these fields, with the reason, and not the run.
-        """
-        most = self.problem.dependent_layers
-        if not most:
-            return {}
-        try:
-            found: dict[str, Any] = {
-                "effective_rate": effective_rates(self.model, lambda m: self.problem.loss(m, batch))
-            }
-            if pairs:
-                turns = dependence(self.model, lambda m: self.problem.loss(m, batch), most=most)
-                found["dependence"] = turns.to_dict()
-        except Exception as error:
-            return {"gradients_reason": f"{type(error).__name__}: {error}"}
-        return found
-
     @contextlib.contextmanager
-    def _evaluation(self) -> Iterator[None]:
+    def evaluating(self) -> Iterator[None]:
         """The model in evaluation mode."""
         self.model.eval()
         try:

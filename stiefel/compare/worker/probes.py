@@ -1,0 +1,118 @@
+"""What is measured of a model beside scores and orthogonality, and when. Imports ``training`` and ``measure``.
+
+A measurement is a line of ``PROBES``: its name in the rows, the function of :mod:`stiefel.measure`, and its moments.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from stiefel.compare.problem.batches import Batch, Batches
+from stiefel.compare.worker.training import Training
+from stiefel.measure.model.dependence import dependence
+from stiefel.measure.model.effective_rate import effective_rates
+from stiefel.measure.model.signal import preservation, redundancy
+from stiefel.measure.model.variance import activation_variance
+
+SIGNAL_BATCH = 256
+"""Examples on which signals and gradients are measured."""
+RATES = 10
+"""Epochs of a reported run, evenly spread, after which effective rates are measured; tuning runs measure none."""
+
+
+@dataclass(frozen=True)
+class Moment:
+    """After which of so many epochs, 0 before the first, of a run that is reported or one that tunes."""
+
+    epoch: int
+    epochs: int
+    reported: bool
+
+    @property
+    def at_end(self) -> bool:
+        """Whether it is the start or the end of training."""
+        return self.epoch in (0, self.epochs)
+
+    @property
+    def at_reported_end(self) -> bool:
+        """The same, of a reported run."""
+        return self.reported and self.at_end
+
+    @property
+    def sampled(self) -> bool:
+        """Whether it is among the moments, evenly spread, of a reported run."""
+        return self.reported and (self.at_end or self.epoch % math.ceil(self.epochs / RATES) == 0)
+
+
+@dataclass(frozen=True)
+class Probe:
+    """A measurement.
+
+    Args:
+        name: of it in a row.
+        measure: it, of a model on a batch.
+        due: the moments at which it is made.
+        copies: whether it copies the model, for which torch's cache of weights must be off. What copies of a model
+            cannot do costs these fields, with the reason, and not the run.
+    """
+
+    name: str
+    measure: Callable[[Training, Batch], Any]
+    due: Callable[[Moment], bool]
+    copies: bool = False
+
+
+def _energy(training: Training, batch: Batch) -> dict[str, Any]:
+    layers = preservation(training.model, lambda: training.problem.loss(training.model, batch))
+    return {name: {key: value for key, value in asdict(s).items() if key != "calls"} for name, s in layers.items()}
+
+
+def _variance(training: Training, batch: Batch) -> dict[str, Any]:
+    return activation_variance(training.model, lambda: training.problem.loss(training.model, batch))
+
+
+def _redundancy(training: Training, batch: Batch) -> dict[str, Any]:
+    return redundancy(training.model)
+
+
+def _effective_rate(training: Training, batch: Batch) -> dict[str, Any]:
+    return effective_rates(training.model, lambda m: training.problem.loss(m, batch))
+
+
+def _dependence(training: Training, batch: Batch) -> dict[str, Any]:
+    most = training.problem.dependent_layers
+    return dependence(training.model, lambda m: training.problem.loss(m, batch), most=most).to_dict()
+
+
+PROBES = (
+    Probe("energy", _energy, lambda moment: moment.at_end),
+    Probe("variance", _variance, lambda moment: moment.at_end),
+    Probe("redundancy", _redundancy, lambda moment: moment.at_end),
+    Probe("effective_rate", _effective_rate, lambda moment: moment.sampled, copies=True),
+    Probe("dependence", _dependence, lambda moment: moment.at_reported_end, copies=True),
+)
+
+
+def probe(training: Training, part: Batches, moment: Moment, *, copies: bool) -> dict[str, Any]:
+    """What the probes that are due find, by name, on one batch of a part of the data.
+
+    Args:
+        training: what is measured.
+        part: of the data.
+        moment: of the training.
+        copies: whether those that copy the model are meant, or those that do not.
+    """
+    due = [p for p in PROBES if p.copies is copies and p.due(moment)]
+    if not due or (copies and not training.problem.dependent_layers):
+        return {}
+    batch = next(part.all(SIGNAL_BATCH))
+    if not copies:
+        with training.evaluating():
+            return {p.name: p.measure(training, batch) for p in due}
+    try:
+        return {p.name: p.measure(training, batch) for p in due}
+    except Exception as error:
+        return {"gradients_reason": f"{type(error).__name__}: {error}"}

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import inspect
 import re
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import stiefel
+from stiefel.compat import torch_private
 
 ROOT = Path(stiefel.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
@@ -155,6 +159,91 @@ def test_linalg_and_geometry_know_no_modules_and_no_optimizers() -> None:
 def test_one_file_imports_geoopt() -> None:
     users = [relative(f) for f in FILES if any(name.split(".")[0] == "geoopt" for name in imported(f))]
     assert users == ["compat/geoopt.py"]
+
+
+# --- sizes ---
+
+CATALOGUES = ("methods", "linalg")
+"""Folders in which files stand side by side, as many as there are: a method or a matrix function each."""
+
+
+@pytest.mark.parametrize("path", FILES, ids=relative)
+def test_a_module_fits_a_few_screens_and_a_function_one(path: Path) -> None:
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= 300
+    functions = [node for node in ast.walk(tree(path)) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))]
+    long = {f.name: lines for f in functions if f.end_lineno and (lines := f.end_lineno - f.lineno + 1) > 50}
+    assert not long
+
+
+def test_a_folder_holds_no_more_than_one_can_look_through() -> None:
+    modules = Counter(f.parent for f in FILES if f.stem != "__init__" and f.parent.name not in CATALOGUES)
+    assert {f"{folder}: {n}" for folder, n in modules.items() if n > 14} == set()
+
+
+# --- what torch does not promise, and what a device is asked ---
+
+
+def private_names_of_torch(path: Path) -> set[str]:
+    """Names with one leading underscore that a file takes from torch, or from objects of a class that it does not own.
+
+    Attributes of ``self``, ``cls`` and of names of this library are the file's own.
+    """
+    module = tree(path)
+    own = {node.name for node in ast.walk(module) if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+    own |= {n.attr for n in ast.walk(module) if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Store)}
+    found = set()
+    for node in ast.walk(module):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "torch":
+            found |= {part for part in (node.module or "").split(".") if _is_private(part)}
+            found |= {alias.name for alias in node.names if _is_private(alias.name)}
+        elif isinstance(node, ast.Attribute) and _is_private(node.attr) and node.attr not in own:
+            found.add(node.attr)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value.startswith("torch._"):
+            found.add(node.value)
+    return found & set(KNOWN_TO_TORCH) | {name for name in found if name.startswith("torch.")}
+
+
+def _is_private(name: str) -> bool:
+    return name.startswith("_") and not name.startswith("__")
+
+
+KNOWN_TO_TORCH = (
+    {name for cls in (torch, torch.nn.Module, torch.nn.RNNBase, torch.Tensor) for name in dir(cls)}
+    | {name.rpartition(".")[2] for name in torch_private.PRIVATE_NAMES}
+    | set(vars(torch.nn.Linear(1, 1)))
+    | set(vars(torch.nn.LSTM(1, 1)))
+)
+
+
+@pytest.mark.parametrize("path", [f for f in FILES if relative(f) != "compat/torch_private.py"], ids=relative)
+def test_one_file_has_the_private_names_of_torch(path: Path) -> None:
+    assert private_names_of_torch(path) == set()
+
+
+@pytest.mark.parametrize("name", torch_private.PRIVATE_NAMES)
+def test_torch_still_has_what_it_does_not_promise(name: str) -> None:
+    """A newer torch that lacks one fails here, by name, and not somewhere in a training step."""
+    module, _, attribute = name.rpartition(".")
+    owner: Any = None
+    for part in module.split("."):
+        owner = importlib.import_module("torch") if part == "torch" and owner is None else _part(owner, part)
+    layer, recurrent, overload = torch.nn.Linear(1, 1), torch.nn.LSTM(1, 1), torch.ops.aten.add.Tensor
+    instances = {torch.nn.Module: layer, torch.nn.RNNBase: recurrent, type(overload): overload}
+    instance = instances.get(owner, owner) if isinstance(owner, type) else owner
+    assert hasattr(instance, attribute) or hasattr(owner, attribute), f"torch {torch.__version__} has no {name}"
+
+
+def _part(owner: Any, name: str) -> Any:
+    if inspect.ismodule(owner) and not hasattr(owner, name):
+        return importlib.import_module(f"{owner.__name__}.{name}")
+    return getattr(owner, name)
+
+
+@pytest.mark.parametrize("path", FILES, ids=relative)
+def test_linalg_and_measuring_alone_ask_for_the_device(path: Path) -> None:
+    asked = {n.attr for n in ast.walk(tree(path)) if isinstance(n, ast.Attribute)}
+    if room(path) not in ("linalg", "measure/cost", "measure/monitor"):
+        assert not asked & {"is_cuda", "is_current_stream_capturing"}
 
 
 @pytest.mark.parametrize(

@@ -58,32 +58,39 @@ def constrain(
             or complex128 where the method holds unitary weights.
         LayoutError: the set is empty at a weight's shape, for instance a group size that does not divide.
     """
-    if isinstance(constraint, str):
-        constraint = get(constraint, **options)
-    elif not isinstance(constraint, Constraint):
-        raise OptionError(f"constraint={constraint!r}: expected a method's name or a stiefel.Constraint")
-    elif options:
-        raise OptionError(f"options {sorted(options)} belong inside the {type(constraint).__name__} object given")
-    plan = []
-    for target in select(module, layers, exclude):
-        layout = layout_of(target, constraint)
-        try:
-            constraint.check(layout)
-        except LayoutError as error:
-            raise LayoutError(f"weight '{target.name}': {error}") from None
-        binding = Binding(constraint, layout, target.name)
-        if isinstance(constraint, Reparameterization):
-            parametrization = Reparametrized(binding, target.parameter)
-            with torch.no_grad():
-                parametrization(parametrization.first)  # a method that fails does so before anything is changed
-            plan.append(partial(_attach_forward, target, binding, parametrization))
-        else:
-            plan.append(partial(_attach_in_place, target, binding, binding.nearest(target.parameter)))
+    method = _method(constraint, options)
+    plan = [_planned(target, method) for target in select(module, layers, exclude)]
     for attach in plan:
         attach()
-    if isinstance(constraint, Reparameterization):
+    if isinstance(method, Reparameterization):
         prefetch_below(module)
     return module
+
+
+def _method(constraint: str | Constraint, options: dict[str, Any]) -> Constraint:
+    if isinstance(constraint, str):
+        return get(constraint, **options)
+    if not isinstance(constraint, Constraint):
+        raise OptionError(f"constraint={constraint!r}: expected a method's name or a stiefel.Constraint")
+    if options:
+        raise OptionError(f"options {sorted(options)} belong inside the {type(constraint).__name__} object given")
+    return constraint
+
+
+def _planned(target: Target, method: Constraint) -> Callable[[], None]:
+    """What puts a method on a tensor; all that can fail has been done by then, and nothing is changed yet."""
+    layout = layout_of(target, method)
+    try:
+        method.check(layout)
+    except LayoutError as error:
+        raise LayoutError(f"weight '{target.name}': {error}") from None
+    binding = Binding(method, layout, target.name)
+    if not isinstance(method, Reparameterization):
+        return partial(_attach_in_place, target, binding, binding.nearest(target.parameter))
+    parametrization = Reparametrized(binding, target.parameter)
+    with torch.no_grad():
+        parametrization(parametrization.first)
+    return partial(_attach_forward, target, binding, parametrization)
 
 
 @torch.no_grad()

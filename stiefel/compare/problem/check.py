@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -25,54 +26,89 @@ def check(problem: Problem) -> None:
         ProblemError: what fails or returns the wrong thing, what was expected, and what came.
         DataError: as the problem's data raise it.
     """
-    name = type(problem).__name__
+    trial = _Trial(problem)
+    seed_everything(0)
+    model = trial.model()
+    batch, validation = trial.batches(next(model.parameters()).dtype)
+    optimizer = trial.training(model, batch)
+    trial.evaluation(model, validation)
+    model.train()
+    loss = trial.attempt("train_step()", lambda: problem.train_step(model, optimizer, batch))
+    scalar = isinstance(loss, Tensor) and loss.ndim == 0 and not loss.requires_grad
+    expected = "return the loss as a scalar tensor without a graph (use .detach())"
+    trial.expect(scalar, "train_step()", expected, _shape(loss))
+    target = problem.target
+    valid = target is None or (isinstance(target, (int, float)) and math.isfinite(target))
+    trial.expect(valid, "target", "be a number or None", repr(target))
 
-    def attempt(what: str, call: Callable[[], T]) -> T:
+
+class _Trial:
+    """Tries a problem's methods one by one, and says of the first that fails what it is."""
+
+    def __init__(self, problem: Problem) -> None:
+        self.problem, self.name = problem, type(problem).__name__
+
+    def attempt(self, what: str, call: Callable[[], T]) -> T:
+        """What a call returns; an error of it as one of the problem."""
         try:
             return call()
         except (DataError, ProblemError):
             raise
         except Exception as error:
-            raise ProblemError(f"{name}: {what} fails: {type(error).__name__}: {error}") from error
+            raise ProblemError(f"{self.name}: {what} fails: {type(error).__name__}: {error}") from error
 
-    def expect(holds: bool, what: str, expected: str, came: Any) -> None:
+    def expect(self, holds: bool, what: str, expected: str, came: Any) -> None:
+        """Raise where something is not as expected."""
         if not holds:
-            raise ProblemError(f"{name}: {what} must {expected}, got {came}")
+            raise ProblemError(f"{self.name}: {what} must {expected}, got {came}")
 
-    seed_everything(0)
-    model = attempt("make_model()", problem.make_model)
-    expect(isinstance(model, nn.Module), "make_model()", "return a torch.nn.Module", type(model).__name__)
-    attempt("layers, exclude", lambda: problem.constrain(model, get(control())))
-    data = attempt("make_data()", lambda: load_data(problem))
-    expect(isinstance(data, Data), "make_data()", "return a stiefel.compare.Data", type(data).__name__)
-    for part in ("train", "validation", "test"):
-        attempt("make_data()", lambda part=part: _check_part(name, part, getattr(data, part)))  # type: ignore[misc]
-    prepare = mover(torch.device("cpu"), next(model.parameters()).dtype)
-    train = Batches(data.train, problem.batch_size, 0, prepare, 1)
-    batch = attempt("make_data().train", lambda: next(train.epoch(), None))
-    expect(batch is not None, "make_data().train", f"hold a batch of {problem.batch_size}", size_of(data.train))
-    loss = attempt("loss()", lambda: problem.loss(model, batch))
-    scalar = isinstance(loss, Tensor) and loss.ndim == 0 and loss.requires_grad
-    expect(scalar, "loss()", "return a scalar tensor that depends on the model's parameters", _shape(loss))
-    build: Any = problem.optimizer
-    optimizer = attempt("optimizer, hyper", lambda: build(model.parameters(), lr=0.1, **problem.hyper))
-    attempt("schedule()", lambda: problem.schedule(optimizer))
-    model.eval()
-    validation = _few(Batches(data.validation, problem.batch_size, 0, prepare).all())
-    with torch.no_grad():
-        measures = attempt("evaluate()", lambda: problem.measure(model, validation))
-    expect(isinstance(measures, dict), "evaluate()", "return a dictionary of numbers", type(measures).__name__)
-    known = ", ".join(map(repr, measures)) or "nothing"
-    expect(problem.metric in measures, "evaluate()", f"return the metric {problem.metric!r}", f"{known} alone")
-    for key, value in measures.items():
-        expect(isinstance(value, (int, float)), f"evaluate()[{key!r}]", "be a number (use .item())", _shape(value))
-    model.train()
-    loss = attempt("train_step()", lambda: problem.train_step(model, optimizer, batch))
-    scalar = isinstance(loss, Tensor) and loss.ndim == 0 and not loss.requires_grad
-    expect(scalar, "train_step()", "return the loss as a scalar tensor without a graph (use .detach())", _shape(loss))
-    target = problem.target
-    valid = target is None or (isinstance(target, (int, float)) and math.isfinite(target))
-    expect(valid, "target", "be a number or None", repr(target))
+    def model(self) -> nn.Module:
+        """The model, whose layers can be constrained."""
+        problem = self.problem
+        model = self.attempt("make_model()", problem.make_model)
+        self.expect(isinstance(model, nn.Module), "make_model()", "return a torch.nn.Module", type(model).__name__)
+        self.attempt("layers, exclude", lambda: problem.constrain(model, get(control())))
+        return model
+
+    def batches(self, dtype: torch.dtype) -> tuple[Batch, list[Batch]]:
+        """A batch of the training data, and a few of the validation data."""
+        problem = self.problem
+        data = self.attempt("make_data()", lambda: load_data(problem))
+        self.expect(isinstance(data, Data), "make_data()", "return a stiefel.compare.Data", type(data).__name__)
+        for part in ("train", "validation", "test"):
+            self.attempt("make_data()", partial(_check_part, self.name, part, getattr(data, part)))
+        prepare = mover(torch.device("cpu"), dtype)
+        train = Batches(data.train, problem.batch_size, 0, prepare, 1)
+        batch = self.attempt("make_data().train", lambda: next(train.epoch(), None))
+        if batch is None:
+            expected = f"hold a batch of {problem.batch_size}"
+            raise ProblemError(f"{self.name}: make_data().train must {expected}, got {size_of(data.train)}")
+        return batch, _few(Batches(data.validation, problem.batch_size, 0, prepare).all())
+
+    def training(self, model: nn.Module, batch: Batch) -> torch.optim.Optimizer:
+        """The optimizer, after the loss and the schedule were tried."""
+        problem = self.problem
+        loss = self.attempt("loss()", lambda: problem.loss(model, batch))
+        scalar = isinstance(loss, Tensor) and loss.ndim == 0 and loss.requires_grad
+        expected = "return a scalar tensor that depends on the model's parameters"
+        self.expect(scalar, "loss()", expected, _shape(loss))
+        build: Any = problem.optimizer
+        optimizer = self.attempt("optimizer, hyper", lambda: build(model.parameters(), lr=0.1, **problem.hyper))
+        self.attempt("schedule()", lambda: problem.schedule(optimizer))
+        return optimizer
+
+    def evaluation(self, model: nn.Module, validation: list[Batch]) -> None:
+        """The metric is among the numbers that evaluation gives."""
+        problem = self.problem
+        model.eval()
+        with torch.no_grad():
+            measures = self.attempt("evaluate()", lambda: problem.measure(model, validation))
+        self.expect(isinstance(measures, dict), "evaluate()", "return a dictionary of numbers", type(measures).__name__)
+        known = ", ".join(map(repr, measures)) or "nothing"
+        self.expect(problem.metric in measures, "evaluate()", f"return the metric {problem.metric!r}", f"{known} alone")
+        for key, value in measures.items():
+            number = isinstance(value, (int, float))
+            self.expect(number, f"evaluate()[{key!r}]", "be a number (use .item())", _shape(value))
 
 
 def _check_part(name: str, part: str, value: Any) -> None:

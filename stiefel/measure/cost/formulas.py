@@ -258,11 +258,13 @@ def _by_operator(formulas: dict[str, Formula]) -> dict[Any, Formula]:
     return found
 
 
-OF_VALUES: dict[Any, Formula] = {
-    aten._linalg_eigh: _of_square(lambda n: eigh_flops(n, False)),
-    aten._linalg_svd: lambda a, *_, **__: _batch(a) * svd_flops(a.shape[-2], a.shape[-1], None),
-    aten.linalg_eig: _of_square(lambda n: eig_flops(n, False)),
-}
+OF_VALUES = _by_operator(
+    {
+        "_linalg_eigh": _of_square(lambda n: eigh_flops(n, False)),
+        "_linalg_svd": lambda a, *_, **__: _batch(a) * svd_flops(a.shape[-2], a.shape[-1], None),
+        "linalg_eig": _of_square(lambda n: eig_flops(n, False)),
+    }
+)
 """The same for values alone."""
 
 FACTORIZATIONS = _by_operator(_FACTORIZATIONS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
@@ -48,18 +49,14 @@ def effective_rates(model: nn.Module, loss: Loss) -> dict[str, float | None]:
     plain = PlainCopy(model, points, loss)
     gradients = plain.gradients()
     del plain
-    tangents = [point.tangent(gradient) for point, gradient in zip(points, gradients, strict=True)]
-    lengths = [torch.linalg.vector_norm(t).item() for t in tangents]
+    lengths = [torch.linalg.vector_norm(p.tangent(g)).item() for p, g in zip(points, gradients, strict=True)]
     steepest = max((n / p.norm / p.scale**2 for n, p in zip(lengths, points, strict=True)), default=0.0)
-    rates: dict[str, float | None] = dict.fromkeys((weight.name for weight in weights), None)
+    rates: dict[str, float | None] = {weight.name: None for weight in weights}
     trained = [w.parameter.requires_grad and g is not None for w, g in zip(weights, gradients, strict=True)]
     if not (any(trained) and 0 < steepest < float("inf")):
         return rates
-    # In units of a weight, the cube root of rounding is the best step of a central difference. A copy in double
-    # precision leaves complex weights as they are.
-    eps = max(torch.finfo(w.parameter.dtype if w.parameter.is_complex() else torch.float64).eps for w in weights)
-    size = eps ** (1 / 3)
     directions = [g / steepest if g is not None and t else None for g, t in zip(gradients, trained, strict=True)]
+    size = _difference(weights)
     downhill, uphill = (_after(model, directions, way * size) for way in (1.0, -1.0))
     for weight, point, length, one, other in zip(weights, points, lengths, downhill, uphill, strict=True):
         if length > 0 and weight.parameter.requires_grad and not weight.binding.constraint.step_length:
@@ -67,6 +64,15 @@ def effective_rates(model: nn.Module, loss: Loss) -> dict[str, float | None]:
             projected = size / steepest * length / point.scale**2
             rates[weight.name] = torch.linalg.vector_norm(moved).item() / projected
     return rates
+
+
+def _difference(weights: Iterable[ConstrainedWeight]) -> float:
+    """The best step of a central difference in units of a weight: the cube root of rounding.
+
+    A copy in double precision leaves complex weights as they are.
+    """
+    kinds = {w.parameter.dtype if w.parameter.is_complex() else torch.float64 for w in weights}
+    return max(torch.finfo(kind).eps for kind in kinds) ** (1 / 3)
 
 
 def _after(model: nn.Module, directions: list[Tensor | None], size: float) -> list[Tensor]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -51,18 +52,7 @@ def sensitivity(summary: Summary) -> Figure:
         )
         for ax, (label, rows) in zip(axes.flat, found.items(), strict=False):
             for i, row in rows:
-                colour, style = COLOURS[i % len(COLOURS)], STYLES[i // len(COLOURS) % len(STYLES)]
-                plain = [t for t in row.trials if not t.choice.knobs]
-                good = [(t.choice.lr, t.validation) for t in plain if math.isfinite(t.validation)]
-                bad = [t.choice.lr for t in plain if not math.isfinite(t.validation)]
-                ax.plot(*zip(*good, strict=True), color=colour, ls=style, marker="o", ms=2.5, lw=1.2) if good else None
-                if bad:
-                    edge = 0.05 + min(0.08, 0.6 / len(summary.settings)) * i  # of the axes, on the side of bad values
-                    edges = [edge if summary.higher_is_better else 1 - edge] * len(bad)
-                    ax.plot(bad, edges, ls="", marker="x", ms=4, color=colour, transform=ax.get_xaxis_transform())
-                if row.tuned is not None and math.isfinite(row.tuned.validation):
-                    ring = {"ms": 7, "mfc": "none", "mec": colour}
-                    ax.plot([row.tuned.choice.lr], [row.tuned.validation], marker="o", **ring)
+                _sensitivity_of(ax, row, i, summary)
             label_axis(ax, titles[label], "", log=spans_decades(summary))
             in_decades(ax)
             ax.xaxis.set_major_formatter(POWERS)
@@ -79,6 +69,23 @@ def sensitivity(summary: Summary) -> Figure:
         ]
         legend_below(figure, handles, [setting.title for setting in summary.settings])
     return figure
+
+
+def _sensitivity_of(ax: Any, row: Row, i: int, summary: Summary) -> None:
+    """One method in the i-th setting."""
+    colour, style = COLOURS[i % len(COLOURS)], STYLES[i // len(COLOURS) % len(STYLES)]
+    plain = [t for t in row.trials if not t.choice.knobs]
+    good = [(t.choice.lr, t.validation) for t in plain if math.isfinite(t.validation)]
+    bad = [t.choice.lr for t in plain if not math.isfinite(t.validation)]
+    if good:
+        ax.plot(*zip(*good, strict=True), color=colour, ls=style, marker="o", ms=2.5, lw=1.2)
+    if bad:
+        edge = 0.05 + min(0.08, 0.6 / len(summary.settings)) * i  # of the axes, on the side of bad values
+        edges = [edge if summary.higher_is_better else 1 - edge] * len(bad)
+        ax.plot(bad, edges, ls="", marker="x", ms=4, color=colour, transform=ax.get_xaxis_transform())
+    if row.tuned is not None and math.isfinite(row.tuned.validation):
+        ring = {"ms": 7, "mfc": "none", "mec": colour}
+        ax.plot([row.tuned.choice.lr], [row.tuned.validation], marker="o", **ring)
 
 
 def defaults(summary: Summary) -> Figure:

@@ -1,9 +1,13 @@
 """Equal-shaped reparameterized weights of a model, computed as one batch when its forward pass begins.
 
-Each parametrization alone is always right; this only spares it work. A hook on the module that was constrained computes
-the buckets and deposits their weights for this pass and this thread, and a second one withdraws them. Nothing is done
-where torch.compile or torch.func looks on. Imports ``binding``, ``deposits``, ``hooks``, ``optim`` and
-below.
+Each parametrization can compute its own weight, and is always right: this only spares it work, since one batch of
+sixteen matrices takes less time than sixteen calls. A hook on the module that was constrained computes the weights
+ahead, keeps them for this pass and this thread, and a second one lets them go. A layer takes the weight computed ahead
+where that is what it would compute itself: gradients are recorded, its proxy and parts are the very tensors of then,
+unchanged since, and nothing takes what autograd saves elsewhere (gradient checkpointing runs a part of the pass again,
+where there is nothing ahead). Otherwise, under torch.compile and in torch.func it computes its own.
+
+Imports ``parametrization``, ``weights``, ``prefetched``, ``snapshot``, ``optim`` and below.
 """
 
 from __future__ import annotations

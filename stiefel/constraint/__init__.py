@@ -6,9 +6,7 @@ from stiefel.constraint.base import (
     Control,
     Decay,
     ManifoldMethod,
-    Penalty,
     Reparameterization,
-    Schedule,
     StepMethod,
 )
 from stiefel.constraint.binding import Binding, Tally
@@ -16,6 +14,7 @@ from stiefel.constraint.catalogue import available, control, get, method_class, 
 from stiefel.constraint.centred import Centred
 from stiefel.constraint.claim import ROUNDING, Claim
 from stiefel.constraint.options import is_count, is_number
+from stiefel.constraint.penalty import Penalty, Schedule
 from stiefel.constraint.trivialization import Trivialization
 
 __all__ = [

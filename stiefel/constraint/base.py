@@ -1,18 +1,30 @@
-"""What a method is: a set of options, a nearest point, and one of the three places where it may act.
+"""What a method is, and the one idea of this library: where in a training step it acts.
 
-    forward:  weight = method(parameter)         Reparameterization
-    loss:     loss + method(weight)              Penalty
-    step:     weight ← method(weight, update)    StepMethod, ManifoldMethod (performed by geoopt)
+Weights are to stay on ``{W : W Wᵀ = s² I}`` while an optimizer trains them. A step has three places to see to that:
 
-A method is a frozen dataclass, its fields are its options, and it sees batches ``(b, p, n)`` with orthonormal rows.
-Scale, groups, shapes and modules are handled elsewhere, once. Imports ``layout``, ``linalg`` and the errors.
+    forward:  W = φ(V)                Reparameterization   any optimizer trains V, which is free
+    loss:     L + λ s² Φ(W/s)         Penalty              any optimizer; λ decides how near the set W comes
+    step:     W ← method(W, U)        StepMethod           U is what a base optimizer would have done to W
+              W ← R_W(−η grad L)      ManifoldMethod       an optimizer made for manifolds does the whole step
+
+The methods of the literature are these three with a choice of φ, Φ or the step. OWN takes the polar factor of V for φ,
+ONI and Björck an iteration towards it, trivializations a map from a flat space: the exponential, Cayley's, products of
+reflections. Soft orthogonality takes ``Φ = ¼‖XXᵀ − I‖²`` or a relative of it. Retractions and the projection end a step
+on the set; landing and POGO take it in a direction that leaves the set a little and is pulled back; Muon and SPEL make
+it as long as the rate says, whatever the gradient's length.
+
+Nothing else about them differs. So all else is written once, and branches on where a method acts, never on its name:
+which tensors it holds (``attach``), what a weight of any shape and scale is as matrices (``layout``), what becomes of
+an optimizer (``optim``), what is measured (``measure``). A method is a frozen dataclass whose fields are its options,
+and it sees batches ``(b, p, n)``, p ≤ n, that are to have orthonormal rows. Imports ``claim``, ``options``, ``layout``,
+``linalg`` and the errors.
 """
 
 from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -29,9 +41,6 @@ if TYPE_CHECKING:
     from jaxtyping import Bool, Float
 
     from stiefel.compat.geoopt import geoopt
-
-
-Schedule = float | Callable[[int], float]
 
 
 Decay = Literal["acts", "rescales", "moves"]
@@ -190,61 +199,6 @@ class Reparameterization(Constraint):
             buffer. Each becomes a keyword argument of :meth:`forward`.
         """
         return x, {}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Penalty(Constraint):
-    """Acts in the loss: adds ``strength · s² Φ(W/s)``.
-
-    Args:
-        strength: λ ≥ 0, or a callable of the number of optimizer steps taken so far.
-        decoupled: act in the step instead, ``X ← X + U − lr · strength · ∇Φ(X)``, out of reach of the base optimizer's
-            momentum and second moments, as decoupled weight decay is. Under plain SGD it is the same.
-    """
-
-    strength: Schedule = 0.1
-    decoupled: bool = False
-
-    place = "loss"
-    decay = "acts"
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not callable(self.strength) and not (is_number(self.strength) and self.strength >= 0):
-            raise OptionError(f"strength={self.strength!r}: expected a number ≥ 0 or a callable of the step")
-        if not isinstance(self.decoupled, bool):
-            raise OptionError(f"decoupled={self.decoupled!r}: expected True or False")
-
-    @property
-    def lifts(self) -> bool:
-        """Where the penalty is decoupled."""
-        return self.decoupled
-
-    def strength_at(self, step: int) -> float:
-        """λ after ``step`` optimizer steps.
-
-        Raises:
-            OptionError: the schedule returned something else than a number ≥ 0.
-        """
-        if not callable(self.strength):
-            return self.strength
-        value = self.strength(step)
-        if not (is_number(value) and value >= 0):
-            raise OptionError(f"the strength of {self.name!r} at step {step} is {value!r}: expected a number ≥ 0")
-        return value
-
-    @abstractmethod
-    def penalty(self, x: Float[Tensor, "b p n"], layout: Layout) -> Float[Tensor, " b"]:
-        """Φ of each matrix, before strength and scale; several weights of one layout may come as one batch."""
-
-    def step(
-        self, x: Float[Tensor, "b p n"], displacement: Float[Tensor, "b p n"], rate: float, layout: Layout
-    ) -> Float[Tensor, "b p n"]:
-        """The decoupled form: the base optimizer's step, and one of length ``rate = lr · strength`` down Φ at X."""
-        with torch.enable_grad():
-            leaf = x.detach().requires_grad_()
-            (gradient,) = torch.autograd.grad(self.penalty(leaf, layout).sum(), leaf)
-        return x + displacement - rate * gradient
 
 
 class StepMethod(Constraint):

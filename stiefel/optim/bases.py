@@ -21,6 +21,10 @@ REFUSED = {
 """Classes that cannot serve a method that acts on the step, and why."""
 
 
+IGNORED_BY_GEOOPT = ("maximize", "fused", "capturable", "differentiable", "decoupled_weight_decay")
+"""Options of torch's SGD and Adam that geoopt's Riemannian forms would take and ignore."""
+
+
 def _of_torch(*names: str) -> tuple[type[torch.optim.Optimizer], ...]:
     """Those that this version of torch has: Muon is not in every one."""
     return tuple(getattr(torch.optim, name) for name in names if hasattr(torch.optim, name))

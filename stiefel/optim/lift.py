@@ -2,6 +2,15 @@
 
     T = P_X(G),   U = the base optimizer's displacement for the gradient T,   X ← method(X, U)
 
+Why a subclass of the base, made when it is needed, and neither a wrapper nor hooks. Learning-rate schedulers,
+GradScaler, checkpoints and users' code ask for a ``torch.optim.Optimizer`` with ``param_groups`` of its own: a subclass
+is one, and leaves all of it to torch. Hooks of an optimizer vanish when it is copied or pickled, without a word, and
+what is left takes Euclidean steps off the set; a class does not vanish. What marks a weight as one to be moved is a
+class too (``SteppedParameter``).
+
+A step goes: closure; tangent gradients in place of the user's; the base step; the method's own, from where the weight
+was; the user's gradients back. Whatever raises on the way, weights are where they were.
+
 Imports ``constraint``, ``geometry``, ``linalg``, ``bases``, ``buckets``, ``stepped_parameter`` and the errors.
 """
 

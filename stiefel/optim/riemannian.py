@@ -21,9 +21,8 @@ from stiefel.errors import OptimizerError
 from stiefel.linalg import full_precision, require_exact
 from stiefel.manifold.geometry import project_tangent
 from stiefel.manifold.weight_manifold import StiefelWeight
+from stiefel.optim.bases import IGNORED_BY_GEOOPT
 from stiefel.optim.buckets import bucket, stack, unstack
-
-_UNSUPPORTED = ("maximize", "fused", "capturable", "differentiable", "decoupled_weight_decay")
 
 
 class _Batched:
@@ -36,14 +35,14 @@ class _Batched:
     def __init__(self, params: Any, lr: float = 1e-3, **hyper: Any) -> None:
         self._refuse(hyper)
         # What is left of these is off; foreach asks for batches, which these optimizers always use.
-        hyper = {option: value for option, value in hyper.items() if option not in (*_UNSUPPORTED, "foreach")}
+        hyper = {option: value for option, value in hyper.items() if option not in (*IGNORED_BY_GEOOPT, "foreach")}
         try:
             super().__init__(params, lr=lr, **hyper)  # type: ignore[call-arg]
         except TypeError as error:
             raise OptimizerError(f"{type(self).__name__} refuses its options {sorted(hyper)}: {error}") from error
 
     def _refuse(self, options: dict[str, Any]) -> None:
-        for option in _UNSUPPORTED:
+        for option in IGNORED_BY_GEOOPT:
             if options.get(option):
                 raise OptimizerError(
                     f"{type(self).__name__} does not support {option}=True: geoopt's optimizers would ignore it; "

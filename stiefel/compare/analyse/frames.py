@@ -8,14 +8,11 @@ from typing import Any
 import pandas as pd
 
 from stiefel.compare.analyse.recommend import in_setting, overall
-from stiefel.compare.analyse.rows import TOLERANCES, Row, powers
 from stiefel.compare.analyse.scores import Interval
-from stiefel.compare.analyse.summary import Setting, Summary
+from stiefel.compare.analyse.summary import Summary
+from stiefel.compare.analyse.values import WHERE, Line, values
 from stiefel.compare.record.measurements import lines_of, parsed
 from stiefel.compare.record.records import Record
-
-WHERE = ("commit", "cpu", "cores", "threads", "gpu", "torch")
-"""What of a run's environment a frame has."""
 
 
 def runs(records: Iterable[Record]) -> pd.DataFrame:
@@ -92,53 +89,14 @@ def recommendations(problems: Iterable[Summary]) -> pd.DataFrame:
 
 def table(summary: Summary) -> pd.DataFrame:
     """The rows of one problem as a frame."""
-    return pd.DataFrame([_row(summary, setting, row) for setting in summary.settings for row in setting.rows])
-
-
-def _row(summary: Summary, setting: Setting, row: Row) -> dict[str, Any]:
-    environment: dict[str, Any] = next((r.environment for r in (*row.final, *row.tuning) if r.environment), {})
-    cost = row.cost
-    return {
-        **_identity(summary),
-        "setting": setting.title,
-        "method": row.label,
-        "faults": row.faults or None,
-        "lr": row.choice.lr if row.choice else None,
-        "knobs": ", ".join(f"{k}={v}" for k, v in row.choice.knobs) if row.choice else None,
-        "lr_on_edge": row.edge,
-        "state": row.state or "scored",
-        **_interval(f"test_{summary.metric}", row.test),
-        "n": row.runs,
-        "failed": sum(row.failures.values()),
-        "runs": row.runs,
-        "rank": setting.rank(row),
-        **{f"rank_at_{powers(tolerance)}": setting.rank(row, tolerance) for tolerance in TOLERANCES},
-        "error_worst": row.error_worst,
-        "error_final": row.error_final,
-        "feasible_at": row.feasible,
-        **_interval("steps_to_target", row.steps_to_target, "steps_"),
-        **_interval("seconds_to_target", row.seconds_to_target, "seconds_"),
-        "redundancy": row.redundancy,
-        "step_ratio": cost.ratio if cost else None,
-        "step_seconds": cost.step["median"] if cost else None,
-        "constraint_share": cost.share if cost else None,
-        "memory_bytes": cost.memory if cost else None,
-        **(cost.counts if cost else {}),
-        **{k: v for k, v in (cost.gpu if cost else {}).items() if k != "gpu_reason"},
-        "cost_hardware": cost.hardware if cost else None,
-        "default_validation": row.default.validation if row.default else None,
-        "default_lr": row.default.choice.lr if row.default else None,
-        "tuned_validation": row.tuned.validation if row.tuned else None,
-        "tuning_runs": len(row.tuning),
-        "tuning_failures": row.tuning_failures,
-        **{name: environment.get(name) for name in WHERE},
-    }
+    lines = [Line(summary, setting, row) for setting in summary.settings for row in setting.rows]
+    return pd.DataFrame([_identity(summary) | values(line) for line in lines])
 
 
 def _identity(summary: Summary) -> dict[str, Any]:
     return {name: getattr(summary, name) for name in ("problem", "digest", "device", "dtype")}
 
 
-def _interval(name: str, interval: Interval | None, prefix: str = "") -> dict[str, Any]:
+def _interval(name: str, interval: Interval | None) -> dict[str, Any]:
     known = (interval.value, interval.low, interval.high) if interval else (None, None, None)
-    return dict(zip((name, f"{prefix}low", f"{prefix}high"), known, strict=True))
+    return dict(zip((name, "low", "high"), known, strict=True))

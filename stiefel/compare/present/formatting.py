@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
-from stiefel.compare.analyse.rows import Row, powers
+from stiefel.compare.analyse.rows import TOLERANCES, Row, powers
 from stiefel.compare.analyse.scores import Interval
 
 NONE = "—"
@@ -30,6 +31,11 @@ def error(value: float) -> str:
     return "∞" if math.isinf(value) else powers(value)
 
 
+def tone(value: float) -> str:
+    """Whether an orthogonality error is within any tolerance."""
+    return "good" if value <= max(TOLERANCES) else "bad"
+
+
 def steps(interval: Interval | None) -> str:
     """Steps to the target with their interval."""
     return NONE if interval is None else interval.format(".0f")
@@ -40,9 +46,9 @@ def seconds(interval: Interval | None) -> str:
     return NONE if interval is None else interval.format(".3g")
 
 
-def ratio(row: Row) -> str:
+def ratio(value: float) -> str:
     """Step time as a multiple of the control's."""
-    return NONE if row.cost is None else f"{row.cost.ratio:.1f}×"
+    return f"{value:.1f}×"
 
 
 def milliseconds(value: float) -> str:
@@ -73,3 +79,8 @@ def score(value: float) -> str:
 def number(value: float, form: str) -> str:
     """A number, or the sign of infinity."""
     return Interval(value, None, None, 1).format(form)
+
+
+def key(value: Any) -> str:
+    """What the page sorts a cell by: nothing comes last."""
+    return "" if value is None or value != value else str(value).replace("inf", "Infinity")

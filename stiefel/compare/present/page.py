@@ -1,4 +1,4 @@
-"""The report as one HTML file that needs no network. Imports ``report``, ``figures``, ``words``, jinja2."""
+"""The report as one HTML file that needs no network. Imports ``analyse``, ``columns``, ``figures``, jinja2."""
 
 from __future__ import annotations
 
@@ -16,7 +16,10 @@ from stiefel.compare.analyse.layers import Why
 from stiefel.compare.analyse.notes import notes, skips
 from stiefel.compare.analyse.recommend import Candidate, Recommendation, candidates, in_setting, overall, reference
 from stiefel.compare.analyse.summary import Setting, Summary
+from stiefel.compare.analyse.values import Line
+from stiefel.compare.present import columns
 from stiefel.compare.present import formatting as words
+from stiefel.compare.present.columns import CostLine, Grid
 from stiefel.compare.present.figures.curves import curves
 from stiefel.compare.present.figures.layers import depth, heat
 from stiefel.compare.present.figures.profiles import profiles
@@ -111,6 +114,15 @@ class Section:
         """What a reader must know before believing the numbers."""
         return notes(self.summary)
 
+    def results(self, setting: Setting) -> Grid[Line]:
+        """The table of one setting."""
+        return columns.results(self.summary, setting, "page")
+
+    @property
+    def costs(self) -> Grid[CostLine]:
+        """The table of what steps cost."""
+        return columns.costs(self.summary, "page")
+
     @property
     def sensitivity(self) -> str:
         """Figure."""
@@ -171,14 +183,5 @@ def _environment() -> jinja2.Environment:
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("stiefel.compare.present"), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {
-        name: getattr(words, name)
-        for name in ("choice", "error", "steps", "seconds", "ratio", "milliseconds", "megabytes", "count", "score")
-    }
-    environment.filters |= {"number": words.number, "key": _key}
+    environment.filters |= {name: getattr(words, name) for name in ("error", "key", "number", "score", "tone")}
     return environment
-
-
-def _key(value: float | None) -> str:
-    """What a table's cell is sorted by: nothing comes last."""
-    return "" if value is None or value != value else str(value).replace("inf", "Infinity")

@@ -1,19 +1,19 @@
-"""The report in a terminal of 80 columns. Imports ``summary``, ``recommend``, ``words``, rich."""
+"""The report in a terminal of 80 columns. Imports ``analyse``, ``columns``, rich."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
 from typing import Any
 
 from rich import box
 from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from stiefel.compare.analyse.notes import few, skips
 from stiefel.compare.analyse.recommend import Candidate, candidates, overall, reference
-from stiefel.compare.analyse.rows import Row
 from stiefel.compare.analyse.summary import Setting, Summary
+from stiefel.compare.present import columns
 from stiefel.compare.present import formatting as words
 
 _LEFT: dict[str, Any] = {"title_justify": "left", "pad_edge": False}
@@ -41,7 +41,7 @@ def failure_lines(summary: Summary) -> list[str]:
 
 def recommendations(summary: Summary) -> Table:
     """What to take under which requirement, over all settings, with the evidence."""
-    out = Table(box=None, title=f"{summary.title}\nrecommended over all settings", **_LEFT, padding=(0, 1, 0, 0))
+    out = Table(box=None, title=_title(summary, "recommended over all settings"), **_LEFT, padding=(0, 1, 0, 0))
     out.show_header = False
     out.add_column(width=21)
     out.add_column(ratio=1)
@@ -56,10 +56,10 @@ def recommendations(summary: Summary) -> Table:
 
 def _evidence(summary: Summary, best: Candidate, more: str = "") -> str:
     step = "" if best.step is None else f", step {best.step.value:.1f}×"
+    n, metric = best.score.n if best.score else 0, escape(summary.metric)
     return (
         f"[b]{escape(best.name)}[/] ({escape(best.choice)}){': ' + more if more else ''}\n"
-        f"{summary.metric} {best.score}, n = {best.score.n if best.score else 0}, failed {best.failures}/{best.runs}, "
-        f"error {words.error(best.error)}{step}"
+        f"{metric} {best.score}, n = {n}, failed {best.failures}/{best.runs}, error {words.error(best.error)}{step}"
     )
 
 
@@ -68,29 +68,20 @@ def _apart(names: list[str]) -> str:
 
 
 def _setting(summary: Summary, setting: Setting) -> Table:
-    out = _table(f"{summary.title}\n{setting.title}")
-    out.add_column("method", min_width=13, overflow="fold")
-    score, steps = f"test {summary.metric} [95 %]", "steps to\ntarget"
-    for name in ("lr", score, "failed\nof n", "worst\nerror", steps, "step\ncost"):
-        out.add_column(name, justify="right", min_width=5)
-    for row in setting.rows:
-        out.add_row(_name(summary, row), *_line(row))
+    grid = columns.results(summary, setting, "terminal")
+    out = Table(box=box.SIMPLE_HEAD, title=_title(summary, setting.title), **_LEFT, collapse_padding=True)
+    for i, column in enumerate(grid.columns):
+        how: dict[str, Any] = {"justify": "right", "min_width": 5} if i else {"overflow": "fold", "min_width": 13}
+        out.add_column(Text(column.heading), **how)
+    for line in grid.lines:
+        out.add_row(*(_cell(column.text(line)) for column in grid.columns))
     return out
 
 
-def _name(summary: Summary, row: Row) -> str:
-    knobs = words.knobs(row)
-    return escape(summary.marked(row.label)) + (f"\n[dim]{escape(knobs)}[/]" if knobs else "")
+def _cell(text: str) -> Text:
+    first, cut, more = text.partition("\n")
+    return Text.assemble(first, (cut + more, "dim"))
 
 
-def _line(row: Row) -> Iterator[str]:
-    yield words.rate(row)
-    yield str(row.test) if row.test else row.state
-    yield f"{sum(row.failures.values())}/{row.runs}"
-    yield words.error(row.error_worst)
-    yield words.NONE if row.steps_to_target is None else words.number(row.steps_to_target.value, ".0f")
-    yield words.ratio(row)
-
-
-def _table(title: str) -> Table:
-    return Table(box=box.SIMPLE_HEAD, title=title, **_LEFT, collapse_padding=True)
+def _title(summary: Summary, rest: str) -> str:
+    return escape(f"{summary.title}\n{rest}")

@@ -1,0 +1,111 @@
+"""What there is to tell of a method in a setting, by name. Imports ``rows``, ``summary``, ``scores``.
+
+:data:`VALUES` are the columns of ``summary.csv``; what a report shows takes its values from there too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from stiefel.compare.analyse.rows import TOLERANCES, CostRow, Row, powers
+from stiefel.compare.analyse.scores import Interval
+from stiefel.compare.analyse.summary import Setting, Summary
+
+WHERE = ("commit", "cpu", "cores", "threads", "gpu", "torch")
+"""What of a run's environment a frame has."""
+
+
+@dataclass(frozen=True)
+class Line:
+    """A row with what it stands in: the setting, which ranks it, and the summary, which names it."""
+
+    summary: Summary
+    setting: Setting
+    row: Row
+
+    @property
+    def name(self) -> str:
+        """The method as reports write it."""
+        return self.summary.marked(self.row.label)
+
+    @property
+    def control(self) -> bool:
+        """Whether it is the one that others are compared with."""
+        return self.row.label in self.summary.controls
+
+
+Value = Callable[[Line], Any]
+
+
+def _cost(of: Callable[[CostRow], Any], missing: Any = None) -> Value:
+    return lambda at: missing if at.row.cost is None else of(at.row.cost)
+
+
+def _interval(name: str, of: Callable[[Row], Interval | None], prefix: str = "") -> dict[str, Value]:
+    """An interval's value and ends, each under its name."""
+
+    def end(key: str) -> Value:
+        return lambda at: getattr(of(at.row), key, None)  # None has no ends
+
+    return {name: end("value"), f"{prefix}low": end("low"), f"{prefix}high": end("high")}
+
+
+def _rank(tolerance: float | None = None) -> Value:
+    return lambda at: at.setting.rank(at.row, tolerance)
+
+
+def _knobs(at: Line) -> str | None:
+    return None if at.row.choice is None else ", ".join(f"{key}={value}" for key, value in at.row.choice.knobs)
+
+
+def _where(at: Line) -> dict[str, Any]:
+    environment = next((r.environment for r in (*at.row.final, *at.row.tuning) if r.environment), {})
+    return {name: environment.get(name) for name in WHERE}
+
+
+VALUES: dict[str, Value] = {
+    "setting": lambda at: at.setting.title,
+    "method": lambda at: at.row.label,
+    "faults": lambda at: at.row.faults or None,
+    "lr": lambda at: at.row.choice.lr if at.row.choice else None,
+    "knobs": _knobs,
+    "lr_on_edge": lambda at: at.row.edge,
+    "state": lambda at: at.row.state or "scored",
+    **_interval("test_{metric}", lambda row: row.test),
+    "n": lambda at: at.row.runs,
+    "failed": lambda at: sum(at.row.failures.values()),
+    "runs": lambda at: at.row.runs,
+    "rank": _rank(),
+    **{f"rank_at_{powers(tolerance)}": _rank(tolerance) for tolerance in TOLERANCES},
+    "error_worst": lambda at: at.row.error_worst,
+    "error_final": lambda at: at.row.error_final,
+    "feasible_at": lambda at: at.row.feasible,
+    **_interval("steps_to_target", lambda row: row.steps_to_target, "steps_"),
+    **_interval("seconds_to_target", lambda row: row.seconds_to_target, "seconds_"),
+    "redundancy": lambda at: at.row.redundancy,
+    "step_ratio": _cost(lambda cost: cost.ratio),
+    "step_seconds": _cost(lambda cost: cost.step["median"]),
+    "constraint_share": _cost(lambda cost: cost.share),
+    "memory_bytes": _cost(lambda cost: cost.memory),
+    "counts": _cost(lambda cost: cost.counts, {}),
+    "gpu_cost": _cost(lambda cost: {key: value for key, value in cost.gpu.items() if key != "gpu_reason"}, {}),
+    "cost_hardware": _cost(lambda cost: cost.hardware),
+    "default_validation": lambda at: at.row.default.validation if at.row.default else None,
+    "default_lr": lambda at: at.row.default.choice.lr if at.row.default else None,
+    "tuned_validation": lambda at: at.row.tuned.validation if at.row.tuned else None,
+    "tuning_runs": lambda at: len(at.row.tuning),
+    "tuning_failures": lambda at: at.row.tuning_failures,
+    "where": _where,
+}
+"""Each value by its name. In a file ``{metric}`` is the metric's name; of a dictionary, each entry is a column."""
+
+
+def values(at: Line) -> dict[str, Any]:
+    """All values of a row, under the names that they have in a file."""
+    found: dict[str, Any] = {}
+    for name, of in VALUES.items():
+        value = of(at)
+        found |= value if isinstance(value, dict) else {name.replace("{metric}", at.summary.metric): value}
+    return found

@@ -19,7 +19,7 @@ compare: .venv/.installed
 	$(BIN)/stiefel compare benchmarks/omdsm.py --methods $(METHODS) $(COMPARE) $(ARGS)
 
 reproduce: .venv/.installed
-	$(BIN)/python benchmarks/published.py run omdsm $(ARGS)
+	$(BIN)/python benchmarks/publish/published.py run omdsm $(ARGS)
 
 cost: .venv/.installed
 	$(BIN)/python benchmarks/cost.py $(COST) $(ARGS)
@@ -37,7 +37,7 @@ lint: .venv/.installed
 
 docs: .venv/.installed
 	$(BIN)/python tests/test_readme.py
-	$(BIN)/python benchmarks/published.py readme
+	$(BIN)/python benchmarks/publish/published.py readme
 	$(BIN)/jupyter execute --inplace notebooks/*.ipynb
 
 .venv/.installed: pyproject.toml constraints.txt

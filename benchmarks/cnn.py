@@ -18,8 +18,8 @@ from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
-from convnets import inception, vgg, wide_resnet
-from groups import constrain_in_groups
+from parts.convnets import inception, vgg, wide_resnet
+from parts.groups import constrain_in_groups
 from torch import Tensor, nn
 from torch.optim import lr_scheduler
 

@@ -9,7 +9,7 @@ Each run keeps a sheet of samples, ``samples.png``.
 
     stiefel compare benchmarks/gan.py --budget small --methods own oni spectral_norm unconstrained --no-cost
     stiefel compare benchmarks/gan.py --budget paper --device cuda
-    python benchmarks/stability.py runs/             how many learning rates end near the best
+    python benchmarks/publish/stability.py runs/             how many learning rates end near the best
 """
 
 import hashlib
@@ -20,10 +20,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import ClassVar
 
-import frechet
 import torch
 import torch.nn.functional as F
-from draws import Draws
+from parts import frechet
+from parts.fresh_batches import Draws
 from torch import Tensor, nn
 
 import stiefel

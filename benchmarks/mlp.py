@@ -15,7 +15,7 @@ from itertools import pairwise
 from typing import ClassVar
 
 import torch
-from groups import constrain_in_groups
+from parts.groups import constrain_in_groups
 from torch import nn
 
 import stiefel

@@ -22,7 +22,7 @@ from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from draws import Draws
+from parts.fresh_batches import Draws
 from torch import Tensor, nn
 
 from stiefel.compare import Batch, Data, Problem, datasets, where

@@ -10,7 +10,7 @@ from records import CPU, comparison
 from stiefel.compare import cli, read_report
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT / "benchmarks"))
+sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "benchmarks" / "publish")]
 
 import published  # noqa: E402
 import tables  # noqa: E402

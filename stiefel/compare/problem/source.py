@@ -9,13 +9,20 @@ PREFIX = "stiefel_problem_"
 
 
 def sources_of(path: Path, found: dict[Path, ast.Module]) -> dict[Path, ast.Module]:
-    """A file's syntax tree, and those of the files beside it that it imports."""
+    """A file's syntax tree, and those of the files beside it, or in folders beside it, that it imports."""
+    _collect(path, path.parent, found)
+    return found
+
+
+def _collect(path: Path, root: Path, found: dict[Path, ast.Module]) -> None:
     found[path] = ast.parse(path.read_text(encoding="utf-8"))
     for node in ast.walk(found[path]):
-        imported = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-        imported += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-        for name in imported:
-            beside = path.parent / f"{name.partition('.')[0]}.py"
+        names: list[str] = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+        for name in names:
+            beside = root.joinpath(*name.split(".")).with_suffix(".py")
             if beside not in found and beside.is_file():
-                sources_of(beside, found)
-    return found
+                _collect(beside, root, found)

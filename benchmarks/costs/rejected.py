@@ -1,6 +1,6 @@
 """What was tried for speed and not kept, or kept for a reason: each as a ratio within one run.
 
-    python benchmarks/trials.py
+    python benchmarks/costs/rejected.py
 
 docs/speed.md has the results. Imports the library's own pieces, and times them beside what they might have been.
 """

@@ -1,8 +1,8 @@
 """The published comparisons: run them, compact their records, and write README.md from what the records say.
 
-    python benchmarks/published.py run omdsm         run what of it is missing, beside what is published
-    python benchmarks/published.py collect omdsm     its records into results/omdsm
-    python benchmarks/published.py readme            README.md, from README.md.j2 and results/
+    python benchmarks/publish/published.py run omdsm         run what of it is missing, beside what is published
+    python benchmarks/publish/published.py collect omdsm     its records into results/omdsm
+    python benchmarks/publish/published.py readme            README.md, from README.md.j2 and results/
 
 Records go to ``runs/published/NAME``, a folder per comparison; a run that is stopped goes on where it stopped.
 """
@@ -32,7 +32,7 @@ from stiefel.compare.present.publish import file_name, flat
 from stiefel.compare.present.report import Report
 from stiefel.compare.record.records import Record
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).parent.parent
 RUNS = Path("runs/published")
 EI_QR = "riemannian:metric=euclidean,retraction=qr"
 CI_QR = "riemannian:metric=canonical,retraction=qr"
@@ -190,7 +190,7 @@ def compact(rows: pd.DataFrame) -> pd.DataFrame:
 def readme() -> str:
     """README.md as it is to be."""
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(HERE),
+        loader=jinja2.FileSystemLoader(HERE / "publish"),
         autoescape=False,  # Markdown
         trim_blocks=True,
         lstrip_blocks=True,

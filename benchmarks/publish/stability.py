@@ -1,6 +1,6 @@
 """How many learning rates end near the best: a table of the tuning runs in folders of records.
 
-    python benchmarks/stability.py runs/ --factor 2
+    python benchmarks/publish/stability.py runs/ --factor 2
 
 For metrics that are positive and better when smaller, as a distance or a gap is.
 """

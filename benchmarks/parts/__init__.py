@@ -1,0 +1,1 @@
+"""What the problems of this folder share."""

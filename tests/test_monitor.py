@@ -26,11 +26,14 @@ from torch import Tensor, nn
 import stiefel
 from stiefel.attach.weights import constrained_weights
 from stiefel.errors import OptionError
+from stiefel.measure.monitor import cadence as cadence_module
 from stiefel.measure.monitor import display
-from stiefel.measure.monitor import monitor as monitor_module
-from stiefel.measure.monitor.cadence import SHARE, Budget, Opening
+from stiefel.measure.monitor import gauge as gauge_module
+from stiefel.measure.monitor.cadence import MOST_WAITING, REFRESH, SHARE, Cadence, Due, Opening, TimeShare
 from stiefel.measure.monitor.display import LiveLine
-from stiefel.measure.monitor.history import History, Thinned
+from stiefel.measure.monitor.gauge import Gauge
+from stiefel.measure.monitor.history import EvenSample, History, Transfer
+from stiefel.measure.monitor.rows import FLUSH, Durations, Rows
 from stiefel.measure.monitor.sinks import JsonLines, Table, flat
 
 Monitor = stiefel.Monitor
@@ -60,6 +63,12 @@ def wait(seconds: float) -> None:
     end = time.perf_counter() + seconds
     while time.perf_counter() < end:
         pass
+
+
+def spend_all(monitor: stiefel.Monitor) -> None:
+    """Leave no time for measuring or writing."""
+    cadence = monitor._cadence
+    cadence.opening, cadence.writing.spent, cadence.measuring.spent = None, 1e9, 1e9
 
 
 def read(path: Path) -> list[dict[str, Any]]:
@@ -168,19 +177,105 @@ def test_nothing_constrained_is_recorded_as_well() -> None:
 
 
 @pytest.mark.parametrize("step", [1e-4, 1e-3, 0.1])
-def test_a_budget_is_never_overspent_after_its_first(step: float) -> None:
+def test_a_share_is_never_overspent_after_its_first(step: float) -> None:
     """Against a clock that is only counted: what is allowed fits, and half of what fits is used."""
-    budget, trained, taken, cost = Budget(0.005), 0.0, 0, 2e-3
-    budget.spend(cost)
+    share, trained, taken, cost = TimeShare(0.005), 0.0, 0, 2e-3
+    share.spend(cost)
     for n in range(200_000):
         trained += step
-        if budget.allows(trained):
-            budget.spend(cost * (1 + 0.5 * math.sin(n)))
+        if share.allows(trained):
+            share.spend(cost * (1 + 0.5 * math.sin(n)))
             taken += 1
-            assert budget.spent <= 1.5 * cost + 0.005 * trained
+            assert share.spent <= 1.5 * cost + 0.005 * trained
         if trained > 100:
             break
     assert taken >= 0.5 * min(0.005 * trained / cost, trained / step)
+
+
+def cadence_of(
+    seconds: float, *, step: float, measurement: float, writing: float = 0.0, every: int | None = None
+) -> tuple[Cadence, dict[int, Due]]:
+    """A cadence after so much training of steps that all log a loss, and what was due at each step."""
+    cadence, found = Cadence(every, 0, by_clock=False), {}
+    for n in range(1, round(seconds / step) + 1):
+        cadence.trained += step
+        found[n] = Due.NOTHING
+        if cadence.idle(n, cadence.trained, {"loss": 0.0}.keys()):
+            cadence.idled(n, 0.0)
+            continue
+        found[n] = due = cadence.due(n, ["loss"], looked=False, ahead=False)
+        if due is Due.MEASURED:
+            cadence.measured(n)
+        if due is not Due.NOTHING:
+            cadence.spend(due, measurement if due is Due.MEASURED else writing)
+        cadence.plan(n, cadence.trained)
+    return cadence, found
+
+
+@pytest.mark.parametrize("step", [1e-3, 7e-3, 0.04])
+@pytest.mark.parametrize("measurement", [1e-5, 0.1])
+def test_a_cadence_is_dense_in_the_first_second_and_keeps_its_share_afterwards(step: float, measurement: float) -> None:
+    cadence, found = cadence_of(41, step=step, measurement=measurement, writing=1e-4)
+    measured = [n for n, due in found.items() if due is Due.MEASURED]
+    first = [n for n in measured if n * step < 1]
+    assert cadence.opening is None
+    assert measured[0] == 1
+    assert min(20, int(0.9 / step)) <= len(first)
+    if measurement == 0.1:  # what costs next to nothing may be denser, and all along
+        assert len(first) <= 50
+        assert sum(n * step < 0.5 for n in first) > len(first) / 2
+        assert cadence.overhead > 0.04
+    later, each = len(measured) - len(first), 0.5 * SHARE / measurement  # affordable in a second
+    assert 0.5 * min(40 * each, 40 / step) <= later + 1 <= 40 * each + 2
+    assert cadence.later_overhead is not None
+    assert cadence.later_overhead <= SHARE + measurement / 40
+    assert cadence.overhead == pytest.approx(cadence.spent / cadence.trained)
+
+
+def test_a_cadence_with_every_is_due_at_its_multiples_whatever_that_costs() -> None:
+    cadence, found = cadence_of(3, step=0.01, measurement=1e6, every=7)
+    assert [n for n, due in found.items() if due is not Due.NOTHING] == [1, *range(7, 301, 7)]
+    assert set(found.values()) == {Due.NOTHING, Due.MEASURED}
+    assert cadence.later_overhead is None
+    names = {"loss": 0.0}.keys()
+    cadence.plan(301, 0.0)
+    assert [cadence.idle(n, 0.0, names) for n in (302, 307, 308)] == [True, True, False]
+    assert not cadence.idle(302, 0.0, {"loss": 0.0, "accuracy": 0.0}.keys())
+    assert cadence.due(302, ["loss", "accuracy"], looked=False, ahead=False) is Due.NEW
+    assert cadence.due(303, ["loss", "accuracy"], looked=False, ahead=False) is Due.NOTHING
+    assert cadence.due(304, ["loss"], looked=True, ahead=True) is Due.MEASURED
+    assert cadence.due(305, ["accuracy"], looked=False, ahead=False) is Due.NEW  # 304 did not have it
+    assert cadence.looks(307)
+    assert not cadence.looks(308)
+
+
+def test_a_cadence_looks_at_no_two_steps_in_a_row_and_measures_no_others() -> None:
+    cadence = Cadence(None, 0, by_clock=False)
+    assert cadence.looks(0)
+    assert cadence.due(1, [], looked=True, ahead=True) is Due.MEASURED
+    cadence.measured(1)
+    cadence.trained = 0.5  # another is due since long
+    assert cadence.measures(2)
+    assert not cadence.looks(1)
+    assert cadence.due(2, [], looked=False, ahead=True) is Due.ROW
+    assert cadence.looks(2)
+    cadence.looked(0.5, usual=0.2)
+    assert (cadence.trained, cadence.measuring.spent) == (0.7, 0.3)
+
+
+def test_a_cadence_is_due_by_the_clock_where_something_may_come_by_it() -> None:
+    names = {"loss": 0.0}.keys()
+    for by_clock in (False, True):
+        cadence = Cadence(10**6, 0, by_clock=by_clock)
+        cadence.due(1, names, looked=False, ahead=False)
+        cadence.plan(1, 5.0)
+        assert cadence.idle(2, 5.0 + 0.9 * REFRESH, names)
+        assert cadence.idle(2, 5.0 + 1.1 * REFRESH, names) is not by_clock
+        assert cadence.idle(MOST_WAITING, 5.0, names)
+        assert not cadence.idle(MOST_WAITING + 1, 5.0, names)
+    assert [cadence.sends(n) for n in (MOST_WAITING - 1, MOST_WAITING)] == [False, True]
+    cadence.shown = 5.0
+    assert [cadence.shows(5.0 + x * REFRESH) for x in (0.9, 1.1)] == [False, True]
 
 
 def on_a_fake_clock(
@@ -194,7 +289,7 @@ def on_a_fake_clock(
         now[0] += measurement
         return dict.fromkeys(("0.weight", "2.weight"), 1e-7)
 
-    monkeypatch.setattr(monitor_module, "errors", errors)
+    monkeypatch.setattr(gauge_module, "errors", errors)
     model = network()  # kept alive so long
     monitor = Monitor(model, live=False, **options)
     for n in range(round(until / step)):
@@ -257,7 +352,7 @@ def test_every_step_is_measured_where_it_is_asked_for_and_the_last_one_always() 
 def test_a_name_that_comes_rarely_is_never_left_out() -> None:
     model = network()
     monitor = Monitor(model)
-    monitor._opening, monitor._writing.spent = None, 1e9  # nothing more may be written
+    monitor._cadence.opening, monitor._cadence.writing.spent = None, 1e9  # nothing more may be written
     for n in range(1, 41):
         with monitor:
             pass
@@ -280,22 +375,22 @@ def test_the_overhead_at_the_default_cadence_is_within_one_percent(method: str, 
         monitor = Monitor(model, sinks=[tmp_path / "log.jsonl"], live=False)
         for _ in range(5):
             step()
-        while monitor._trained < 4:
+        while monitor._cadence.trained < 4:
             with monitor:
                 loss = step()
             monitor.log(loss=loss)
-        rest = monitor._later_overhead
+        rest = monitor._cadence.later_overhead
         monitor.close()
     finally:
         torch.set_num_threads(threads)
     assert rest is not None
-    print(f"{method}: overhead {100 * rest:.2f} % of {monitor._trained:.1f} s, {len(monitor.rows)} rows")
+    print(f"{method}: overhead {100 * rest:.2f} % of {monitor._cadence.trained:.1f} s, {len(monitor.rows)} rows")
     assert rest <= 0.01
     assert monitor.step > 10
 
 
 def test_memory_is_bounded() -> None:
-    kept = Thinned(100)
+    kept = EvenSample(100)
     for n in range(100_000):
         kept.add(n)
     assert 50 <= len(kept.entries) <= 100
@@ -307,9 +402,9 @@ def test_memory_is_bounded() -> None:
         with monitor:
             pass
         monitor.log(loss=1.0)
-    assert len(monitor._durations.entries) <= 5_000
+    assert len(monitor._rows.durations.entries) <= 5_000
     assert len(monitor._clock._cpu) <= 1_000
-    assert len(monitor._told) <= 1_001
+    assert len(monitor._rows.durations._recent) <= 1_001
 
 
 # --- every number ---
@@ -341,7 +436,7 @@ def test_the_readmes_example_is_seen_to_move(tmp_path: Path, monkeypatch: pytest
 def test_every_number_is_kept_however_few_rows_are_written(every: int | None) -> None:
     model = network("pogo")
     monitor = Monitor(model, every=every)
-    monitor._opening, monitor._writing.spent, monitor._measuring.spent = None, 1e9, 1e9
+    spend_all(monitor)
     expected: dict[str, list[tuple[int, float]]] = {"loss": [], "rate": [], "accuracy": []}
     value = torch.zeros((), requires_grad=True)
     for n in range(1, 3001):
@@ -377,7 +472,7 @@ def test_the_last_row_has_the_last_numbers_and_the_summary_speaks_of_all_steps(t
     model = network(SHORTENING[0])
     optimizer = stiefel.optimizer(model, torch.optim.SGD, lr=1e6)
     monitor = Monitor(model, sinks=[tmp_path / "log.jsonl"])
-    monitor._opening, monitor._writing.spent, monitor._measuring.spent = None, 1e9, 1e9
+    spend_all(monitor)
     for n in range(1, 31):
         for p in model.parameters():
             p.grad = torch.ones_like(p)
@@ -392,6 +487,139 @@ def test_the_last_row_has_the_last_numbers_and_the_summary_speaks_of_all_steps(t
         assert weight["last"] == rows[name].relative <= weight["worst"]
     monitor.close()
     assert [(row["step"], row["loss"]) for row in read(tmp_path / "log.jsonl")] == [(1, 1), (30, 30)]
+
+
+# --- rows ---
+
+
+class Log:
+    """A sink that notes what is done to it."""
+
+    def __init__(self) -> None:
+        self.done: list[Any] = []
+
+    def write(self, row: dict[str, Any]) -> None:
+        self.done.append(row["step"])
+
+    def flush(self) -> None:
+        self.done.append("flush")
+
+    def close(self) -> None:
+        self.done.append("close")
+
+
+class Late(Transfer):
+    """A number that arrives when it is told to."""
+
+    def __init__(self, name: str, step: int, number: float) -> None:
+        self.entries, self.number, self.here = [(name, step)], number, False
+
+    @property
+    def arrived(self) -> bool:
+        return self.here
+
+    def numbers(self) -> list[Any]:
+        return [self.number]
+
+
+def add(rows: Rows, step: int, *, marked: bool = False, transfers: list[Transfer] | None = None) -> None:
+    pending = rows.begin({"step": step, "seconds": None}, ["loss"], marked=marked)
+    pending.transfers += transfers or []
+    rows.add(pending)
+
+
+def test_rows_are_delivered_in_their_order_once_their_numbers_and_durations_are_here() -> None:
+    log = Log()
+    rows = Rows([log], step=0)
+    late = [Late("loss", n, n / 2) for n in (1, 2)]
+    for n in (1, 2):
+        add(rows, n, marked=n == 2, transfers=[late[n - 1]])
+    rows.history.add(3, {"loss": 1.5})
+    add(rows, 3)
+    late[1].here = True
+    for seconds in (0.1, 0.2):
+        assert rows.durations.add(seconds)
+    rows.deliver(3, timed=True)
+    assert (log.done, rows.kept, rows.latest) == ([], [], {})  # the first waits for its number, the others for it
+    late[0].here = True
+    rows.deliver(3, timed=True)
+    assert [step for step in log.done if step != "flush"] == [1, 2]  # the third waits for its duration
+    rows.durations.add(0.3)
+    rows.deliver(3, timed=True)
+    assert rows.kept == [{"step": n, "seconds": n / 10, "loss": n / 2} for n in (1, 2, 3)]
+    assert rows.latest is rows.kept[-1]
+    add(rows, 4, transfers=[Late("loss", 4, 2.0)])
+    rows.deliver(4, timed=False)
+    assert len(rows.kept) == 3
+    rows.deliver(4, timed=False, wait=True)
+    assert rows.kept[-1] == {"step": 4, "seconds": None, "loss": 2.0}
+    rows.close()
+    assert log.done[-1] == "close"
+
+
+def test_rows_are_thinned_evenly_marked_ones_and_others_apart() -> None:
+    seen: list[int] = []
+    log = Log()
+    log.write = lambda row: seen.append(row["step"])
+    rows = Rows([log], step=0, limit=10)
+    for n in range(1, 1001):
+        add(rows, n, marked=n % 100 == 0)
+        rows.deliver(n, timed=False)
+    kept = [row["step"] for row in rows.kept]
+    assert seen == list(range(1, 1001))
+    assert kept == sorted(kept)
+    assert [n for n in kept if n % 100 == 0] == list(range(100, 1001, 100))
+    others = [n for n in kept if n % 100]
+    assert 5 <= len(others) <= 10
+    assert others[0] == 1
+    gaps = [b - a for a, b in pairwise(others)]
+    assert max(gaps) - min(gaps) <= 1  # those that are marked lie between
+
+
+def test_rows_are_flushed_every_second_and_marked_ones_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [10.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    log = Log()
+    rows = Rows([log], step=0)
+    for n, marked, later in ((1, False, 0.0), (2, False, 0.6 * FLUSH), (3, False, 0.6 * FLUSH), (4, True, 0.0)):
+        now[0] += later
+        add(rows, n, marked=marked)
+        rows.deliver(n, timed=False)
+    assert log.done == [1, "flush", 2, 3, "flush", 4, "flush"]
+
+
+def test_durations_leave_out_steps_that_were_looked_at() -> None:
+    durations = Durations(5)
+    assert durations.usual is None
+    durations.looked.add(7)
+    assert [durations.add(seconds) for seconds in (1.0, 9.0, 2.0, 3.0)] == [True, False, True, True]
+    assert durations.entries == [(6, 1.0), (8, 2.0), (9, 3.0)]
+    assert (durations.told, durations.usual, durations.looked) == (9, 2.0, set())
+    assert [durations.of(step) for step in (6, 7, 9)] == [1.0, None, 3.0]
+    durations.forget(9)
+    assert [durations.of(step) for step in (6, 7, 9)] == [None, None, 3.0]
+
+
+# --- the gauge ---
+
+
+def test_a_gauge_keeps_the_worst_and_counts_energy_from_row_to_row() -> None:
+    model = network("unconstrained")
+    gauge = Gauge(model, torch.device("cpu"), energy=False)
+    assert (gauge.worst, gauge.weights) == (None, {})
+    rows: list[dict[str, Any]] = []
+    for joules, scale in ((3.0, 2.0), (10.0, 0.5)):
+        gauge._meter = type("Meter", (), {"joules": lambda self, now=joules: now, "reason": None})()
+        with torch.no_grad():
+            model[0].weight.mul_(scale)
+        rows.append({})
+        gauge.measure(rows[-1], None)
+    assert [row["gpu_energy_joules"] for row in rows] == [3.0, 7.0]
+    assert gauge.costs()["gpu_energy_joules"] == 10.0
+    last, worst = gauge.weights["0.weight"]["last"], gauge.weights["0.weight"]["worst"]
+    assert rows[0]["orthogonality"]["0.weight"] == worst > last == rows[1]["orthogonality"]["0.weight"]
+    assert gauge.weights["0.weight"]["measured"] == 2
+    assert gauge.worst == max(rows[1]["orthogonality"].values()) == rows[1]["worst"]
 
 
 # --- sinks ---
@@ -552,7 +780,7 @@ def test_what_can_be_logged() -> None:
     with pytest.raises(OptionError, match="loss="):
         monitor.log(loss="no step")
     assert monitor.step == 0
-    monitor._opening, monitor._writing.spent, monitor._measuring.spent = None, 1e9, 1e9
+    spend_all(monitor)
     for loss in (1.0, 2.0, torch.ones(2)):  # also where no row is due
         with monitor:
             pass
@@ -685,8 +913,8 @@ def test_on_a_gpu_a_row_waits_for_the_device_and_the_loop_does_not(monkeypatch: 
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
     synchronized = []
     monkeypatch.setattr(torch.cuda, "synchronize", synchronized.append)
-    monkeypatch.setattr(monitor_module, "peak_allocated_bytes", lambda device: 7)
-    monkeypatch.setattr(monitor_module, "peak_reserved_bytes", lambda device: 8)
+    monkeypatch.setattr(gauge_module, "peak_allocated_bytes", lambda device: 7)
+    monkeypatch.setattr(gauge_module, "peak_reserved_bytes", lambda device: 8)
     model = network()
     monitor = Monitor(model, every=1, device="cuda:0", energy=False)
     for n in range(3):
@@ -725,11 +953,11 @@ def test_numbers_on_a_gpu_are_all_kept_and_none_is_waited_for(monkeypatch: pytes
     monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
-    monkeypatch.setattr(monitor_module, "peak_allocated_bytes", lambda device: 7)
-    monkeypatch.setattr(monitor_module, "peak_reserved_bytes", lambda device: 8)
+    monkeypatch.setattr(gauge_module, "peak_allocated_bytes", lambda device: 7)
+    monkeypatch.setattr(gauge_module, "peak_reserved_bytes", lambda device: 8)
     empty = torch.empty
     monkeypatch.setattr(torch, "empty", lambda *args, pin_memory=False, **kwargs: empty(*args, **kwargs))
-    monkeypatch.setattr(monitor_module, "MOST_WAITING", 50)
+    monkeypatch.setattr(cadence_module, "MOST_WAITING", 50)
     model = network()
     monitor = Monitor(model, every=400, device="cuda:0", energy=False)
     running, count = torch.zeros(()), torch.zeros(1, dtype=torch.int64)
@@ -738,7 +966,7 @@ def test_numbers_on_a_gpu_are_all_kept_and_none_is_waited_for(monkeypatch: pytes
             running += 0.5
             count += 2
         monitor.log(loss=running.as_subclass(Far), count=count.as_subclass(Far), rate=0.1)
-        assert monitor._history.waiting <= 2 * 50 + 2
+        assert monitor._rows.history.waiting <= 2 * 50 + 2
     assert monitor.rows == []
     FakeEvent.reached = FakeEvent.made
     assert monitor.history == {

@@ -17,7 +17,7 @@ from stiefel.errors import OptionError
 from stiefel.measure.monitor.display import RESERVED
 
 
-class Thinned:
+class EvenSample:
     """At most ``limit`` entries of a sequence of any length, evenly spread: once full, every other one is dropped."""
 
     def __init__(self, limit: int) -> None:
@@ -34,7 +34,7 @@ class Thinned:
 
 
 class Series:
-    """Numbers with their steps, 16 bytes each, thinned as :class:`Thinned` does, and the newest of them as it came."""
+    """Numbers with their steps, 16 bytes each, thinned as by :class:`EvenSample`, and the newest as it came."""
 
     def __init__(self, limit: int) -> None:
         self.limit, self.stride, self.seen = limit, 1, 0

@@ -15,8 +15,8 @@ The paper's methods are `riemannian:metric=euclidean,retraction=qr` (EI+QR), `ri
 from dataclasses import dataclass
 from typing import ClassVar
 
+import parts.as_released  # noqa: F401  registers its methods
 import torch
-from parts import as_released  # noqa: F401  registers its methods
 from torch import nn
 
 from stiefel.compare import Data, Problem, datasets, where

@@ -16,5 +16,5 @@ def _catalogue() -> Iterator[None]:
     yield
     for name in catalogue.keys() - before.keys():
         module = catalogue.pop(name).__module__
-        if module == "as_released":
+        if module == "parts.as_released":
             sys.modules.pop(module, None)  # so that the next problem that imports it registers them again

@@ -329,11 +329,12 @@ def test_new_problem_never_writes_over_a_file(tmp_path, capsys):
 
 
 def test_the_digest_covers_what_is_imported_from_beside_the_file(tmp_path):
-    problem, net, part = tmp_path / "p.py", tmp_path / "p_net.py", tmp_path / "p_part.py"
+    problem, net, part = tmp_path / "p.py", tmp_path / "p_net.py", tmp_path / "p_parts" / "width.py"
+    part.parent.mkdir()
     assert cli.main(["new-problem", str(problem)]) == 0
     alone = load_problem(problem).digest()
     problem.write_text("import p_net\n" + problem.read_text())
-    net.write_text("from p_part import width  # this one\nimport p_net, torch\n")
+    net.write_text("from p_parts.width import width  # this one\nimport p_net, torch\n")
     part.write_text("width = 3\n")
     try:
         first = load_problem(problem).digest()
@@ -343,5 +344,5 @@ def test_the_digest_covers_what_is_imported_from_beside_the_file(tmp_path):
         assert load_problem(problem).digest() != first
     finally:
         sys.path.remove(str(tmp_path))
-        for name in ("p_net", "p_part"):
+        for name in ("p_net", "p_parts", "p_parts.width"):
             sys.modules.pop(name, None)

@@ -27,7 +27,7 @@ import stiefel
 from stiefel.attach.weights import constrained_weights
 from stiefel.errors import OptionError
 from stiefel.measure.monitor import cadence as cadence_module
-from stiefel.measure.monitor import display
+from stiefel.measure.monitor import display, history
 from stiefel.measure.monitor import gauge as gauge_module
 from stiefel.measure.monitor.cadence import MOST_WAITING, REFRESH, SHARE, Cadence, Due, Opening, TimeShare
 from stiefel.measure.monitor.display import LiveLine
@@ -408,6 +408,42 @@ def test_memory_is_bounded() -> None:
 
 
 # --- every number ---
+
+
+def test_a_number_logged_before_the_first_step_delays_no_row():
+    monitor = Monitor(network("own"), every=1)
+    monitor.log(validation=0.5)
+    for _ in range(3):
+        with monitor:
+            time.sleep(1e-3)
+        monitor.log(loss=1.0)
+    monitor.close()
+    assert [row["step"] for row in monitor.rows] == [1, 2, 3, 4]
+    first, *others = monitor.rows
+    assert first["seconds"] is None
+    assert all(row["seconds"] >= 1e-3 for row in others)
+
+
+def test_a_name_that_is_logged_from_a_device_and_from_the_host_has_both_numbers(monkeypatch):
+    """The host's number, of a later step, is there first."""
+
+    class Slow(Transfer):
+        def __init__(self, entries):
+            self.entries = [(name, step) for name, step, _ in entries]
+            self.values = [float(value) for *_, value in entries]
+
+        arrived = False
+
+        def numbers(self):
+            return self.values
+
+    monkeypatch.setattr(history, "Transfer", Slow)
+    rows = Rows([], 0)
+    rows.history.add(1, {"loss": torch.tensor(0.5)})
+    rows.add(rows.begin({"step": 1}, ["loss"], marked=True))
+    rows.history.add(2, {"loss": 0.25})
+    rows.deliver(2, timed=False, wait=True)
+    assert [row["loss"] for row in rows.kept] == [0.5]
 
 
 def test_the_readmes_example_is_seen_to_move(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -158,11 +158,15 @@ class History:
         self._waiting = []
         return [Transfer(entries) for entries in kinds.values()]
 
-    def receive(self, transfers: Iterable[Transfer]) -> None:
-        """Keep numbers that have arrived."""
+    def receive(self, transfers: Iterable[Transfer], step: int | None) -> dict[str, Any]:
+        """Keep numbers that have arrived; returns those of one step, by name."""
+        found = {}
         for transfer in transfers:
-            for (name, step), number in zip(transfer.entries, transfer.numbers(), strict=True):
-                self._series[name].add(step, number)
+            for (name, at), number in zip(transfer.entries, transfer.numbers(), strict=True):
+                self._series[name].add(at, number)
+                if at == step:
+                    found[name] = number
+        return found
 
     def series(self) -> dict[str, list[tuple[int, float]]]:
         """By name, the steps and numbers that are here, in the order of steps."""

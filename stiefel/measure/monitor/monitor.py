@@ -106,6 +106,8 @@ class Monitor:
         if self.signal and self._cadence.looks(self.step) and (model := self._gauge.model) is not None:
             self._probe = Probe(model)
             self._probe.__enter__()
+        if not self._used:  # what was logged before the first is a step that nobody timed
+            self._rows.durations.told = self.step
         self._inside = self._used = True
         self._cadence.writing.spent += time.perf_counter() - start
         self._clock.__enter__()

@@ -6,6 +6,7 @@ import time
 from collections import deque
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 from stiefel.measure.monitor.history import EvenSample, History, Transfer
 from stiefel.measure.monitor.sinks import Row, Sink
@@ -111,15 +112,16 @@ class Rows:
             if not arrived or (pending.row and timed and self.durations.told < pending.row["step"]):
                 return
             self._pending.popleft()
-            self.history.receive(pending.transfers)
+            numbers = self.history.receive(pending.transfers, pending.row.get("step"))
             if pending.row:
-                self._complete(pending)
+                self._complete(pending, numbers)
         self.durations.forget(step)
 
-    def _complete(self, pending: Pending) -> None:
+    def _complete(self, pending: Pending, numbers: dict[str, Any]) -> None:
         row = self.latest = pending.row
         row["seconds"] = self.durations.of(row["step"])
-        row |= self.history.numbers(row["step"], pending.names)
+        # A name's newest number may be of a later step, logged from the host while this one was on its way.
+        row |= self.history.numbers(row["step"], pending.names) | {n: numbers[n] for n in pending.names if n in numbers}
         kind = self._marked if pending.marked else self._plain
         kind.add((self._plain.seen + self._marked.seen, row))
         for sink in self._sinks:

@@ -633,5 +633,5 @@ def test_an_interrupted_comparison_goes_on_where_it_stopped(toy):
     process.send_signal(signal.SIGINT)
     _, error = process.communicate(timeout=60)
     assert process.returncode == 130, error.decode()
-    assert b"stopped" in error
+    assert b"Interrupted" in error
     assert [r.spec.fields["fault"] for r in read_all([runs])[0]] == ["none"]  # the interrupted run has not failed

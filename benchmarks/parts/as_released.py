@@ -43,7 +43,7 @@ class QRProjection(StepMethod):
     summary = "QR factor after each step"
     reference = "Huang et al., AAAI 2018"
     claim = Claim()
-    faults = "its direction is no gradient's, and can ascend"
+    faults = "its step does not follow a gradient, and can go uphill"
     tangent: ClassVar[bool] = False
 
     def step(self, x: Tensor, displacement: Tensor, lr: float) -> Tensor:

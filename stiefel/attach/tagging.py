@@ -41,7 +41,9 @@ def retag(owner: nn.Module, args: Any = None) -> None:
     for tensor, binding in bindings_of(owner).items():
         found = ConstrainedWeight(binding.label, owner, tensor, binding)
         parameter = found.parameter
-        if isinstance(parameter, nn.Parameter) and not is_watched(parameter):  # a replica's (DataParallel) are none
+        if isinstance(parameter, nn.Parameter) and not is_watched(
+            parameter
+        ):  # DataParallel's replicas hold plain tensors
             tag_weight(found)
 
 

@@ -18,7 +18,7 @@ from stiefel.errors import OptionError, ProblemError, StiefelError, StorageError
 
 _USES = ("jinja2", "matplotlib", "pandas", "rich", "sklearn")
 _NEEDS = "stiefel compare needs the extra 'compare': pip install 'stiefel[compare]'"
-_KEPT = "stopped; the runs that had ended are kept, and the same command goes on with the rest"
+_KEPT = "Interrupted. Finished runs are kept; run the same command again to continue."
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -254,6 +254,6 @@ def _report(folders: list[Path], html: Path | None, only: set[str] | None = None
 
     report = Report.read(*folders, only=only)
     path = html or folders[0] / "report.html"
-    with writing(path.parent, "give another place with stiefel report DIR --html FILE"):
+    with writing(path.parent, "choose another place with stiefel report DIR --html FILE"):
         publish(report, html=path, figures=figures)
     return 1 if any(record.status in BROKEN for record in report.records) else 0

@@ -115,7 +115,7 @@ class Constraint(ABC):
 
     def require_one_of(self, option: str, known: Iterable[str]) -> None:
         """Raise :class:`OptionError` where an option's value is not among the names known."""
-        value, known = getattr(self, option), list(known)  # a list also compares with what has no hash
+        value, known = getattr(self, option), list(known)  # a list, because the value may be unhashable
         if value not in known:
             raise OptionError(f"{option}={value!r}: {nearest_names(str(value), known)}")
 

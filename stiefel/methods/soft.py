@@ -69,7 +69,7 @@ class Soft(Penalty):
             return squared_residual(x)
         if self.kind == "dso":
             return 2 * squared_residual(x) + (x.shape[-1] - x.shape[-2])
-        delta = gram_residual(x)  # what follows has a kink at 0, where rounding would pull an orthonormal weight about
+        delta = gram_residual(x)  # its norm has a kink at 0: without care, rounding would move an orthonormal weight
         delta = delta * (delta.abs() > ROUNDING * torch.finfo(x.dtype).eps)
         return delta.abs().amax(dim=(-2, -1)) if self.kind == "mc" else spectral_radius(delta)
 

@@ -121,7 +121,7 @@ def steps_seen() -> int:
 
 def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Any:
     global _steps_seen
-    _steps_seen += 1  # an optimizer's own hooks after its step run before the global one below
+    _steps_seen += 1  # now, not after: an optimizer's own post-step hooks run before our global one
     if getattr(optimizer, "stepping", False):
         return None  # the base step inside a lifted one
     closure = kwargs.get("closure", args[1] if len(args) > 1 else None)

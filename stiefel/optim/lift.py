@@ -48,7 +48,7 @@ class Lift(_Base):
     """
 
     base: type[torch.optim.Optimizer]
-    stepping = False  # true inside the base step, which carries the hooks a second time in subclasses of torch's
+    stepping = False  # true inside the base step, where torch may run the global hooks again
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:

@@ -198,7 +198,7 @@ class Regression(Problem):
 
     def _aligned(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         outputs, targets = model(batch[0]), batch[1]
-        if outputs.shape != targets.shape:  # (b, 1) less (b,) would be (b, b)
+        if outputs.shape != targets.shape:  # (b, 1) minus (b,) would broadcast to (b, b)
             raise ProblemError(
                 f"{type(self).__name__}: the model's outputs of shape {tuple(outputs.shape)} and targets of shape "
                 f"{tuple(targets.shape)} must have one shape"

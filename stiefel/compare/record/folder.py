@@ -25,7 +25,7 @@ NO_STORAGE = 74
 """What a run's process ends with where its folder cannot be written: EX_IOERR, which no crash of its own gives."""
 
 
-_REMEDY = "the same command goes on when there is space and permission, or give another folder with --out"
+_REMEDY = "free disk space or mend the permissions and run the same command again, or choose another folder with --out"
 
 
 @contextlib.contextmanager
@@ -37,7 +37,7 @@ def writing(folder: Path, remedy: str = _REMEDY) -> Iterator[None]:
         raise
     except OSError as error:
         raise StorageError(
-            f"{folder} cannot be written: {error.strerror or error}; what has finished is kept, and {remedy}"
+            f"{folder} cannot be written: {error.strerror or error}; what has finished is kept; {remedy}"
         ) from error
 
 

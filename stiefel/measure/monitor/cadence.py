@@ -22,7 +22,7 @@ MOST_WAITING = 1_000
 
 
 class TimeShare:
-    """Allows what keeps the time spent within a share of the training time."""
+    """Keeps overhead below a fixed share of the training time."""
 
     def __init__(self, share: float) -> None:
         self.share, self.start, self.before, self.spent, self.expected = share, 0.0, 0.0, 0.0, 0.0
@@ -193,7 +193,7 @@ class Cadence:
         (self.measuring if due is Due.MEASURED else self.writing).spend(seconds)
 
     def looked(self, seconds: float, usual: float) -> None:
-        """Account for a step that was looked at: what it took beyond the usual is what looking took."""
+        """Account for a step that was probed: its time minus the usual step time is the probe's cost."""
         self.measuring.spend(max(0.0, seconds - usual))
         self.trained += min(seconds, usual)
 

@@ -119,7 +119,7 @@ class Monitor:
         self._inside = False
         if self._probe is not None:
             self._probe.__exit__()
-        if kind is not None:  # a step that failed is none
+        if kind is not None:  # a failed step does not count
             self._clock.discard()
             self._probe, self._kept = None, {}
             return

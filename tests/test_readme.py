@@ -1,4 +1,4 @@
-"""The README says what is: its snippets run word for word, its generated parts are current.
+"""The documents say what is: their snippets and commands run word for word, their generated parts are current.
 
 Run as a script, this file writes the generated parts.
 """
@@ -11,10 +11,14 @@ from pathlib import Path
 
 import pytest
 
+import stiefel
+from stiefel.compare import cli
 from stiefel.methods import table
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
+METHODS, TRAINING, COMPARISON = (ROOT / "docs" / f"{name}.md" for name in ("methods", "training", "comparison"))
+DOCUMENTS = [README, ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 RESULTS = ROOT / "docs" / "omdsm.csv"
 
 
@@ -36,33 +40,50 @@ def results() -> str:
     return head + "".join(lines)
 
 
-def current(text: str) -> str:
-    """The README with its generated parts as they should be."""
-    for mark, part in (("methods", table()), ("results", results())):
-        pattern = rf"(<!-- {mark} -->\n).*?(<!-- /{mark} -->)"
-        assert len(re.findall(pattern, text, flags=re.S)) == 1, f"the README has lost its mark {mark!r}"
-        text = re.sub(pattern, lambda m, part=part: m[1] + part + m[2], text, flags=re.S)
-    return text
+GENERATED = {METHODS: ("methods", table), COMPARISON: ("results", results)}
+"""Documents with a generated part: its mark, and what writes it."""
 
 
-def snippets() -> list[str]:
-    """The README's Python code blocks."""
-    return re.findall(r"```python\n(.*?)```", README.read_text(), flags=re.S)
+def current(document: Path) -> str:
+    """A document with its generated part as it should be."""
+    text = document.read_text()
+    mark, write = GENERATED[document]
+    pattern = rf"(<!-- {mark} -->\n).*?(<!-- /{mark} -->)"
+    assert len(re.findall(pattern, text, flags=re.S)) == 1, f"{document.name} has lost its mark {mark!r}"
+    return re.sub(pattern, lambda m: m[1] + write() + m[2], text, flags=re.S)
 
 
-def snippet(word: str) -> str:
-    """The one code block with this word in it."""
-    (found,) = (code for code in snippets() if word in code)
+def snippets(document: Path) -> list[str]:
+    """A document's Python code blocks."""
+    return re.findall(r"```python\n(.*?)```", document.read_text(), flags=re.S)
+
+
+def snippet(document: Path, word: str) -> str:
+    """Its one code block with this word in it."""
+    (found,) = (code for code in snippets(document) if word in code)
     return found
 
 
-def test_generated_parts_are_current():
-    assert README.read_text() == current(README.read_text()), "run `make docs`"
+def first_methods() -> list[list[str]]:
+    """The cells of the README's table of methods."""
+    lines = re.findall(r"^\| (`\w+` \|.*) \|$", README.read_text(), flags=re.M)
+    return [[cell.strip(" `") for cell in line.split("|")] for line in lines]
 
 
-@pytest.mark.parametrize("method", ["own", "riemannian", "pogo", "soft"])
+@pytest.mark.parametrize("document", GENERATED, ids=lambda path: path.name)
+def test_generated_parts_are_current(document):
+    assert document.read_text() == current(document), "run `make docs`"
+
+
+def test_every_snippet_is_run_below():
+    counts = {path.name: len(snippets(path)) for path in DOCUMENTS}
+    run = {"README.md": 1, "CONTRIBUTING.md": 1, "training.md": 1, "comparison.md": 2}
+    assert {name: count for name, count in counts.items() if count} == run
+
+
+@pytest.mark.parametrize("method", [cells[0] for cells in first_methods()])
 def test_first_snippet_runs_word_for_word(method):
-    code = snippets()[0]
+    (code,) = snippets(README)
     assert code.count('"own"') == 1
     code = code.replace('"own"', f'"{method}"')
     done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=False)
@@ -71,8 +92,15 @@ def test_first_snippet_runs_word_for_word(method):
     assert "worst" in done.stdout
 
 
+def test_the_first_methods_are_of_every_place_and_as_they_say():
+    known = [[name, place, on_the_set] for name, place, on_the_set, _ in first_methods()]
+    methods = [stiefel.get(name) for name, *_ in known]
+    assert known == [[m.name, m.place, "—" if m.claim is None else str(m.claim)] for m in methods]
+    assert {place for _, place, _ in known} == {"forward", "loss", "step"}
+
+
 def test_monitor_snippet_runs_word_for_word(tmp_path):
-    command = [sys.executable, "-W", "error", "-c", snippet("Monitor")]
+    command = [sys.executable, "-W", "error", "-c", snippet(TRAINING, "Monitor")]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "step time" in done.stdout
@@ -101,25 +129,69 @@ def compare(folder, source, *arguments):
 
 
 def test_problem_snippet_runs_word_for_word(tmp_path):
-    compare(tmp_path, snippet("make_data"), "--epochs", "4", "--methods", "own", "soft")
+    compare(tmp_path, snippet(COMPARISON, "make_data"), "--epochs", "4", "--methods", "own", "soft")
     assert (tmp_path / "runs" / "report.html").is_file()
+    command = [sys.executable, "-c", snippet(COMPARISON, "read_report")]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def commands() -> list[str]:
+    """Every comparison on ``my_problem.py`` that a document shows."""
+    texts = [README.read_text(), COMPARISON.read_text()]
+    found = [
+        line.strip()
+        for text in texts
+        for line in re.findall(r"^    stiefel compare (my_problem.py[^#\n]*)", text, re.M)
+    ]
+    return list(dict.fromkeys(found))
+
+
+def test_documented_comparisons_are_plans(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("my_problem.py").write_text(snippet(COMPARISON, "make_data"))
+    assert len(commands()) > 3
+    for command in commands():
+        assert cli.main(["compare", *command.split(), *(["--dry-run"] if "--dry-run" not in command else [])]) == 0
+        assert "tuning runs" in capsys.readouterr().out, command
 
 
 def test_the_template_of_a_method_works_from_a_file_of_ones_own(tmp_path):
     # Registered in the problem's file, a method is known to the driver and to every run's own process.
-    (template,) = re.findall(r"```python\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), flags=re.S)
+    (template,) = snippets(ROOT / "CONTRIBUTING.md")
     assert template.count('name = "nearest_point"') == 1
     source = template.replace('"nearest_point"', '"nearest_point_of_ones_own"')  # the name may be in the catalogue
-    compare(tmp_path, source + "\n\n" + snippet("make_data"), "--epochs", "2", "--methods", "nearest_point_of_ones_own")
+    compare(
+        tmp_path,
+        source + "\n\n" + snippet(COMPARISON, "make_data"),
+        "--epochs",
+        "2",
+        "--methods",
+        "nearest_point_of_ones_own",
+    )
     assert "nearest_point_of_ones_own" in (tmp_path / "runs" / "summary.csv").read_text()
 
 
 def test_documented_make_targets_exist():
     makefile = (ROOT / "Makefile").read_text()
-    targets = re.findall(r"(?:`|    )make (\w+)", README.read_text())
-    assert {"compare", "test"} <= set(targets)
+    targets = {name for path in DOCUMENTS for name in re.findall(r"(?:`|    )make (\w+)", path.read_text())}
+    assert {"compare", "test", "cost", "docs", "reproduce"} <= targets
     for target in targets:
         assert re.search(rf"^{target}:", makefile, flags=re.M), target
+
+
+def anchors(path: Path) -> set[str]:
+    """The places in a document that a link may name, as GitHub forms them of headings."""
+    headings = re.findall(r"^#+ (.*)$", re.sub(r"```.*?```", "", path.read_text(), flags=re.S), flags=re.M)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_links_lead_somewhere(path):
+    for target, anchor in re.findall(r"\]\(([^)#\s:]*)(?:#([^)]*))?\)", path.read_text()):
+        file = path.parent / target if target else path
+        assert file.exists(), target
+        assert not anchor or anchor in anchors(file), f"{target}#{anchor}"
 
 
 @pytest.mark.parametrize("name", ["Makefile", "README.md", "CONTRIBUTING.md"])
@@ -132,4 +204,5 @@ def test_editable_installs_are_told_in_the_way_that_type_checkers_see(name):
 
 
 if __name__ == "__main__":
-    README.write_text(current(README.read_text()))
+    for document in GENERATED:
+        document.write_text(current(document))

@@ -4,7 +4,7 @@
 # make test      set up .venv, run the tests
 # make fuzz      train random configurations (ARGS="--count 10000 --seed 7 --jobs 2")
 # make lint      formatting, lint, types
-# make docs      regenerate the README's tables, benchmarks/README.md, and the notebook's outputs
+# make docs      regenerate the tables in docs/, benchmarks/README.md, and the notebook's outputs
 
 PYTHON ?= python3
 BIN := .venv/bin

@@ -134,6 +134,41 @@ def test_no_rooms_form_a_circle() -> None:
     assert circles(MAY_IMPORT) == []
 
 
+def reached(start: str) -> set[str]:
+    """The rooms to which arrows lead from one."""
+    found: set[str] = set()
+    left = [start]
+    while left:
+        new = MAY_IMPORT[left.pop()] - found
+        found |= new
+        left += new
+    return found
+
+
+def test_the_picture_of_the_rooms_has_their_arrows() -> None:
+    text = (ROOT.parent / "docs" / "architecture.md").read_text(encoding="utf-8")
+    (picture,) = re.findall(r"```mermaid\n(.*?)```", text, flags=re.S)
+    names = dict(re.findall(r'(\w+)\["(.*?)"\]', picture))
+    plain = re.sub(r'\[".*?"\]', "", picture)
+    drawn = [(names.get(a, a), names.get(b, b)) for a, b in re.findall(r"(\w+) --> (\w+)", plain)]
+    faces = {"measure", "compare", "errors"}
+    wanted = {
+        (a, b)
+        for a, others in MAY_IMPORT.items()
+        for b in others
+        if a not in faces and not any(b in reached(other) for other in others)
+    }
+    assert sorted(drawn) == sorted(wanted)
+
+
+def test_the_files_that_the_architecture_names_are_there() -> None:
+    text = (ROOT.parent / "docs" / "architecture.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"`([\w/]+\.py)`", text))
+    assert len(named) > 20
+    known = [f"/{relative(f)}" for f in FILES] + ["/tests/test_architecture.py"]
+    assert [name for name in named if not any(file.endswith(f"/{name}") for file in known)] == []
+
+
 def test_no_modules_form_a_circle() -> None:
     arrows = {relative(f): {relative(file_of(n)) for n in imported(f) if n.split(".")[0] == "stiefel"} for f in FILES}
     del arrows[TEMPLATE]

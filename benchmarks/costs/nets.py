@@ -18,7 +18,7 @@ from stiefel.attach import constrained_weights
 
 CONTROL = "unconstrained"
 RECOMMENDED = ("own", "retraction", "projection", "riemannian", "oni", "bjorck", "pogo", "landing", "soft")
-"""Those that the README recommends for one use or another."""
+"""Those that docs/methods.md recommends for one use or another."""
 CLASSES = 10
 
 

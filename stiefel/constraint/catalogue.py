@@ -79,7 +79,7 @@ def control() -> str:
 
 
 def table() -> str:
-    """The catalogue as a Markdown table; the README's is this one."""
+    """The catalogue as a Markdown table; that of docs/methods.md is this one."""
     head = "| method | acts on | what it does | its own options (defaults) | on the set | (a, b) | source |\n"
     head += "|---" * 7 + "|\n"
     common = {f.name for f in fields(Constraint)}

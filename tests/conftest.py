@@ -4,6 +4,7 @@ import sys
 from collections.abc import Iterator
 
 import pytest
+from common import Projection, registered
 
 import stiefel
 
@@ -18,3 +19,8 @@ def _catalogue() -> Iterator[None]:
         module = catalogue.pop(name).__module__
         if module == "parts.as_released":
             sys.modules.pop(module, None)  # so that the next problem that imports it registers them again
+
+
+@pytest.fixture
+def projection() -> Iterator[str]:
+    yield from registered(Projection)

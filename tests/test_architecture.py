@@ -420,3 +420,11 @@ def test_a_tuning_space_has_options_of_the_method_and_values_that_it_takes(metho
         assert option in set(cls.__dataclass_fields__) - common
         assert len(set(values)) == len(values) > 1
         assert all(getattr(stiefel.get(method, **{option: value}), option) == value for value in values)
+
+
+# --- tests mirror the house ---
+
+
+def test_few_tests_stand_loose() -> None:
+    loose = [path.name for path in Path(__file__).parent.glob("test_*.py")]
+    assert len(loose) <= 4, loose

@@ -1,0 +1,119 @@
+"""The published comparisons: their commands are plans, their files give their README, a rerun is set beside them."""
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+from records import CPU, comparison
+
+from stiefel.compare import cli, read_report
+
+ROOT = Path(__file__).parents[2]
+sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "benchmarks" / "publish")]
+
+import published  # noqa: E402
+import tables  # noqa: E402
+
+LEVELS = {"own": (0.9, 1e-8), "soft": (0.95, 1e-2), "released": (0.7, 1e-8), "unconstrained": (0.97, 1.0)}
+
+
+@pytest.fixture
+def result(tmp_path, monkeypatch) -> tables.Result:
+    """Made-up records, collected."""
+    points = [{"depth": 4}, {"depth": 8}]
+    made_up = {"wrong": {"released": "made up"}, "environment": CPU | {"torch": "2"}}
+    comparison(tmp_path / "runs", LEVELS, fields=points, scales=(1.0, "relu"), **made_up)
+    monkeypatch.setattr(published, "HERE", tmp_path)
+    monkeypatch.setattr(published, "SHOWN", {"omdsm": ("sensitivity", "depth 8, scale √2")})
+    assert published.collect("omdsm", tmp_path / "runs") == 0
+    return tables.Result(tmp_path / "results" / "omdsm")
+
+
+@pytest.mark.parametrize("name", published.ARGUMENTS)
+def test_every_command_is_a_plan(name, monkeypatch, capsys, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "benchmarks").symlink_to(ROOT / "benchmarks")
+    assert cli.main([*published.command(name), "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    assert re.search(r"\d+ tuning runs \(\d+ learning rates", said)
+    assert f"runs/published/{name}" in said
+
+
+def test_the_readme_is_what_the_records_say():
+    assert (ROOT / "benchmarks" / "README.md").read_text() == published.readme(), "run `make docs`"
+
+
+def test_the_published_files_are_small_and_know_no_machine():
+    files = [file for file in (ROOT / "benchmarks" / "results").rglob("*") if file.is_file()]
+    assert sum(file.stat().st_size for file in files) < 10e6
+    for file in files:
+        if file.suffix in (".html", ".csv", ".md"):
+            assert not re.search(r"/(home|root|tmp|work)/", file.read_text()), file
+
+
+def test_collected_files_hold_what_the_report_says(result, tmp_path):
+    report = read_report(tmp_path / "runs")
+    files = {file.name for file in result.folder.iterdir()}
+    assert files == {
+        "report.html",
+        "summary.csv",
+        "runs.csv.gz",
+        "epochs.csv.gz",
+        "sensitivity.png",
+        "depth-8-scale-relu.png",
+    }
+    assert len(result.summary) == len(report.table())
+    assert len(result.runs) == len(report.runs())
+    row = report.table().set_index(["setting", "method"]).loc[("depth 8, scale √2", "own")]
+    assert result.score("own", "depth 8, scale √2") == pytest.approx(row["test_accuracy"], rel=1e-5)
+    assert result.settings == ["depth 4, scale 1", "depth 4, scale √2", "depth 8, scale 1", "depth 8, scale √2"]
+    assert result.methods == ["unconstrained", "soft", "own", "released"]
+    assert result.faulty == {"released"}
+    assert result.best("depth 4, scale 1") == "unconstrained"
+    assert result.best("depth 4, scale 1", result.constrained) == "soft"
+    assert result.worst("depth 4, scale 1", result.methods) == "released"
+    assert result.above("soft", "released", "depth 4, scale 1")
+    assert not result.above("released", "soft", "depth 4, scale 1")
+    assert result.ratio("soft") == pytest.approx(1.5, rel=1e-5)
+    protocol = result.protocol()
+    assert "64 tuning runs, 80 reported ones on fresh seeds and 8 cost runs" in protocol
+    assert "4 tuning runs each over rates from 0.01 to 10, 5 fresh seeds" in protocol
+
+
+def test_tables_keep_known_faults_apart(result):
+    right, released = (result.scores(result.where("scale 1"), faulty=faulty) for faulty in (False, True))
+    assert [line.split("|")[1].strip() for line in right.splitlines()] == [
+        "method",
+        "---",
+        "`unconstrained`",
+        "`soft`",
+        "`own`",
+    ]
+    assert "`released`" in released
+    assert len(released.splitlines()) == 3
+    assert "**" not in released
+    assert right.count("**") == 4  # one score of each of two settings
+
+
+def test_a_rerun_is_set_beside_what_is_published(result, tmp_path):
+    here = read_report(tmp_path / "runs").table()
+    same = published.beside(here, result.summary)
+    assert same.splitlines()[0].startswith("16 scores beside the published ones")
+    assert "≠ depth" not in same
+    moved = here.assign(test_accuracy=here.test_accuracy - 0.5, low=here.low - 0.5, high=here.high - 0.5)
+    assert published.beside(moved, result.summary).count("≠ depth") == 16
+
+
+def test_a_method_of_another_name_is_set_beside_itself(result, tmp_path):
+    here = read_report(tmp_path / "runs").table()
+    assert {"soft"} < set(here.method)
+    (old, new), *_ = published.RENAMED.items()
+    said = published.beside(here.replace({"method": {"soft": new}}), result.summary.replace({"method": {"soft": old}}))
+    assert said.startswith("16 scores beside")
+
+
+def test_a_sentence_must_not_outlive_its_numbers():
+    assert published.holds(True) == ""
+    with pytest.raises(AssertionError, match="what the records do not"):
+        published.holds(False)

@@ -1,0 +1,78 @@
+"""The command line, with runs in processes of their own."""
+
+import json
+
+import pytest
+from common import compare
+
+from stiefel.compare import cli, load_problem
+from stiefel.compare.plan.plan import Plan
+from stiefel.compare.plan.variants import parse_variants
+from stiefel.compare.record.folder import RunFolder
+
+
+def test_the_same_command_again_does_only_what_is_missing(toy):
+    arguments = ("--methods", "own", "soft", "--jobs", "2", "--scale", "1", "--seeds", "1")
+    assert compare(toy, *arguments) == 0
+    records = {path: path.stat().st_mtime_ns for path in toy.parent.glob("runs/*/run.json")}
+    assert len(records) == 2 * (1 + 1 + 1)  # tuning, final and cost for each method
+    lost = min(records)
+    lost.unlink()
+    (lost.parent / "metrics.jsonl").write_text('{"half a row')  # as a killed run leaves it
+    assert compare(toy, *arguments) == 0
+    again = {path: path.stat().st_mtime_ns for path in toy.parent.glob("runs/*/run.json")}
+    assert again.keys() == records.keys()
+    assert {path for path in again if again[path] != records[path]} == {lost}
+    assert all(json.loads(line) for line in (lost.parent / "metrics.jsonl").read_text().splitlines())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--methods", "ownn"], "did you mean 'own'"),
+        (["--device", "cuda"], "no CUDA device"),
+        (["--methods", "own:eps=7"], "eps=7"),
+    ],
+)
+def test_bad_arguments_are_one_line_on_stderr(toy, capsys, arguments, words):
+    assert cli.main(["compare", str(toy), *arguments, "--out", str(toy.parent / "runs")]) == 2
+    error = capsys.readouterr().err
+    assert words in error
+    assert len(error.strip().splitlines()) == 1
+    assert not (toy.parent / "runs").exists()
+
+
+def test_compare_on_a_file_without_a_problem(tmp_path, capsys):
+    (tmp_path / "empty.py").write_text("x = 1")
+    assert cli.main(["compare", str(tmp_path / "empty.py")]) == 2
+    assert "ProblemError" in capsys.readouterr().err
+
+
+def test_report_on_nothing(tmp_path, capsys):
+    assert cli.main(["report", str(tmp_path)]) == 2
+    assert "no finished run" in capsys.readouterr().err
+    assert cli.main(["report", str(tmp_path / "missing")]) == 2
+
+
+def test_dry_run_runs_nothing(toy, capsys):
+    out = toy.parent / "runs"
+    assert cli.main(["compare", str(toy), "--dry-run", "--methods", "own", "--out", str(out)]) == 0
+    said = capsys.readouterr().out
+    assert "20 tuning runs (7 learning rates, 10 trials each)" in said  # two scales
+    assert "no estimate yet" in said
+    assert not out.exists()
+
+
+def test_dry_run_estimates_from_what_has_ended(toy, capsys):
+    out = toy.parent / "runs"
+    arguments = ["compare", str(toy), "--methods", "own", "--out", str(out), "--lr", "0.1", "1", "--scale", "1"]
+    assert cli.main([*arguments, "--dry-run", "--jobs", "2"]) == 0
+    plan = Plan("toy", load_problem(toy).digest(), (load_problem(toy)().identity(),), parse_variants(["own"]), (1,),
+                (0.1, 1.0), seeds=5)  # fmt: skip
+    folder = RunFolder(out, plan.tuning()[0])
+    folder.start()
+    folder.finish({"status": "done", "reason": None, "summary": {"best_validation": 0.9}, "wall_seconds": 60.0}, {})
+    capsys.readouterr()
+    assert cli.main([*arguments, "--dry-run", "--jobs", "2", "--no-cost"]) == 0
+    said = capsys.readouterr().out  # (2 + 5) runs of a minute, two at a time, of which one has ended
+    assert "from nothing about 3 min 30 s, about 3 min 00 s of it left; judged by 1 training runs" in said

@@ -191,6 +191,7 @@ def _compare(args: argparse.Namespace, problem: Any) -> int:
         tuning_seeds=args.tuning_seeds,
         trials=args.trials or (None if args.lr else len(rates) + 3),
         device=args.device,
+        higher_is_better=next(iter(settings.values())).higher_is_better,
     )
     cores = available_cores()
     jobs = args.jobs or (max(1, torch.cuda.device_count()) if args.device == "cuda" else cores)

@@ -40,8 +40,6 @@ from stiefel.linalg import EXACT_DTYPES, nearest_orthonormal
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float
 
-    from stiefel.compat.geoopt import geoopt
-
 
 Decay = Literal["acts", "rescales", "moves"]
 
@@ -242,5 +240,5 @@ class ManifoldMethod(Constraint):
         return True
 
     @abstractmethod
-    def manifold(self, layout: Layout) -> geoopt.Manifold:
-        """The manifold of one weight, in the weight's own shape."""
+    def manifold(self, layout: Layout) -> Any:
+        """The ``geoopt.Manifold`` of one weight, in the weight's own shape."""

@@ -70,11 +70,6 @@ class Comparison:
     cost: bool = True
     extend: bool = False
 
-    @property
-    def higher_is_better(self) -> bool:
-        """Of the problem's metric."""
-        return next(iter(self.settings.values())).higher_is_better
-
     def check(self) -> None:
         """Fail before the first run where every run would."""
         from stiefel.compare.problem.check import check
@@ -111,14 +106,14 @@ class Comparison:
         if not pace.quality:
             return "no run of this problem has ended here, so there is no estimate yet: it appears with the first runs"
         valid = {k: r for k, r in records.items() if not (means.retry_failed and r.status in BROKEN)}
-        left = estimate.left(plan, valid, self.higher_is_better, cost=self.cost, extend=self.extend)
+        left = estimate.left(plan, valid, cost=self.cost, extend=self.extend)
         whole = pace.seconds(estimate.whole(plan, cost=self.cost), means.jobs)
         rest = f"about {duration(pace.seconds(left, means.jobs))} of it left" if left else "nothing of it left"
         return f"from nothing about {duration(whole)}, {rest}; judged by {pace.ended} training runs that have ended"
 
     def run(self) -> list[Record]:
         """Run what is missing, stage by stage; returns the records of all."""
-        plan, means, higher = self.plan, self.means, self.higher_is_better
+        plan, means = self.plan, self.means
         if plan.device == "cpu" and executors.engine(means.executor).here:
             start_server()
         start = time.monotonic()
@@ -142,14 +137,14 @@ class Comparison:
                     found += runner.run_all(batch, executor, advance, retry_failed=means.retry_failed)
                 return found
 
-            tuned = stage("tuning", plan.tuning())
-            while self.extend and (more := plan.extension(tuned, higher)):
+            tuned = plan.tuned(stage("tuning", plan.tuning()))
+            while self.extend and (more := plan.extension(tuned)):
                 tuned += stage("extend", more)
-            if more := plan.refinement(tuned, higher):
+            if more := plan.refinement(tuned):
                 tuned += stage("refine", more)
-            records = tuned + stage("final", plan.final(tuned, higher))
+            records = [*tuned.records, *stage("final", plan.final(tuned))]
             if self.cost:
-                records += stage("cost", plan.cost(tuned, higher), alone=True)
+                records += stage("cost", plan.cost(tuned), alone=True)
         print(f"finished in {elapsed(start)}")
         return records
 

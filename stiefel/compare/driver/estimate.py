@@ -109,15 +109,12 @@ def whole(plan: Plan, *, cost: bool) -> list[RunSpec]:
     return plan.tuning() + _trials(plan) + _final(plan, cost)
 
 
-def left(
-    plan: Plan, records: Mapping[str, Record], higher_is_better: bool, *, cost: bool, extend: bool
-) -> list[RunSpec]:
+def left(plan: Plan, records: Mapping[str, Record], *, cost: bool, extend: bool) -> list[RunSpec]:
     """The runs of a plan without a record: exactly those as far as tuning has decided, beyond that all that may come.
 
     Args:
         plan: what is run.
         records: what has ended, by hash.
-        higher_is_better: of the problem's metric.
         cost: whether the cost of a step is measured.
         extend: whether grids on whose edge a winner lies are continued.
     """
@@ -128,15 +125,15 @@ def left(
 
     ended: list[Record] = []
     lacking = missing(plan.tuning())
-    while not lacking and extend and (more := plan.extension(ended, higher_is_better)):
+    while not lacking and extend and (more := plan.extension(plan.tuned(ended))):
         lacking = missing(more)
     if lacking:
         return lacking + _trials(plan) + _final(plan, cost)
-    lacking = missing(plan.refinement(ended, higher_is_better))
+    lacking = missing(plan.refinement(plan.tuned(ended)))
     if lacking:
         return lacking + _final(plan, cost)
-    tuned = list(ended)
-    return missing(plan.final(tuned, higher_is_better) + (plan.cost(tuned, higher_is_better) if cost else []))
+    tuned = plan.tuned(ended)
+    return missing(plan.final(tuned) + (plan.cost(tuned) if cost else []))
 
 
 def _trials(plan: Plan) -> list[RunSpec]:

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from stiefel.compare.plan.variants import Variant, label_of
-from stiefel.compare.record.choice import Choice, cell_key, winners
+from stiefel.compare.record.choice import Choice, Tuned, cell_key
 from stiefel.compare.record.records import Record
 from stiefel.compare.record.spec import RunSpec
 from stiefel.constraint import get, is_number
@@ -43,6 +43,7 @@ class Plan:
         trials: tuning budget of each method in each setting: the grid, then what is left goes to its own knobs, one at
             a time at its best rate, and to rates between those of the grid. None is the grid alone.
         device, dtype: of every run.
+        higher_is_better: of the problem's metric.
     """
 
     problem: str
@@ -56,6 +57,7 @@ class Plan:
     trials: int | None = None
     device: str = "cpu"
     dtype: str = "float32"
+    higher_is_better: bool = True
 
     def __post_init__(self) -> None:
         for axis in ("settings", "variants", "scales", "rates"):
@@ -77,15 +79,18 @@ class Plan:
         """Every setting × scale × method × learning rate × tuning seed."""
         return [run for cell in self.cells() for lr in self.rates for run in self._seeded(Choice(lr).apply(cell))]
 
-    def extension(self, tuned: Iterable[Record], higher_is_better: bool) -> list[RunSpec]:
+    def tuned(self, records: Iterable[Record] = ()) -> Tuned:
+        """Tuning runs of this plan that have ended, with their winners."""
+        return Tuned(tuple(records), self.higher_is_better)
+
+    def extension(self, tuned: Tuned) -> list[RunSpec]:
         """One more rate beyond each edge of a setting's grid on which a winner lies; none beyond three decades.
 
         It is tried with every method of the setting, so that their budgets stay equal.
         """
-        tuned = list(tuned)
-        best = winners(tuned, higher_is_better)
+        best = tuned.winners
         tried: dict[tuple[Any, ...], set[float]] = defaultdict(set)
-        for record in tuned:
+        for record in tuned.records:
             tried[_setting_key(record.spec)].add(record.spec.lr)
         beyond: dict[tuple[Any, ...], set[float]] = defaultdict(set)
         for cell in self.cells():
@@ -103,12 +108,11 @@ class Plan:
             for run in self._seeded(Choice(lr).apply(cell))
         ]
 
-    def refinement(self, tuned: Iterable[Record], higher_is_better: bool) -> list[RunSpec]:
+    def refinement(self, tuned: Tuned) -> list[RunSpec]:
         """The rest of each method's trials, around its best rate; a method whose every run failed has no such rate."""
-        tuned = list(tuned)
-        best = winners(tuned, higher_is_better)
+        best = tuned.winners
         tried = defaultdict(set)
-        for record in tuned:
+        for record in tuned.records:
             tried[cell_key(record.spec)].add(record.spec.lr)
         left = (self.trials or len(self.rates)) - len(self.rates)
         return [
@@ -130,9 +134,9 @@ class Plan:
                 seen.add(lr)
                 yield Choice(lr)
 
-    def final(self, tuned: Iterable[Record], higher_is_better: bool) -> list[RunSpec]:
+    def final(self, tuned: Tuned) -> list[RunSpec]:
         """The winner of each cell again, with fresh seeds; a cell whose every tuning run failed has none."""
-        best = winners(tuned, higher_is_better)
+        best = tuned.winners
         return [
             best[cell_key(cell)].apply(cell, seed=FRESH + seed, phase="final")
             for cell in self.cells()
@@ -140,13 +144,13 @@ class Plan:
             for seed in range(self.seeds)
         ]
 
-    def cost(self, tuned: Iterable[Record], higher_is_better: bool) -> list[RunSpec]:
+    def cost(self, tuned: Tuned) -> list[RunSpec]:
         """One cost run for each setting and method: at the last scale, which costs nothing, and at the smallest rate.
 
         It has the winner's knobs, which may cost. A step costs the same at any rate; at a large one the timed steps,
         which go on beyond the training, may diverge.
         """
-        best, lowest = winners(tuned, higher_is_better), min(self.rates)
+        best, lowest = tuned.winners, min(self.rates)
         chosen = [(cell, best.get(cell_key(cell), Choice(lowest))) for cell in self.timed()]
         return [
             Choice(lowest, choice.knobs).apply(cell, seed=FRESH, phase="final", kind="cost") for cell, choice in chosen

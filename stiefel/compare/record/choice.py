@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from stiefel.compare.record.records import ENDED, Record
@@ -66,6 +67,28 @@ def winners(tuned: Iterable[Record], higher_is_better: bool) -> dict[tuple[Any, 
         if ranked:
             best[key] = max(ranked, key=lambda entry: entry[:-1])[-1]
     return best
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """Tuning runs that have ended, and the choice that wins each cell.
+
+    Args:
+        records: of the runs.
+        higher_is_better: of the validation metric.
+    """
+
+    records: tuple[Record, ...]
+    higher_is_better: bool = True
+
+    @cached_property
+    def winners(self) -> dict[tuple[Any, ...], Choice]:
+        """The choice of each cell, by :func:`cell_key`; of a cell whose every run failed there is none."""
+        return winners(self.records, self.higher_is_better)
+
+    def __add__(self, more: Iterable[Record]) -> Tuned:
+        """These and more."""
+        return replace(self, records=(*self.records, *more))
 
 
 def on_edge(lr: float, rates: Sequence[float]) -> bool:

@@ -1,4 +1,4 @@
-"""What the server that CPU runs are forked from imports once, so that a run does not. Imports ``worker`` and ``optim``.
+"""What the server that CPU runs are forked from imports once, so that a run does not. Imports ``worker``, ``compat``.
 
 It must not start threads, which do not survive a fork, nor touch CUDA.
 """
@@ -8,9 +8,8 @@ import torch
 
 import stiefel.compare.worker.cost
 import stiefel.compare.worker.main
-import stiefel.compare.worker.quality
-import stiefel.measure.cost.step
-import stiefel.optim.riemannian  # noqa: F401
+import stiefel.compare.worker.quality  # noqa: F401
+from stiefel.compat.geoopt import geoopt  # noqa: F401
 
 torch.set_num_threads(1)
 # Making any optimizer imports torch's compiler, which takes over a second.

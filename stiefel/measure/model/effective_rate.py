@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from stiefel.attach import ConstrainedWeight, constrained_weights, optimizer
-from stiefel.constraint import Reparameterization
 from stiefel.manifold.geometry import project_tangent
 from stiefel.measure.model.dependence import Loss, PlainCopy, Point, frozen_random_state
 
@@ -96,6 +95,6 @@ def _after(model: nn.Module, directions: list[Tensor | None], size: float) -> li
 
 def _fresh(weight: ConstrainedWeight) -> Tensor:
     """The weight computed now, also where torch caches parametrizations."""
-    if isinstance(weight.binding.constraint, Reparameterization):
+    if weight.parametrization is not None:
         return weight.owner.parametrizations[weight.tensor]()  # type: ignore[index, operator]
     return weight.parameter

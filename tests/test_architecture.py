@@ -49,7 +49,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "measure/model",
         "measure/cost",
         "attach",
-        "optim",
+        "compat",
         "constraint",
     },
     "compare/driver": {"compare/record", "compare/plan", "compare/problem", "compare/worker", "constraint"},

@@ -250,8 +250,8 @@ def _rarely_collected() -> Iterator[None]:
 def _report(folders: list[Path], html: Path | None, only: set[str] | None = None, figures: Path | None = None) -> int:
     from stiefel.compare.present.publish import publish
     from stiefel.compare.present.report import Report
-    from stiefel.compare.record.folder import writing
     from stiefel.compare.record.records import BROKEN
+    from stiefel.compare.record.run_folder import writing
 
     report = Report.read(*folders, only=only)
     path = html or folders[0] / "report.html"

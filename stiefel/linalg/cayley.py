@@ -39,7 +39,7 @@ def cayley_step(x: Float[Tensor, "*batch p n"], b: Float[Tensor, "*batch p n"]) 
     Args:
         x: the point, p ≤ n; orthonormal rows are kept orthonormal.
         b: the direction, of any length; what is longer than ``LONGEST`` counts as so long. For a tangent U take
-            ``B = U(I − ½XᵀX)``, which makes X A = U (:func:`stiefel.manifold.geometry.retract_cayley`).
+            ``B = U(I − ½XᵀX)``, which makes X A = U (:func:`stiefel.manifold.retractions.retract_cayley`).
 
     Returns:
         X⁺, the same shape and dtype.

@@ -16,9 +16,9 @@ from torch import Tensor
 from stiefel.compat.geoopt import geoopt
 from stiefel.layout import Layout
 from stiefel.linalg import full_precision, gram_residual, nearest_orthonormal
-from stiefel.manifold import geometry
+from stiefel.manifold import geometry, retractions
 
-_EXP = {"euclidean": geometry.exp_euclidean, "canonical": geometry.exp_canonical}
+_EXP = {"euclidean": retractions.exp_euclidean, "canonical": retractions.exp_canonical}
 _GRADIENT = {"euclidean": geometry.euclidean_gradient, "canonical": geometry.canonical_gradient}
 
 
@@ -32,7 +32,7 @@ class StiefelWeight(geoopt.Stiefel):
     Args:
         layout: how the weight is read.
         metric: ``"euclidean"`` or ``"canonical"``.
-        retraction: a function of the point and a tangent, on ``(b, p, n)``, such as :func:`geometry.retract_qr`.
+        retraction: a function of the point and a tangent, on ``(b, p, n)``, such as :func:`retractions.retract_qr`.
     """
 
     name = "StiefelWeight"
@@ -46,7 +46,7 @@ class StiefelWeight(geoopt.Stiefel):
         self,
         layout: Layout,
         metric: str = "euclidean",
-        retraction: Callable[[Tensor, Tensor], Tensor] = geometry.retract_qr,
+        retraction: Callable[[Tensor, Tensor], Tensor] = retractions.retract_qr,
     ) -> None:
         super().__init__()
         self.layout, self.metric, self.retraction = layout, metric, retraction

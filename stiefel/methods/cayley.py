@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from stiefel.constraint import Trivialization, register
-from stiefel.manifold.geometry import retract_cayley
+from stiefel.manifold.retractions import retract_cayley
 
 
 @register

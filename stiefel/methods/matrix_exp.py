@@ -8,7 +8,7 @@ from torch import Tensor
 
 from stiefel.constraint import Trivialization, register
 from stiefel.linalg import limited, newton_schulz
-from stiefel.manifold.geometry import LONGEST, exp_canonical
+from stiefel.manifold.retractions import LONGEST, exp_canonical
 
 
 @register

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from stiefel.constraint import Claim, StepMethod, register
 from stiefel.linalg import nearest_in_step
-from stiefel.manifold.geometry import project_tangent, retract_qr
+from stiefel.manifold.geometry import project_tangent
+from stiefel.manifold.retractions import retract_qr
 
 MAPS = {
     "polar": lambda x, u: nearest_in_step(x + u),

@@ -8,7 +8,8 @@ from typing import ClassVar
 from torch import Tensor
 
 from stiefel.constraint import Claim, StepMethod, register
-from stiefel.manifold.geometry import project_tangent, retract_cayley, retract_polar, retract_qr
+from stiefel.manifold.geometry import project_tangent
+from stiefel.manifold.retractions import retract_cayley, retract_polar, retract_qr
 
 MAPS = {"qr": retract_qr, "polar": retract_polar, "cayley": retract_cayley}
 

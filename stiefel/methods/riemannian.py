@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 from stiefel.constraint import ManifoldMethod, register
 from stiefel.layout import Layout
-from stiefel.manifold.geometry import (
+from stiefel.manifold.retractions import (
     retract_cayley,
     retract_exp_canonical,
     retract_exp_euclidean,

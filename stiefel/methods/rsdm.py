@@ -11,7 +11,7 @@ from torch import Tensor
 from stiefel.constraint import Claim, StepMethod, is_number, register
 from stiefel.errors import OptionError
 from stiefel.linalg import cayley_step, limited, newton_schulz
-from stiefel.manifold.geometry import LONGEST
+from stiefel.manifold.retractions import LONGEST
 
 
 @register

@@ -14,7 +14,7 @@ from torch.nn.utils.parametrizations import orthogonal
 from stiefel.constraint import Claim, Reparameterization, register
 from stiefel.layout import Layout
 from stiefel.linalg import in_double, is_short, limited, newton_schulz, one_by_one
-from stiefel.manifold.geometry import LONGEST_GEODESIC
+from stiefel.manifold.retractions import LONGEST_GEODESIC
 
 MAPS = ("matrix_exp", "cayley", "householder")
 

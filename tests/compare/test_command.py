@@ -8,7 +8,7 @@ from common import compare
 from stiefel.compare import cli, load_problem
 from stiefel.compare.plan.plan import Plan
 from stiefel.compare.plan.variants import parse_variants
-from stiefel.compare.record.folder import RunFolder
+from stiefel.compare.record.run_folder import RunFolder
 
 
 def test_the_same_command_again_does_only_what_is_missing(toy):

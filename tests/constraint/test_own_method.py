@@ -79,7 +79,7 @@ def test_it_goes_through_the_conformance_suite(own_method: Path) -> None:
     tests = Path(conformance.__file__).parent
     command = [sys.executable, "-m", "pytest", "-p", "my_method", "-p", "no:cacheprovider", "-k", "my_tangent"]
     done = subprocess.run(
-        [*command, "-vv", str(tests / "test_conformance.py"), str(tests / "test_optima.py")],
+        [*command, "-vv", str(tests / "test_conformance.py"), str(tests / "test_finds_optima.py")],
         cwd=tests.parent,
         env=os.environ | {"PYTHONPATH": os.pathsep.join([str(own_method.parent), str(tests.parent)])},
         capture_output=True,

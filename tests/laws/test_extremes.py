@@ -14,7 +14,8 @@ from stiefel.attach.weights import constrained_weights
 from stiefel.constraint import ROUNDING, ManifoldMethod, StepMethod
 from stiefel.layout import Layout
 from stiefel.linalg import cayley, cayley_along, cayley_step, gram_residual, nearest_orthonormal, newton_schulz
-from stiefel.manifold.geometry import canonical_gradient, retract_cayley, retract_exp_canonical, retract_exp_euclidean
+from stiefel.manifold.geometry import canonical_gradient
+from stiefel.manifold.retractions import retract_cayley, retract_exp_canonical, retract_exp_euclidean
 
 SHAPES = [(1, 10), (2, 7), (8, 64), (32, 32), (16, 100)]
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 import stiefel
 from stiefel.linalg import cayley_step, gram_residual, one_by_one, polar
 from stiefel.linalg.lu import TOGETHER, inverse_of, solve, solve_from_the_right
-from stiefel.manifold.geometry import retract_cayley
+from stiefel.manifold.retractions import retract_cayley
 
 SHAPES = [(2, 160, 160), (2, 80, 400)]  # the second has 2p×2p systems
 

@@ -11,10 +11,12 @@ from stiefel.manifold.geometry import (
     canonical_inner,
     euclidean_gradient,
     euclidean_inner,
-    exp_canonical,
-    exp_euclidean,
     project_tangent,
     random_stiefel,
+)
+from stiefel.manifold.retractions import (
+    exp_canonical,
+    exp_euclidean,
     retract_cayley,
     retract_exp_canonical,
     retract_exp_euclidean,

@@ -12,7 +12,7 @@ import numpy as np
 
 import stiefel
 from stiefel.compare.plan.plan import FRESH
-from stiefel.compare.record.folder import RunFolder
+from stiefel.compare.record.run_folder import RunFolder
 from stiefel.compare.record.spec import RunSpec
 
 CPU = {"commit": "abc", "cpu": "a processor", "cores": 2, "threads": 1, "gpu": None, "gpu_reason": "no CUDA device"}

@@ -20,9 +20,9 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from stiefel.compare.driver.process import RunProcess, describe_exit, start
-from stiefel.compare.record.folder import NO_STORAGE, RunFolder, writing
 from stiefel.compare.record.lock import RunLock
 from stiefel.compare.record.records import BROKEN, Record, read
+from stiefel.compare.record.run_folder import NO_STORAGE, RunFolder, writing
 from stiefel.compare.worker.job import Job
 from stiefel.compare.worker.main import TAIL
 from stiefel.errors import RecordError, StorageError

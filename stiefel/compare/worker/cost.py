@@ -7,7 +7,7 @@ from typing import Any
 
 from stiefel.attach import constrained_weights
 from stiefel.compare.problem.problem import Problem
-from stiefel.compare.record.folder import RunFolder
+from stiefel.compare.record.run_folder import RunFolder
 from stiefel.compare.record.spec import RunSpec
 from stiefel.compare.worker.data import parts
 from stiefel.compare.worker.processes import join, own_share

@@ -17,8 +17,8 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-from stiefel.compare.record.folder import NO_STORAGE, RunFolder, writing
 from stiefel.compare.record.lock import RunLock
+from stiefel.compare.record.run_folder import NO_STORAGE, RunFolder, writing
 from stiefel.compare.worker.job import Job
 from stiefel.errors import StorageError
 

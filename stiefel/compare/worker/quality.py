@@ -13,7 +13,7 @@ from torch.nn.utils import parametrize
 
 from stiefel.compare.problem.batches import size_of
 from stiefel.compare.problem.problem import Problem
-from stiefel.compare.record.folder import RunFolder, writing
+from stiefel.compare.record.run_folder import RunFolder, writing
 from stiefel.compare.record.spec import RunSpec
 from stiefel.compare.worker.data import parts
 from stiefel.compare.worker.probes import Moment, probe

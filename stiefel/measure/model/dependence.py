@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from stiefel.attach import ConstrainedWeight, constrained_weights, release
 from stiefel.errors import OptionError
 from stiefel.linalg import in_double, nearest_orthonormal
-from stiefel.manifold.geometry import project_tangent, retract_polar
+from stiefel.manifold.geometry import project_tangent
+from stiefel.manifold.retractions import retract_polar
 
 if TYPE_CHECKING:
     from jaxtyping import Float

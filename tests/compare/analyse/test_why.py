@@ -25,8 +25,8 @@ from stiefel.compare.present.figures import layers as why_figures
 from stiefel.compare.present.figures import style as figures
 from stiefel.compare.present.publish import publish
 from stiefel.compare.present.report import Report
-from stiefel.compare.record.folder import RunFolder
 from stiefel.compare.record.records import read_all
+from stiefel.compare.record.run_folder import RunFolder
 from stiefel.compare.record.spec import RunSpec
 from stiefel.compare.worker.probes import RATES
 from stiefel.compare.worker.quality import run_quality

@@ -78,7 +78,7 @@ def test_what_is_left_is_what_a_comparison_would_still_run(extend):
     records, ended = {}, []
 
     def left():
-        return estimate.left(plan, records, True, cost=True, extend=extend)
+        return estimate.left(plan, records, cost=True, extend=extend)
 
     def run(specs):
         for i, one in enumerate(specs):
@@ -91,13 +91,13 @@ def test_what_is_left_is_what_a_comparison_would_still_run(extend):
     assert len(left()) == len(from_nothing) == 6 * (5 + 2 + 1)
     run(plan.tuning())
     extended = 0
-    while extend and (more := plan.extension(ended, True)):
+    while extend and (more := plan.extension(plan.tuned(ended))):
         extended += len(more)
         run(more)
     assert (extended > 0) == extend
-    run(plan.refinement(ended, True))
+    run(plan.refinement(plan.tuned(ended)))
     tuned = list(ended)
-    rest = plan.final(tuned, True) + plan.cost(tuned, True)
+    rest = plan.final(plan.tuned(tuned)) + plan.cost(plan.tuned(tuned))
     assert [s.hash for s in left()] == [s.hash for s in rest]
     assert len(rest) == 5 * 2 + 6  # a method whose every run failed has no fresh seeds
     run(rest[:4])

@@ -19,9 +19,9 @@ from kill_and_resume import kill_and_resume
 
 from stiefel.compare import cli
 from stiefel.compare.driver import executors, runner
-from stiefel.compare.record.folder import RunFolder
 from stiefel.compare.record.lock import RunLock
 from stiefel.compare.record.records import read, read_all
+from stiefel.compare.record.run_folder import RunFolder
 from stiefel.compare.record.spec import RunSpec
 from stiefel.compare.worker.job import Job
 from stiefel.errors import OptionError, RecordError, StorageError

@@ -44,7 +44,7 @@ def peak(best):
 def test_every_method_gets_the_same_number_of_different_trials():
     compared = plan()
     tuned = ran(compared.tuning(), peak(0.1))
-    specs = compared.tuning() + compared.refinement(tuned, True)
+    specs = compared.tuning() + compared.refinement(compared.tuned(tuned))
     counts = Counter(cell_key(spec) for spec in specs)
     assert set(counts.values()) == {8}
     assert len(counts) == 4 * len(stiefel.available())
@@ -54,7 +54,7 @@ def test_every_method_gets_the_same_number_of_different_trials():
 def test_knobs_are_turned_one_at_a_time_and_the_rest_refines_the_rate():
     compared = plan(("all",), settings=({},), scales=(1.0,))
     tuned = ran(compared.tuning(), peak(0.1))
-    for spec in compared.refinement(tuned, True):
+    for spec in compared.refinement(compared.tuned(tuned)):
         method = stiefel.get(spec.method, **spec.method_options)
         if spec.knobs:
             ((knob, value),) = spec.knobs.items()
@@ -64,7 +64,7 @@ def test_knobs_are_turned_one_at_a_time_and_the_rest_refines_the_rate():
         else:
             assert 0.01 < spec.lr < 1.0
             assert spec.lr not in RATES
-    by_method = Counter((s.method, bool(s.knobs)) for s in compared.refinement(tuned, True))
+    by_method = Counter((s.method, bool(s.knobs)) for s in compared.refinement(compared.tuned(tuned)))
     for name in stiefel.available():
         assert by_method[name, True] + by_method[name, False] == 4
         assert (by_method[name, True] > 0) == bool(stiefel.get(name).tuning)
@@ -74,7 +74,7 @@ def test_a_knob_that_the_user_has_set_is_left_alone():
     name = next(n for n in stiefel.available() if len(stiefel.get(n).tuning) == 1)
     ((knob, values),) = stiefel.get(name).tuning.items()
     compared = plan((f"{name}:{knob}={values[0]}",), settings=({},), scales=(1.0,))
-    specs = compared.refinement(ran(compared.tuning(), peak(0.1)), True)
+    specs = compared.refinement(compared.tuned(ran(compared.tuning(), peak(0.1))))
     assert len(specs) == 4
     assert not any(spec.knobs for spec in specs)
 
@@ -87,7 +87,9 @@ def test_numbers_are_tried_nearest_first():
         if len(v) > 2 and all(isinstance(x, float) for x in v)
     )
     compared = plan((name,), settings=({},), scales=(1.0,), trials=30)
-    tried = [s.knobs[knob] for s in compared.refinement(ran(compared.tuning(), peak(0.1)), True) if knob in s.knobs]
+    tried = [
+        s.knobs[knob] for s in compared.refinement(compared.tuned(ran(compared.tuning(), peak(0.1)))) if knob in s.knobs
+    ]
     assert set(tried) == set(values) - {getattr(stiefel.get(name), knob)}
     now = getattr(stiefel.get(name), knob)
     distances = [max(v / now, now / v) for v in tried]
@@ -96,7 +98,7 @@ def test_numbers_are_tried_nearest_first():
 
 def test_without_a_budget_the_grid_is_all():
     compared = plan(trials=None)
-    assert compared.refinement(ran(compared.tuning(), peak(0.1)), True) == []
+    assert compared.refinement(compared.tuned(ran(compared.tuning(), peak(0.1)))) == []
 
 
 def test_a_budget_below_the_grid_is_an_error():
@@ -107,9 +109,11 @@ def test_a_budget_below_the_grid_is_an_error():
 def test_a_method_whose_every_run_failed_is_refined_and_run_no_further():
     compared = plan(("own", "soft"))
     tuned = ran(compared.tuning(), lambda spec: None if spec.method == "own" else 0.5)
-    assert {s.method for s in compared.refinement(tuned, True)} == {"soft"}
-    assert {s.method for s in compared.final(tuned, True)} == {"soft"}
-    assert {s.method for s in compared.cost(tuned, True)} == {"own", "soft"}, "what a step costs is known anyway"
+    assert {s.method for s in compared.refinement(compared.tuned(tuned))} == {"soft"}
+    assert {s.method for s in compared.final(compared.tuned(tuned))} == {"soft"}
+    assert {s.method for s in compared.cost(compared.tuned(tuned))} == {"own", "soft"}, (
+        "what a step costs is known anyway"
+    )
 
 
 @pytest.mark.parametrize(("best", "beyond"), [(1000.0, [100.0, 1000.0, 10000.0]), (1e-4, [0.001, 1e-4, 1e-5])])
@@ -121,7 +125,7 @@ def test_a_grid_is_continued_for_all_methods_of_a_setting_until_the_best_lies_in
         return peak(wants)(spec)
 
     tuned, added = ran(compared.tuning(), score), []
-    while more := compared.extension(tuned, True):
+    while more := compared.extension(compared.tuned(tuned)):
         added += more
         tuned += ran(more, score)
     assert {s.fields["depth"] for s in added} == {8}
@@ -134,7 +138,7 @@ def test_a_grid_is_not_continued_for_ever():
     compared = plan(("own",), settings=({},), scales=(1.0,))
     tuned = ran(compared.tuning(), lambda spec: spec.lr)
     for _ in range(20):
-        more = compared.extension(tuned, True)
+        more = compared.extension(compared.tuned(tuned))
         if not more:
             break
         tuned += ran(more, lambda spec: spec.lr)
@@ -151,7 +155,7 @@ def test_winners_take_the_best_choice_and_of_equals_the_default():
     assert best == {cell_key(cell): trials[1]}
     assert str(trials[1]) == "lr=0.1, strength=0.01"
     assert winners(ran(specs, lambda s: 0.8), True) == {cell_key(cell): trials[0]}
-    final = compared.final(ran(specs, lambda s: 0.9 if s.knobs and s.lr == 0.1 else 0.8), True)
+    final = compared.final(compared.tuned(ran(specs, lambda s: 0.9 if s.knobs and s.lr == 0.1 else 0.8)))
     assert [s.knobs for s in final] == [{"strength": 0.01}] * 2
     assert final[0].method_options == {"scale": 1.0, "strength": 0.01}
     assert label_of(final[0]) == "soft", "a knob that tuning turned is no other method"
@@ -163,7 +167,7 @@ def test_cost_is_of_the_method_as_it_was_chosen():
     tuned = ran(
         [Choice(0.1).apply(cell), Choice(0.1, (("kind", "srip"),)).apply(cell)], lambda s: 0.5 + 0.1 * len(s.knobs)
     )
-    (spec,) = compared.cost(tuned, True)
+    (spec,) = compared.cost(compared.tuned(tuned))
     assert (spec.kind, spec.lr, spec.knobs) == ("cost", 0.01, {"kind": "srip"})
 
 

@@ -8,7 +8,7 @@ from specs import record, spec
 import stiefel
 from stiefel.compare.plan.plan import FRESH, Plan
 from stiefel.compare.plan.variants import Variant, label_of, parse_variants
-from stiefel.compare.record.choice import Choice, cell_key, on_edge, winners
+from stiefel.compare.record.choice import Choice, Tuned, cell_key, on_edge, winners
 from stiefel.compare.record.spec import RunSpec
 
 
@@ -38,12 +38,12 @@ def test_plan_gives_every_method_the_same_trials():
 def test_winner_is_chosen_on_validation_and_run_again_with_fresh_seeds():
     plan = Plan("toy", "d", ({"depth": 4},), (Variant("own"),), (1.0,), (0.1, 1.0, 10.0), seeds=2)
     tuned = [record(0.1, 0.8), record(1.0, 0.9), record(10.0, 0.95, "diverged")]
-    final = plan.final(tuned, higher_is_better=True)
+    final = plan.final(plan.tuned(tuned))
     assert [s.lr for s in final] == [1.0, 1.0]
     assert {s.seed for s in final} == {FRESH, FRESH + 1}
     assert not {s.seed for s in final} & {s.seed for s in plan.tuning()}
-    assert [s.lr for s in plan.final(tuned, higher_is_better=False)] == [0.1, 0.1]
-    assert plan.final([record(0.1, 0.8, "diverged")], higher_is_better=True) == []
+    assert [s.lr for s in plan.final(Tuned(tuple(tuned), higher_is_better=False))] == [0.1, 0.1]
+    assert plan.final(plan.tuned([record(0.1, 0.8, "diverged")])) == []
 
 
 def test_a_rate_that_fails_on_some_seeds_loses_to_one_that_does_not():

@@ -18,8 +18,8 @@ from stiefel.attach import constrained_weights
 from stiefel.compare import Data, Problem, Regression, cli, load_problem
 from stiefel.compare.problem.batches import Batches, examples, mover, share
 from stiefel.compare.problem.check import check
-from stiefel.compare.record.folder import RunFolder
 from stiefel.compare.record.records import read_all
+from stiefel.compare.record.run_folder import RunFolder
 from stiefel.compare.record.spec import RunSpec
 from stiefel.compare.worker.quality import run_quality
 from stiefel.compare.worker.training import Training

@@ -17,8 +17,8 @@ from specs import spec
 from stiefel.compare import cli, load_problem
 from stiefel.compare.plan.plan import Plan
 from stiefel.compare.plan.variants import Variant, label_of, parse_variants
-from stiefel.compare.record.folder import RunFolder
 from stiefel.compare.record.records import Record, read, read_all
+from stiefel.compare.record.run_folder import RunFolder
 from stiefel.compare.worker.quality import run_quality
 from stiefel.errors import RecordError
 
@@ -132,7 +132,7 @@ def test_a_knob_that_is_given_is_held_also_at_its_default():
     variants = parse_variants(["riemannian:metric=euclidean,retraction=qr", "riemannian"])
     plan = Plan("toy", "d", ({},), variants, (1.0,), (0.1, 1.0), seeds=1, trials=5)
     tuned = [Record(Path("."), s, "done", None, {"best_validation": s.lr}, {}) for s in plan.tuning()]
-    knobs = {(label_of(s), key) for s in plan.refinement(tuned, higher_is_better=True) for key in s.knobs}
+    knobs = {(label_of(s), key) for s in plan.refinement(plan.tuned(tuned)) for key in s.knobs}
     assert knobs == {("riemannian", "metric"), ("riemannian", "retraction")}
     assert {label_of(s) for s in plan.cells()} == {"riemannian:metric=euclidean,retraction=qr", "riemannian"}
 

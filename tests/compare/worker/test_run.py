@@ -9,7 +9,7 @@ from specs import OMDSM, spec
 
 import stiefel
 from stiefel.compare import load_problem
-from stiefel.compare.record.folder import RunFolder
+from stiefel.compare.record.run_folder import RunFolder
 from stiefel.compare.worker.cost import run_cost
 from stiefel.compare.worker.quality import run_quality
 from stiefel.compare.worker.training import Training

@@ -1,4 +1,4 @@
-"""The conformance suite can fail: it rejects every method of ``broken.py``, by the checks that it should."""
+"""The laws can fail: for each method m of ``broken.py``, ``{checks that reject m} ⊇ {checks named beside it} ≠ ∅``."""
 
 import warnings
 

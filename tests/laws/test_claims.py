@@ -1,5 +1,7 @@
 """Every claim of the catalogue at the sizes that layers have, from the starts and under the gradients that are hardest.
 
+    ‖XXᵀ − I‖_F ≤ bound + 64 ε √p   after every step, for rates within the claim
+
 A claim holds for gradients of unit norm, at its largest rate, under every optimizer that the method can have. What
 bends a proxy out of shape is a gradient of rank one that stays the same, and an ill-conditioned start. All weights of a
 shape are trained at once. The default part takes two optimizers and few steps; all sizes and precisions: ``-m slow``.

@@ -1,6 +1,9 @@
-"""The conformance suite over the catalogue: every method, with its options, in every precision, on every device.
+"""The law of conformance: what every method must do, with its options, in every precision, on every device.
 
-Layouts are inside the checks: they train a model with a weight of each (see ``conformance.Zoo``).
+    after any training, copy, save or load:   ‖XXᵀ − I‖_F ≤ claim,  X = W/s,   and the same W as without the detour
+
+``conformance.CHECKS`` lists what that comes to. Each check trains a model with a weight of every layout (see
+``conformance.Zoo``).
 """
 
 import conformance

@@ -1,4 +1,7 @@
-"""What only a GPU can show: nothing in a step makes the host wait, and numbers there are those of a CPU."""
+"""The law of devices: ``W_gpu(t) = W_cpu(t)`` to rounding, and no step makes the host wait for the device.
+
+What only a GPU can show; skipped where there is none.
+"""
 
 import copy
 from collections.abc import Callable, Iterator

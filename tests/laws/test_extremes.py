@@ -1,4 +1,4 @@
-"""Steps at the ends of what methods promise: long, normal to the set, or of rank one."""
+"""The law of extreme steps: ``‖XXᵀ − I‖_F ≤ claim`` after a step U of any length, normal to the set, or of rank one."""
 
 from collections.abc import Callable, Sequence
 

@@ -1,4 +1,4 @@
-"""Memory of a training step: a few times the weight, and nothing n×n, however thin the weight is."""
+"""The law of memory: for p ≪ n a training step holds at most c·pn numbers, and no tensor of n² or more."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""A proxy that weight decay shrinks, or a gradient inflates: what forgets its size does so at every size.
+"""The law of sizes: where ``φ(3V) = φ(V)``, ``φ(cV) = φ(V)`` for every c > 0, down to denormal and up to huge proxies.
 
 Which methods those are is found by trying: the ones for which ``forward(3 V) = forward(V)``.
 """

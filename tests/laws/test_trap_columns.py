@@ -1,4 +1,4 @@
-"""Traps of columns, and of penalties that act."""
+"""Traps 9: a tall weight has ``WᵀW = s² I``, not ``WWᵀ``; a penalty acts: ``∂(λ s² Φ(W/s))/∂W ≠ 0`` off the set."""
 
 from __future__ import annotations
 

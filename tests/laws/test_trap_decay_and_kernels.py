@@ -1,4 +1,4 @@
-"""Traps of weight decay and of convolution kernels."""
+"""Traps 6 and 7: decay does not move X along its set; a kernel is ``(out, in/groups · k…)``, per group."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Traps of released code: Riemannian baselines, geoopt's manifold, its momentum and parameter class."""
+"""Traps 3 to 5, of released code: what ``X ← R_X(−η grad)`` is, against baselines and geoopt as they are."""
 
 from __future__ import annotations
 

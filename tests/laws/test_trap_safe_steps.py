@@ -1,4 +1,4 @@
-"""The trap of safe steps."""
+"""Trap 10: a step whose length is cut stays in its tube, ``‖XXᵀ − I‖_F ≤ ε``, also from zero and from outside."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Traps of the start: gradients at an orthonormal one, centring, the two components of O(n)."""
+"""Traps 1, 2 and 12: finite gradients at ``XXᵀ = I``; centred rows need p < n; ``det X`` keeps its sign on O(n)."""
 
 from __future__ import annotations
 

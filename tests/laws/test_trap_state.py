@@ -1,4 +1,4 @@
-"""Traps of state: copies, checkpoints, averages and conversions."""
+"""Traps 11 and 13: ``load(save(W)) = W``, training goes on bit for bit; averages come back to the set."""
 
 from __future__ import annotations
 

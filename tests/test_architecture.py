@@ -175,6 +175,30 @@ def test_no_modules_form_a_circle() -> None:
     assert circles({f: others - {f} for f, others in arrows.items()}) == []
 
 
+def entries_and_arrows(folder: str) -> tuple[int, int]:
+    """How many rooms and files stand in a folder beside its face, and how many arrows go between them."""
+    root = ROOT / folder
+
+    def entry(path: Path) -> str:
+        return path.relative_to(root).parts[0].removesuffix(".py")
+
+    inside = [f for f in FILES if root in f.parents and not (f.parent == root and f.stem in FACES)]
+    arrows = {
+        (entry(f), entry(file_of(name)))
+        for f in inside
+        for name in imported(f)
+        if name.split(".")[0] == "stiefel" and file_of(name) in inside
+    }
+    return len({entry(f) for f in inside}), len({(a, b) for a, b in arrows if a != b})
+
+
+@pytest.mark.parametrize(("folder", "entries", "arrows"), [("", 12, 42), ("compare", 9, 18), ("measure", 4, 5)])
+def test_a_folder_is_seen_at_a_glance(folder: str, entries: int, arrows: int) -> None:
+    found = entries_and_arrows(folder)
+    assert found[0] <= entries
+    assert 0 < found[1] <= arrows
+
+
 def test_circles_are_found() -> None:
     assert circles({"a": {"b"}, "b": {"c"}, "c": set(), "d": {"e"}, "e": {"d"}}) == ["d", "e"]
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import conformance
 import pytest
 from common import compare
-from documents import COMPARISON, snippet
+from documents import COMPARISON, ROOT, snippet, snippets
 
 import stiefel
 import stiefel.methods
@@ -74,22 +74,35 @@ def test_it_is_in_the_catalogue_and_in_the_table(own_method: Path) -> None:
     assert "(1, 1)" in row
 
 
-def test_it_goes_through_the_conformance_suite(own_method: Path) -> None:
-    """As a user runs it: the file is imported before the tests are collected, and no test knows of it."""
+def through_the_laws(folder: Path, module: str, name: str) -> str:
+    """What pytest says of the laws on a method of a file in a folder, which is imported before tests are collected."""
     tests = Path(conformance.__file__).parent
-    command = [sys.executable, "-m", "pytest", "-p", "my_method", "-p", "no:cacheprovider", "-k", "my_tangent"]
+    command = [sys.executable, "-m", "pytest", "-p", module, "-p", "no:cacheprovider", "-k", name, "-vv"]
     done = subprocess.run(
-        [*command, "-vv", str(tests / "test_conformance.py"), str(tests / "test_finds_optima.py")],
+        [*command, str(tests / "test_conformance.py"), str(tests / "test_finds_optima.py")],
         cwd=tests.parent,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(own_method.parent), str(tests.parent)])},
+        env=os.environ | {"PYTHONPATH": os.pathsep.join([str(folder), str(tests.parent)])},
         capture_output=True,
         text=True,
         timeout=300,
     )
     assert done.returncode == 0, done.stdout[-2000:]
     for check in conformance.CHECKS:
-        assert f"test_conforms[{check}-my_tangent-cpu] PASSED" in done.stdout
-    assert "test_procrustes[my_tangent-(5, 5)-30.0] PASSED" in done.stdout
+        assert f"test_conforms[{check}-{name}-cpu] PASSED" in done.stdout
+    return done.stdout
+
+
+def test_it_goes_through_the_conformance_suite(own_method: Path) -> None:
+    """As a user runs it: no test knows of it."""
+    said = through_the_laws(own_method.parent, "my_method", "my_tangent")
+    assert "test_procrustes[my_tangent-(5, 5)-30.0] PASSED" in said
+
+
+def test_the_template_passes_the_laws_word_for_word(tmp_path: Path) -> None:
+    (template,) = snippets(ROOT / "CONTRIBUTING.md")
+    (tmp_path / "nearest_point_file.py").write_text(template)
+    said = through_the_laws(tmp_path, "nearest_point_file", "nearest_point")
+    assert "test_procrustes[nearest_point-(3, 8)-30.0] PASSED" in said
 
 
 def test_it_is_compared(own_method: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -86,7 +86,7 @@ class Reparametrized(Convertible):
         return weight
 
     def ready(self, proxy: Tensor) -> Tensor | None:
-        """The weight of a proxy where it need not be computed: this pass has done so, or it was kept from before."""
+        """The weight of a proxy where it is known already: prefetched in this pass, or cached."""
         tensors, cached = self.tensors(proxy), self.cached
         if needs_graph(tensors):
             return prefetched_weight(self, tensors)
@@ -98,7 +98,7 @@ class Reparametrized(Convertible):
         return proxy, *gains, *(getattr(self.parts, name) for name in self.names)
 
     def train(self, mode: bool = True) -> Self:
-        """As for every module; a weight kept from before is computed anew."""
+        """As for every module; a cached weight is dropped."""
         self.cached = None
         return super().train(mode)
 

@@ -48,7 +48,7 @@ def optimizer(
         tag_weight(weight)
     methods = [weight.binding.constraint for weight in found]
     if any(isinstance(m, ManifoldMethod) for m in methods):
-        from stiefel.optim.riemannian import riemannian  # imports geoopt, which other models need not pay
+        from stiefel.optim.riemannian import riemannian  # imports geoopt, which takes 0.5 s: only where it is needed
 
         cls = riemannian(cls)
     if any(m.lifts for m in methods):

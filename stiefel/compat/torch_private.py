@@ -193,7 +193,7 @@ def on_conversion(cls: type[nn.Module], call: Callable[[Any], object]) -> None:
 
 
 class Convertible(nn.Module):
-    """A module that is told before its tensors are moved or converted."""
+    """A module with a hook that runs before its tensors are moved or converted."""
 
     def before_conversion(self) -> None:
         """What there is to do then."""

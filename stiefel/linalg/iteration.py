@@ -110,5 +110,5 @@ def _is_near(gram: Tensor, dtype: torch.dtype) -> bool:
 
 
 def _completed(x: Tensor) -> Tensor:
-    """The nearest orthonormal matrix, with the derivative of what there is of it; NaN stays, to be told elsewhere."""
+    """The nearest orthonormal matrix, with its derivative where that exists; NaN stays NaN."""
     return x + (newton_schulz(nearest_orthonormal(x)) - x).detach() if bool(x.isfinite().all()) else x

@@ -33,7 +33,7 @@ def one_by_one(function: Callable[..., Tensor], *batches: Tensor) -> Tensor:
 
 
 def solve(a: Tensor, b: Tensor) -> Tensor:
-    """``A⁻¹ B`` for an A that is not singular: a GPU's host does not wait to be told that one is."""
+    """``A⁻¹ B`` for an A that is not singular: on a GPU the host does not wait to learn that one is singular."""
     outer = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
     return _Solve.apply(a.expand(*outer, *a.shape[-2:]), b.expand(*outer, *b.shape[-2:]))
 

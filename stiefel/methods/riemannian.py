@@ -64,7 +64,7 @@ class Riemannian(ManifoldMethod):
     def manifold(self, layout: Layout) -> StiefelWeight:
         """The corrected Stiefel manifold over weights of this layout."""
         from stiefel.manifold.weight_manifold import (
-            StiefelWeight,  # imports geoopt: 0.5 s that other methods need not pay
+            StiefelWeight,  # imports geoopt, which takes 0.5 s: only where it is needed
         )
 
         return StiefelWeight(layout, self.metric, RETRACTIONS[self.retraction][self.metric])

@@ -121,7 +121,7 @@ def make(cls: type[torch.optim.Optimizer], params: Any, hyper: dict[str, Any]) -
 
 
 def own_class(cls: type[torch.optim.Optimizer]) -> type[torch.optim.Optimizer]:
-    """The class of which another is the lifted form; itself where it is none."""
+    """The class that a lifted class was made from; any other class itself."""
     return getattr(cls, "base", cls)
 
 

@@ -78,7 +78,7 @@ def watch(parameter: Tensor, binding: Binding, *, part: bool = False) -> Mark:
 
     A step with a gradient that is NaN or infinite raises before anything is changed. So does one of a plain optimizer
     on a weight that a method moves; geoopt's own Riemannian optimizers may step a manifold's weights, which stay on it.
-    So does weight decay of such a weight; of a proxy whose weight it turns it is told by a warning, once. Every other
+    So does weight decay of such a weight; decay of a proxy that would turn its weight warns once. Every other
     step advances the tally's steps.
 
     Returns:

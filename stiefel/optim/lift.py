@@ -84,7 +84,7 @@ class Lift(_Base):
         return loss
 
     def _base_step(self) -> None:
-        """The base class's step without the hooks that run around this one: they would see half a step."""
+        """The base class's step without the hooks that run around this one: they would see unfinished steps."""
         step: Any = super().step.__func__  # type: ignore[attr-defined]
         while getattr(step, "hooked", False):
             step = step.__wrapped__

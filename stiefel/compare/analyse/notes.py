@@ -124,7 +124,7 @@ def _restless(summary: Summary) -> Iterator[str]:
 
 
 def _where(summary: Summary, told: Callable[[Setting], str], text: str) -> Iterator[str]:
-    """A sentence for each different thing told, with the settings where not all share it."""
+    """One sentence for each different finding, with its settings where not all share it."""
     found = defaultdict(list)
     for setting in summary.settings:
         found[told(setting)].append(setting.title)

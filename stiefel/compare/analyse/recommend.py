@@ -131,7 +131,7 @@ class Recommendation:
 
 
 def recommend(candidates: Iterable[Candidate], higher_is_better: bool, target: bool) -> list[Recommendation]:
-    """The best candidate under each requirement; the control is none.
+    """The best candidate under each requirement; the control is no candidate.
 
     Args:
         candidates: what there is to choose from; those with known faults are left out.

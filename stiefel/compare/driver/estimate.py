@@ -20,7 +20,7 @@ from stiefel.constraint import control
 
 
 class Times:
-    """Seconds of something by method and setting; where there is none of both, of that setting, then of that method."""
+    """Seconds by method and setting; without a run of both, those of the setting, then those of the method."""
 
     def __init__(self) -> None:
         self._found: dict[Any, list[float]] = defaultdict(list)

@@ -104,7 +104,7 @@ def _score(at: Line) -> str:
 
 
 def _ran(at: Line, text: str) -> str:
-    """An error is of runs: where there are none, none."""
+    """A text about the reported runs; a dash where there are none."""
     return text if at.row.runs else words.NONE
 
 

@@ -190,7 +190,7 @@ def _find(name: str, folder: Folder) -> Path | None:
 
 
 def _verified(name: str, folder: Path, stem: str) -> bytes:
-    """What a file holds, unpacked; told where it is missing, or not the file that it should be."""
+    """The unpacked content of a file; raises where it is missing or its checksum is another."""
     path = next((p for p in (folder / stem, folder / f"{stem}.gz") if p.is_file()), None)
     if path is None:
         raise DataError(f"{folder / stem}(.gz) is missing; {REMEDIES[name]}")

@@ -83,7 +83,7 @@ class Tuned:
 
     @cached_property
     def winners(self) -> dict[tuple[Any, ...], Choice]:
-        """The choice of each cell, by :func:`cell_key`; of a cell whose every run failed there is none."""
+        """The choice of each cell, by :func:`cell_key`; a cell whose runs all failed has no entry."""
         return winners(self.records, self.higher_is_better)
 
     def __add__(self, more: Iterable[Record]) -> Tuned:

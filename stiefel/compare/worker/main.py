@@ -29,7 +29,7 @@ TAIL = 12
 def main(job: Job, claim: RunLock | None = None) -> None:
     """Run a job and write its record; holds the claim until the process ends.
 
-    Where the folder cannot be written the run has not failed: it gets no record, and the driver is told.
+    Where the folder cannot be written the run has not failed: it gets no record; the exit status says why.
     """
     try:
         with writing(job.root):

@@ -1,4 +1,4 @@
-"""How long torch's compiler takes inside training steps, to be told apart from them. Imports torch."""
+"""How long torch's compiler takes inside training steps, so that it can be subtracted. Imports torch."""
 
 from __future__ import annotations
 

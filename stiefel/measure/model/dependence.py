@@ -76,7 +76,7 @@ def dependence(model: nn.Module, loss: Loss, *, length: float = 0.01, most: int 
     One gradient for each layer and one more, of a copy: the model keeps its weights, gradients, statistics and mode
     (BatchNorm and dropout act as in that mode, with the same random numbers each time), and the random state stays.
     A step is one along the manifold through the nearest orthogonal point for every method, also for those whose
-    weights have left it, so that methods are told apart by where they are and not by how they step. Gradients have the
+    weights have left it, so that methods differ by where they are and not by how they step. Gradients have the
     model's precision: in float32 a turn below about 1e-4 is rounding at the default length.
 
     Args:
@@ -136,7 +136,7 @@ class Point:
         self.norm = torch.linalg.vector_norm(points).item()
 
     def tangent(self, gradient: Tensor | None, x: Float[Tensor, "b p n"] | None = None) -> Float[Tensor, "b p n"]:
-        """ξ = P(∂L/∂X) from ∂L/∂W, at X or another x; exactly 0 where it is no more than rounding, or there is none."""
+        """ξ = P(∂L/∂X) from ∂L/∂W, at X or another x; exactly 0 where that is rounding, or without a gradient."""
         x = self.x if x is None else x
         if gradient is None:
             return torch.zeros_like(x)

@@ -15,7 +15,7 @@ of a loop on a CPU, is counted in the second half, and leads beyond 1 % where st
 """
 
 REFRESH = 0.05
-"""Seconds between two looks at what the device has told, and between two states of the live line."""
+"""Seconds between two looks at what has arrived from the device, and between two states of the live line."""
 
 MOST_WAITING = 1_000
 """Steps after which durations are taken from the clock, and numbers from a device, though no row is due."""
@@ -88,12 +88,12 @@ class Cadence:
     Args:
         every: measure each so many steps, or None for what the share allows.
         step: steps taken before.
-        by_clock: whether something may be due whatever the step: a live line, or what a device has told.
+        by_clock: whether something may be due whatever the step: a live line, or what has arrived from a device.
     """
 
     def __init__(self, every: int | None, step: int, *, by_clock: bool) -> None:
         self.every, self._by_clock = every, by_clock
-        self.trained = 0.0  # seconds in steps, as far as the device has told
+        self.trained = 0.0  # seconds in steps whose durations have arrived
         self.measuring, self.writing = TimeShare(SHARE / 2), TimeShare(SHARE / 2)
         self.opening = Opening() if every is None else None  # until it is over
         self.measured_at: int | None = None

@@ -192,7 +192,7 @@ class Monitor:
         self._cadence.spend(due, time.perf_counter() - start)
 
     def _settle(self, *, wait: bool = False) -> None:
-        """Take what the device has told by now: durations of steps, and the numbers that rows wait for."""
+        """Take what has arrived from the device: durations of steps, and the numbers that rows wait for."""
         durations = self._rows.durations
         for seconds in self._clock.drain(wait=wait):
             timed = durations.add(seconds)

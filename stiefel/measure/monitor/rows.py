@@ -26,7 +26,7 @@ class Pending:
 
 
 class Durations:
-    """Seconds that steps took, in their order, as far as the device has told; of many an evenly spread part."""
+    """Seconds that steps took, in order, as far as they have arrived; an even sample of many."""
 
     def __init__(self, step: int) -> None:
         self.told = step  # the last step whose duration is known

@@ -29,7 +29,7 @@ START: dict[str, Any] = {"color": INK, "ls": ":", "lw": 1.4, "zorder": 2.8, "lab
 MAPS = 10
 """Heat maps of a figure at most."""
 FAR = 10.0
-"""An effective rate that is told and not drawn, where others are less."""
+"""Effective rates above this are printed as text instead of drawn, where others are lower."""
 ROUNDING = 1e-7
 """What redundancy is drawn at where it is less."""
 
@@ -152,7 +152,7 @@ def _points(ax: Any, x: Any, y: Any, style: dict[str, Any], floor: float = 0.0) 
 
 
 def _leave_out(ax: Any) -> None:
-    """Rates so far above all others that nothing else could be told apart are named and not drawn."""
+    """Rates so far above all others that the rest would become one line are printed as text instead of drawn."""
     drawn = {line: np.asarray(line.get_ydata(), dtype=float) for line in ax.lines}
     far = [line for line, values in drawn.items() if values.min() > FAR]
     if not far or len(far) == len(drawn):
@@ -163,7 +163,7 @@ def _leave_out(ax: Any) -> None:
     kept = np.concatenate([values for line, values in drawn.items() if line not in far])
     told = [text for text in lengths if not text.startswith("_")]
     span = max(1.2, kept.max() / kept.min())
-    ax.set_ylim(kept.min() / 1.1, kept.max() * 1.1 * span ** (0.14 * len(told)))  # room for what is told
+    ax.set_ylim(kept.min() / 1.1, kept.max() * 1.1 * span ** (0.14 * len(told)))  # room for the text
     ax.yaxis.set_major_locator(LogLocator(numticks=6) if kept.max() > 30 * kept.min() else MaxNLocator(4))
     if told:
         text = "\n".join(["above:", *told])

@@ -119,6 +119,7 @@ class ClosedForm(Problem):
 
         eigenvalues = torch.logspace(0, -torch.tensor(self.condition).log10().item(), size, dtype=torch.float64)
         left, right = (torch.linalg.qr(gaussian(rows, size))[0] for rows in (count, size))
+        # x = √N Q Λ^½ Rᵀ with QᵀQ = RᵀR = I, so that xᵀx/N = R Λ Rᵀ exactly.
         x = count**0.5 * left * eigenvalues.sqrt() @ right.mT
         if self.task == "pca":
             return (x.float(),)
@@ -132,6 +133,7 @@ class ClosedForm(Problem):
         if self.task == "pca":
             return -torch.linalg.eigvalsh(x.mT @ x / len(x))[-self.p :].sum().item() / 2
         (y,) = targets
+        # ‖W x‖ = ‖x‖, and the maximum of tr(Wᵀ YᵀX)/N is the nuclear norm of YᵀX/N.
         nuclear = torch.linalg.svdvals(y.mT @ x / len(x)).sum()
         return ((x.square().sum() + y.square().sum()) / len(x) / 2 - nuclear).item()
 

@@ -6,7 +6,7 @@
 
 Everything that is compared runs in one process, in rounds. Written under ``--out``: ``records.csv`` and
 ``records.json`` with a row per number (what was timed, on what hardware, by which versions), ``cost.md`` with tables
-and the targets beside them, ``cost.png`` and ``cost.svg``. Peers that are not installed are told and left out;
+and the targets beside them, ``cost.png`` and ``cost.svg``. Peers that are not installed are named and left out;
 ``pip install 'stiefel[bench]'`` brings them.
 """
 
@@ -43,7 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     options.out.mkdir(parents=True, exist_ok=True)
     for name in options.sections:
-        write(bench.run([name]), options.out, options.form)  # after each section, so that an end too early costs one
+        write(bench.run([name]), options.out, options.form)  # after each section, so that an interruption loses one
     print((options.out / "cost.md").read_text().partition("\n## ")[0].strip())
     print(f"\nmeasured in {time.perf_counter() - start:.0f} s; tables, picture and records are in {options.out}")
     return 0

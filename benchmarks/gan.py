@@ -110,6 +110,7 @@ class GAN(Problem):
         (loss + stiefel.penalty(model)).backward()
         optimizer.step()
         optimizer.zero_grad()
+        # The discriminator's gradients stay None, so that this step moves the generator alone.
         F.softplus(-discriminator(fakes)).mean().backward(inputs=list(generator.parameters()))
         optimizer.step()
         return loss.detach()
@@ -165,6 +166,7 @@ class Game(nn.Module):
 
     def __init__(self, size: int, width: int, latent: int) -> None:
         super().__init__()
+        # Doublings of the side from 2×2 to size×size.
         levels = size.bit_length() - 2
         channels = [width * 2**level for level in range(levels)]
         generator: list[nn.Module] = [nn.Linear(latent, 4 * channels[-1]), nn.Unflatten(1, (channels[-1], 2, 2))]

@@ -149,6 +149,7 @@ def rotations(n: int) -> Tensor:
 def copying(examples: int, delay: int) -> tuple[Tensor, Tensor]:
     """Sequences of the copying task: one-hot inputs ``(examples, T + 20, 10)`` and targets ``(examples, T + 20)``."""
     symbols = torch.randint(SYMBOLS, (examples, RECALLED))
+    # Ten symbols, T − 1 blanks, the sign, ten blanks; the targets are blank but for the last ten.
     inputs = torch.full((examples, delay + 2 * RECALLED), BLANK)
     targets = inputs.clone()
     inputs[:, :RECALLED] = symbols

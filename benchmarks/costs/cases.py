@@ -15,7 +15,7 @@ from stiefel.linalg import gram_residual, in_double
 
 CPU = torch.device("cpu")
 TURN = 0.3
-"""Length of each row of the displacement by which proxies of maps from a fixed start have left it."""
+"""Length of each row of the displacement from the start, for proxies of maps that start at a fixed point."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,7 @@ class Case:
 
     def proxies(self) -> Tensor:
         """V = H X, (count, p, n)."""
+        # H = QᵀΛQ, so that the singular values of V are the eigenvalues of H.
         q = _points(self.count, self.p, self.p)
         eigenvalues = torch.logspace(0, 1, self.p, base=self.condition, dtype=torch.float64)
         return self.placed((q.mT * eigenvalues) @ (q @ _points(self.count, self.p, self.n)))
@@ -66,7 +67,7 @@ class Case:
         return self.placed(self.gaussian(1))
 
     def placed(self, x: Tensor) -> Tensor:
-        """A copy in the case's dtype, on its device: candidates move what they get."""
+        """A copy in the case's dtype, on its device, since candidates may change it in place."""
         return x.to(self.device, self.dtype, copy=True).contiguous()
 
 
@@ -112,14 +113,14 @@ class Work:
 
 @dataclass(frozen=True)
 class Candidate:
-    """Somebody's way to do the work of a section.
+    """One implementation of the work of a section.
 
     Args:
         name: as tables show it; unique within its section.
         who: whose code it is: ``"ours"`` or a package; ``"reference"`` is what the others are measured by.
         setup: makes the work of a case.
         needs: the module that has to be installed.
-        per_layer: whether its time is that of one matrix, times their number: one is then tried first.
+        per_layer: whether its time is proportional to the number of matrices: one is then tried first.
         conditioned: whether its time or accuracy depends on the proxy's condition number.
         short: whether the short form has it.
     """

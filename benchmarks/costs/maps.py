@@ -66,11 +66,11 @@ def maps() -> list[Candidate]:
 
 
 def differentiated(compute: Callable[[], list[Tensor]], inputs: Iterable[Tensor], gradients: list[Tensor]) -> Work:
-    """Weights, and the gradients of what they depend on."""
+    """The weights, and the gradients with respect to the tensors that they depend on."""
     leaves = list(inputs)
 
     def result() -> list[Tensor]:
-        with torch.enable_grad():  # as when timed: at rest layers compute their weights one by one, by another solver
+        with torch.enable_grad():  # as timed: without gradients layers compute one by one, by another solver
             return [torch.cat([w.reshape(-1, *w.shape[-2:]) for w in compute()])]
 
     return Work(lambda: torch.autograd.grad(compute(), leaves, gradients), result)
@@ -134,7 +134,7 @@ def _method(name: str) -> Reparameterization:
 
 
 def _from_start(name: str) -> bool:
-    """Whether the map is one from a fixed start, so that its proxy has no condition number that matters."""
+    """Whether the map starts at a fixed point, so that the condition number of its proxy does not matter."""
     return isinstance(_method(name), Trivialization) or bool(_method(name).start(torch.eye(2)[None], Layout((2, 2)))[1])
 
 

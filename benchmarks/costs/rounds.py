@@ -17,9 +17,9 @@ from stiefel.measure.cost.step import gpu_cost
 LEAST = 3
 """Fewest rounds that a candidate is timed in."""
 QUICK = 0.05
-"""Seconds below which what ran before shows in a call's time."""
+"""A call shorter than this many seconds is slowed by what ran before it."""
 WARMUP = 20
-"""Untimed calls, or fewer where they take a quarter of the candidate's time."""
+"""Untimed calls at first; fewer where they would take over a quarter of the candidate's time."""
 
 
 @dataclass(frozen=True)
@@ -40,14 +40,14 @@ class Effort:
 
 
 class TooSlowError(Exception):
-    """A candidate is beyond the time that it may take."""
+    """A candidate exceeds its time limit."""
 
 
 def in_rounds(works: Mapping[str, Work], device: torch.device, effort: Effort) -> dict[str, Spread | str]:
     """Seconds of each candidate, or the reason why it was not timed.
 
     Each round times one call of every candidate whose turn it is, in a random order, so that what disturbs the machine
-    disturbs all alike, and nobody always follows the same other. A quick call is made once before, untimed: in training
+    disturbs all alike, and none always follows the same other. A quick call is made once before, untimed: in training
     a step follows one of its own kind, not a catalogue of others that have emptied the caches.
     """
     turns: dict[str, int] = {}

@@ -102,7 +102,7 @@ class Bench:
         self.where = environment(self.device) | peers | {"dtype": str(self.dtype).removeprefix("torch.")}
 
     def run(self, sections: list[str]) -> list[Record]:
-        """Run sections by name; the records, with those of before."""
+        """Run sections by name; returns all records so far."""
         for name in sections:
             SECTIONS[name](self)
         return self.records
@@ -112,7 +112,7 @@ class Bench:
         return Case(count, p, n, condition, self.device, self.dtype)
 
     def compare(self, about: Record, case: Case, candidates: list[Candidate]) -> None:
-        """Meet candidates at a case: set all up, then time them in rounds."""
+        """Compare candidates on a case: set all up, then time them in rounds."""
         works: dict[str, Work] = {}
         reasons: dict[str, str] = {}
         for candidate in candidates:
@@ -126,7 +126,7 @@ class Bench:
         self.measure(about, works, reasons, {c.name: c.who for c in candidates}, PRODUCT)
 
     def _ready(self, candidate: Candidate, case: Case) -> Work:
-        """Set up a candidate, one of its matrices first where that tells how long all of them would take."""
+        """Set up a candidate; where time is proportional to the number of matrices, extrapolate from one first."""
         longest = self.form.effort.longest
         if candidate.per_layer and case.count > 1:
             alone: list[Work] = []
@@ -159,9 +159,10 @@ class Bench:
             works: what to time, by name.
             reasons: why others cannot be.
             who: whose code each is, in the order of the records.
-            unit: the work in whose time the others are told too.
-            per_call: how often a call does what is to be told.
+            unit: the work whose time is the unit of the others'.
+            per_call: repetitions in a call; recorded times are those of one.
         """
+        # Cases before this one leave garbage, whose collection would be timed.
         gc.collect()
         results: dict[str, Any] = reasons | in_rounds(works, self.device, self.form.effort)
         base = results[unit].median / per_call if isinstance(results.get(unit), Spread) else None

@@ -1,4 +1,4 @@
-"""What the library sets itself on two CPU cores in float32, and what was measured of it. Imports ``sections``."""
+"""The targets of the library on two CPU cores in float32, and their measured values. Imports ``sections``."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Target:
 
 
 class Results:
-    """Finds records by what they are of."""
+    """Finds records by section, case, condition number and candidate."""
 
     def __init__(self, records: Iterable[Record]) -> None:
         self._found = {(r["section"], r["case"], r.get("condition"), r["candidate"]): r for r in records}
@@ -68,7 +68,8 @@ def _ratio(section: str, case: str, over: str, under: str) -> Callable[[Results]
 
 
 def targets() -> Iterator[Target]:
-    """All of them."""
+    """All targets, section by section."""
+    # Bound and goal of each shape.
     for shape, (least, goal) in zip(
         SHAPES, ((1.3, 3), (1.3, 3), (1.3, 3), (3, 6), (1.3, 3), (3, 10), (2, 6)), strict=True
     ):
@@ -93,6 +94,7 @@ def targets() -> Iterator[Target]:
         for shape in ((64, 16, 144), (1000, 32, 64)):
             yield faster("steps", _case(shape), ours, "pogo-torch", 3)
     for width, name, most, wanted in (
+        # Width, method, bound and goal.
         (128, "own", 2.0, 1.4),
         (128, "riemannian", 1.6, 1.25),
         (128, "soft", 1.2, 1.1),

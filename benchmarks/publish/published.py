@@ -41,7 +41,7 @@ QR = "qr_projection"
 RENAMED = {"projection:map=qr": QR}
 """Methods that published records have under another name: that projection was the QR factor of X + U."""
 FACTOR = 2.0
-"""Of the best final metric, within which a learning rate counts as good."""
+"""A learning rate counts as good where it ends within this factor of the best final metric."""
 
 ARGUMENTS = {
     "omdsm": f"""omdsm.py --budget small --seeds 5 --methods unconstrained own own_pca soft {EI_QR} {CI_QR} {CAYT}
@@ -92,7 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run(name: str, more: Sequence[str]) -> int:
-    """Run a comparison, and hold its results against the published ones."""
+    """Run a comparison, and compare its results with the published ones."""
     print(f"stiefel {shlex.join([*command(name), *more])}\n", flush=True)
     status = cli.main([*command(name), *more])
     published = HERE / "results" / name
@@ -209,12 +209,12 @@ def readme() -> str:
         CI_QR=CI_QR,
         CAYT=CAYT,
     )
-    # What a claim leaves behind where it holds: spaces, alone in a line or at the end of one.
+    # A claim that holds leaves spaces behind, alone in a line or at the end of one: they go.
     return re.sub(r"[ \t]+$", "", re.sub(r"\n[ \t]+(?=\n)", "", text), flags=re.MULTILINE)
 
 
 def holds(claim: bool) -> str:
-    """Nothing, where what the text says next is so: a sentence must not outlive its numbers.
+    """An empty string where a claim of the text holds: a sentence must not outlive its numbers.
 
     Raises:
         AssertionError: the records say otherwise.

@@ -49,6 +49,7 @@ def stability(records: Iterable[Record], factor: float) -> list[Stability]:
         means = {m: [sum(v) / len(v) for v in rates.values()] for m, rates in methods.items()}
         best = min(min(values) for values in means.values())
         for method, values in means.items():
+            # Around the method's own best, then the best of all; runs that failed are infinite and never near.
             near = [sum(v <= factor * b < float("inf") for v in values) for b in (min(values), best)]
             rows.append(Stability(setting, method, len(values), *near))
     return rows

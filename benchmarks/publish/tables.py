@@ -43,7 +43,7 @@ class Result:
 
     @property
     def name(self) -> str:
-        """Of the comparison."""
+        """Name of the comparison."""
         return self.folder.name
 
     @cached_property
@@ -53,7 +53,7 @@ class Result:
 
     @cached_property
     def settings(self) -> list[str]:
-        """In the order of the report."""
+        """The settings, in the order of the report."""
         return list(dict.fromkeys(self.summary.setting))
 
     @cached_property
@@ -93,7 +93,7 @@ class Result:
         return Interval(row[self.metric], row["low"], row["high"], int(row["n"]))
 
     def score(self, method: str, setting: str) -> float:
-        """The value alone."""
+        """Its score without the interval."""
         return float(self.row(method, setting)[self.metric])
 
     def best(self, setting: str, among: Sequence[str] | None = None) -> str:
@@ -101,7 +101,7 @@ class Result:
         return min(among or self.right, key=lambda method: self._place(method, setting))
 
     def worst(self, setting: str, among: Sequence[str] | None = None) -> str:
-        """The one with the worst."""
+        """The method with the worst score, of those given."""
         return max(among or self.right, key=lambda method: self._place(method, setting))
 
     def lowest(self, settings: Sequence[str], among: Sequence[str] | None = None) -> float:
@@ -109,7 +109,7 @@ class Result:
         return float(self._scores(settings, among).min())
 
     def highest(self, settings: Sequence[str], among: Sequence[str] | None = None) -> float:
-        """The largest."""
+        """The largest score of the methods in some settings."""
         return float(self._scores(settings, among).max())
 
     def _scores(self, settings: Sequence[str], among: Sequence[str] | None) -> pd.Series:
@@ -124,7 +124,7 @@ class Result:
         return bool(a["low"] > b["high"] if self._higher else a["high"] < b["low"])
 
     def wins(self, first: str, second: str) -> list[str]:
-        """The settings in which it does."""
+        """The settings in which ``first`` is above ``second``."""
         return [setting for setting in self.settings if self.above(first, second, setting)]
 
     def leads(self, method: str, among: Sequence[str] | None = None) -> list[str]:
@@ -138,7 +138,7 @@ class Result:
         return float(rows[where].degrees.median())
 
     def ratio(self, method: str) -> float:
-        """Its step in steps of the control, geometric mean over the points of the grid."""
+        """Its step time over the control's, geometric mean over the points of the grid."""
         if "step_ratio" not in self.summary:  # there was no cost pass
             return math.nan
         values = self.summary[self.summary.method == method].step_ratio.dropna()

@@ -45,7 +45,7 @@ def read_report(*folders: str | Path) -> Report:
     """The report of the records in some folders: tables as pandas frames, figures of matplotlib.
 
     Raises:
-        ProblemError: a folder is not there, or there is no finished run in any.
+        ProblemError: a folder does not exist, or none holds a finished run.
     """
     from stiefel.compare.present.report import Report  # with pandas and matplotlib, which a run does not need
 

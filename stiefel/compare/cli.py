@@ -58,6 +58,7 @@ def _dispatch(arguments: list[str]) -> int:
         description="Write a commented problem, which runs as it is; put a network and data of your own in its place.",
     )
     new.add_argument("file", type=Path, help="where to write it, e.g. my_problem.py")
+    # The problem's factors become options, so its file is loaded before the arguments are parsed.
     if arguments[:1] == ["compare"] and len(arguments) > 1 and not arguments[1].startswith("-"):
         from stiefel.compare.problem.load import load_problem
 
@@ -106,6 +107,7 @@ def _add_options(parser: argparse.ArgumentParser, problem: Any) -> None:
     )
     where.add_argument("--retry-failed", action="store_true", help="run errors, crashes and timeouts again")
     where.add_argument("--dry-run", action="store_true", help="print the plan and how long it may take, and stop")
+    # A factor named like an option of the comparison would overwrite it.
     taken = set(vars(parser.parse_args(["FILE"])))
     group = parser.add_argument_group("factors of this problem (several values span the grid)")
     hints = typing.get_type_hints(problem)
@@ -237,7 +239,7 @@ def _new_problem(path: Path) -> int:
 
 @contextlib.contextmanager
 def _rarely_collected() -> Iterator[None]:
-    """With garbage looked for rarely: a report keeps nearly all that it makes, and looking took a fifth of its time."""
+    """Collect garbage rarely: a report keeps nearly all that it makes, and collection took a fifth of its time."""
     usual = gc.get_threshold()
     gc.set_threshold(100_000, 50, 1000)
     try:

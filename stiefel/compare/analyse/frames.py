@@ -18,7 +18,7 @@ from stiefel.compare.record.records import Record
 def runs(records: Iterable[Record]) -> pd.DataFrame:
     """A row per run: spec, status, summary, with the problem's factors and the scale as columns.
 
-    Where a factor has the name of something in the summary, as ``steps``, that is ``run_steps``.
+    An entry of the summary that shares its name with a factor, such as ``steps``, becomes ``run_steps``.
     """
     rows = []
     for record in records:

@@ -18,13 +18,13 @@ from stiefel.compare.analyse.rows import Row, number
 from stiefel.compare.analyse.summary import Setting, Summary
 
 PERCENT = 0.01 * 180 / math.pi
-"""From radians per relative length of a step to degrees for a step of 1 %."""
+"""Converts radians per relative length of a step to degrees for a step of 1 %."""
 SIGNALS = ("forward", "backward", "forward_total", "backward_total", "variance", "redundancy", "effective_rate")
 
 
 @dataclass(frozen=True)
 class Why:
-    """What the records of one setting say of its layers; empty frames where that was not recorded."""
+    """The measurements of layers in the records of one setting; a frame is empty where nothing was recorded."""
 
     setting: Setting
 
@@ -44,7 +44,7 @@ class Why:
         """A row per method, moment and pair of layers: how far a step of ``stepped`` turns the gradient of ``layer``.
 
         ``degrees`` for a step of 1 % of the weight's length, ``degrees_per_step`` for a plain SGD step at the method's
-        rate; ``distance`` is how many measured layers the one is above the other.
+        rate; ``distance`` is the depth of ``layer`` less that of ``stepped``, in measured layers.
         """
         rows = []
         for row, moment, measured in self._moments:
@@ -55,6 +55,7 @@ class Why:
             for n, layer in enumerate(names):
                 for m, stepped in enumerate(names):
                     turn, gradient = number(found["turn"][n][m]), number(found["gradient"][m])
+                    # A plain SGD step has relative length lr ‖ξ_m‖/‖W_m‖, which is lr · gradient[m].
                     values = {"degrees": PERCENT * turn, "degrees_per_step": math.degrees(turn * lr * gradient)}
                     at = {"method": row.label, "moment": moment, "depth": n + 1, "distance": n - m}
                     rows.append(at | {"layer": layer, "stepped": stepped, **values})
@@ -75,7 +76,7 @@ class Why:
 
     @cached_property
     def methods(self) -> pd.DataFrame:
-        """A row per method: what the layers say at the end of training, in one number each; empty where nothing does.
+        """A row per method: each quantity of its layers at the end of training as one number; may be empty.
 
         ``turned_by_others`` and ``turned_by_itself`` are medians over pairs of layers and over layers, in degrees for a
         step of 1 %, ``per_step`` the former for an SGD step at the method's rate; ``variance_kept`` the variance of the
@@ -118,6 +119,7 @@ class Why:
         found = []
         for row in self.setting.rows:
             for run in row.diagnoses:
+                # Rows with effective rates alone lie between start and end.
                 kept = [measured for measured in run if "energy" in measured]
                 if kept and kept[0]["step"] == 0:
                     found.append((row, "start", kept[0]))

@@ -16,11 +16,11 @@ from stiefel.compare.record.records import ENDED
 DECADES, FRESH_SEEDS = 3.0, 5
 """What the protocol asks for: the span of the learning rates, and fresh seeds of each winner."""
 STEADY = 1.5
-"""How far the control's step time may vary between the cost runs of one point of the grid: its step is the same."""
+"""Largest ratio of the control's step times between cost runs of one point of the grid, where its step is the same."""
 
 
 def notes(summary: Summary) -> tuple[str, ...]:
-    """One sentence for each thing, with the settings and methods that it concerns."""
+    """One sentence for each finding, with the settings and methods that it concerns."""
     return tuple(note for part in (_faulty, _mixed, _tuning, _evidence, _compiled) for note in part(summary))
 
 
@@ -52,7 +52,7 @@ def _mixed(summary: Summary) -> Iterator[str]:
 def _tuning(summary: Summary) -> Iterator[str]:
     def unequal(setting: Setting) -> str:
         counts = defaultdict(list)
-        for row in setting.rows:  # one that fails at every rate is given up before its trials are spent
+        for row in setting.rows:  # a method that fails at every rate is not refined: fewer runs are right
             if row.tuning and row.choice is not None:
                 counts[len(row.tuning)].append(row.label)
         groups = [f"{n} ({few(labels)})" for n, labels in sorted(counts.items())]
@@ -111,7 +111,7 @@ def _evidence(summary: Summary) -> Iterator[str]:
 
 
 def _restless(summary: Summary) -> Iterator[str]:
-    """Cost runs that did not have the machine to themselves, as the control's own step shows, timed in each."""
+    """Whether other work disturbed the cost runs: each times the control, whose step is the same in all."""
     controls = defaultdict(list)
     for cost in summary.cost:
         controls[cost.setting, cost.hardware].append(cost.control["median"])

@@ -21,7 +21,7 @@ class Candidate:
 
     Args:
         rows: its row at each point.
-        scale: the scale, or empty where all that are compared share it.
+        scale: the scale; empty where all candidates share it.
     """
 
     rows: tuple[Row, ...]
@@ -64,7 +64,7 @@ class Candidate:
 
     @property
     def trained(self) -> bool:
-        """Whether it has a score that is a number."""
+        """Whether it has a finite score."""
         return self.score is not None and self.score.finite
 
     @property
@@ -107,6 +107,7 @@ class Candidate:
 
     @staticmethod
     def _mean(results: Sequence[dict[int, float]]) -> dict[int, float]:
+        # Only seeds that ran at every point: otherwise the means of different seeds would not be comparable.
         seeds = sorted(set.intersection(*map(set, results)))
         return {seed: float(np.mean([result[seed] for result in results])) for seed in seeds}
 
@@ -118,8 +119,8 @@ class Recommendation:
     Args:
         requirement: in words.
         best: the candidate, or None.
-        rivals: those that meet the requirement and cannot be told apart from the best, nearest first.
-        evidence: what was compared beside the score, of the best.
+        rivals: others that meet the requirement and are not distinguishable from the best, nearest first.
+        evidence: the best's value of what was compared, where that is not the score.
         reason: why there is no candidate.
     """
 
@@ -153,6 +154,7 @@ def recommend(candidates: Iterable[Candidate], higher_is_better: bool, target: b
         requirement, missing = f"{words} (error ≤ {powers(tolerance)})", "no method keeps the error there in every run"
         found.append(_choose(requirement, within, by_score, same_score, missing, lambda c: ""))
     found.append(_choose("best metric", known, by_score, same_score, "no method has a score", lambda c: ""))
+    # A method that never reaches the target must not win by its cheap step.
     reaching = [c for c in known if c.reached] if target else known
     missed = "" if reaching else "no method reaches the target in its median run" if known else "no method has a score"
     found.append(
@@ -220,6 +222,7 @@ def _choose(
     reason: str,
     evidence: Callable[[Candidate], str],
 ) -> Recommendation:
+    # Ties: fewer failures, then the cheaper step, then the name, so that the order is reproducible.
     ranked = sorted(found, key=lambda c: (value(c), c.failures, c.step.value if c.step else math.inf, c.name))
     if not ranked:
         return Recommendation(requirement, None, (), "", reason)

@@ -41,7 +41,7 @@ class Results:
 
         Args:
             folders: of records.
-            only: the hashes of those that are meant; None for all.
+            only: hashes of the records to report; None for all.
 
         Raises:
             ProblemError: a folder is not there, or there is no finished run.

@@ -77,11 +77,11 @@ class Row:
     Args:
         label: the method with its options.
         control: whether it is the one that others are compared with.
-        choice: what tuning chose; None where every tuning run failed, or none is there.
+        choice: what tuning chose; None where every tuning run failed or there is none.
         edge: whether the chosen rate is at an end of those tried with default knobs.
         final: the runs with fresh seeds of that choice.
         tuning: the runs that chose.
-        worst: the worst value that a metric can have, which is a failed run's: −∞ where higher is better.
+        worst: the score of a failed run: −∞ where higher is better, else ∞.
         cost: its cost run.
     """
 
@@ -126,7 +126,7 @@ class Row:
 
     @cached_property
     def faults(self) -> str:
-        """What is knowingly wrong with the method; empty for one that is meant to be right."""
+        """The method's known faults, in words; empty for a method that is meant to be correct."""
         return next((r.summary["faults"] for r in (*self.final, *self.tuning) if r.summary.get("faults")), "")
 
     @property
@@ -156,7 +156,7 @@ class Row:
 
     @property
     def failures(self) -> dict[str, int]:
-        """How many of them ended in which status other than ``done``."""
+        """Numbers of reported runs by status, ``done`` left out."""
         return dict(Counter(r.status for r in self.final if r.status != "done"))
 
     @property
@@ -172,7 +172,7 @@ class Row:
 
     @property
     def skipped(self) -> str | None:
-        """Why every run of the method was skipped; None where not every one was."""
+        """The reason where every run of the method was skipped, else None."""
         runs = (*self.tuning, *self.final)
         if not runs or any(r.status != "skipped" for r in runs):
             return None
@@ -212,7 +212,7 @@ class Row:
 
     @property
     def default(self) -> Trial | None:
-        """What it found at default knobs and the problem's default rate, or the tried one nearest to that."""
+        """The trial at default knobs whose rate is nearest to the problem's default rate, by their ratio."""
         plain = [trial for trial in self.trials if not trial.choice.knobs]
         wanted = next((r.summary["default_rate"] for r in self.tuning if r.summary.get("default_rate")), None)
         if wanted is None or not plain:
@@ -239,7 +239,8 @@ class Row:
 
     @cached_property
     def diagnoses(self) -> list[list[dict[str, Any]]]:
-        """The measurements of each reported run that say why: those with energies or with effective rates."""
+        """The measurements of each reported run that explain its score: those with energies or effective rates."""
+        # Most lines of a long run have neither: search the text, and parse those that do.
         marks = ('"energy"', '"effective_rate"')
         return [[json.loads(line) for line in lines if any(m in line for m in marks)] for lines in self._measured]
 
@@ -252,6 +253,6 @@ class Row:
 
 
 def value(record: Record, key: str, missing: float = math.inf) -> float:
-    """A number of a run's summary; infinite where the run did not train to its end, or never got there."""
+    """A number of a run's summary; ``missing`` where the run did not train to its end or the number is null."""
     value = record.summary.get(key) if record.status in ENDED else None
     return missing if value is None else float(value)

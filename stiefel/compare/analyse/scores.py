@@ -1,4 +1,4 @@
-"""Scores over runs with bootstrap intervals, and whether two of them can be told apart. Imports numpy and scipy."""
+"""Scores over runs with bootstrap intervals, and whether two scores differ significantly. Imports numpy and scipy."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ class Interval:
 def distinguishable(first: Mapping[int, float], second: Mapping[int, float], statistic: Statistic = iqm) -> bool:
     """Whether the 95 % bootstrap interval of the difference of two scores excludes zero.
 
-    The runs are paired by seed: those of one seed share start and batches. Two pairs are the least that can tell.
+    The runs are paired by seed: those of one seed share start and batches. At least two pairs are needed.
 
     Args:
         first, second: results by seed; infinite where the run failed.
@@ -93,7 +93,7 @@ def resample(samples: Iterable[Iterable[float]], statistic: Statistic = iqm) -> 
 
 
 def _intervals(values: Any, n: int, statistic: Statistic) -> Iterator[Interval]:
-    """Of the rows of an array (sample, run)."""
+    """The intervals of the rows of an array (sample, run)."""
     found = [_back(value) for value in statistic(values)]
     if n < 2:
         yield from (Interval(value, None, None, n) for value in found)
@@ -102,7 +102,7 @@ def _intervals(values: Any, n: int, statistic: Statistic) -> Iterator[Interval]:
 
     ends = bootstrap((values,), statistic, axis=-1, **_BOOTSTRAP).confidence_interval
     for value, sample, low, high in zip(found, values, ends.low, ends.high, strict=True):
-        same = bool((sample == sample[0]).all())  # their mean may differ from them in the last digit
+        same = bool((sample == sample[0]).all())  # their mean may round differently
         yield Interval(value, value, value, n) if same else Interval(value, _back(low), _back(high), n)
 
 
@@ -121,7 +121,7 @@ def _distinguishable(first: tuple[float, ...], second: tuple[float, ...], statis
 
 
 def _back(value: float) -> float:
-    """A number that resampling has made of an infinite one is infinite again."""
+    """Undo the clipping of infinities: a number beyond 1e15 comes from runs that were infinite."""
     return float(value) if abs(value) < math.sqrt(_FAR) else math.copysign(math.inf, value)
 
 

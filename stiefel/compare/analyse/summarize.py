@@ -55,6 +55,7 @@ def _summary(records: list[Record], older: int) -> Summary:
             cells[_order(record.spec, factors)][record.label].append(record)
     drafts = [_draft(methods, higher, cost) for _, methods in sorted(cells.items())]
     scored = [row for rows in drafts for row in rows if row.final]
+    # One bootstrap for all rows is faster than one for each; rows find their intervals ready.
     resample((row.scores.values() for row in scored), iqm)
     resample((results.values() for row in scored for results in (row.steps, row.seconds)), median)
     failures = tuple(
@@ -106,6 +107,7 @@ def _setting(rows: list[Row], factors: list[str], higher: bool) -> Setting:
     point, scale = _point(spec, factors), scale_name(spec.options.get("scale", 1.0))
     sign = -1 if higher else 1
 
+    # Known faults last, then rows without a score; of equal scores, fewer failures first.
     def place(row: Row) -> tuple[Any, ...]:
         score = sign * row.test.value if row.test else 0.0
         return bool(row.faults), row.test is None, score, sum(row.failures.values()), row.label
@@ -154,6 +156,7 @@ def _cost(records: list[Record], factors: list[str]) -> dict[tuple[str, str], Co
     for record in sorted(records, key=lambda r: r.written):
         if record.spec.kind == "cost" and record.status == "done":
             measured[record.label, _at(record.spec)] = record
+    # Peak memory comes from training runs; the label "" collects the control's.
     peaks = defaultdict(list)
     for record in records:
         peak = record.summary.get("peak_resident_bytes")

@@ -17,9 +17,9 @@ class Setting:
     """One point of the grid of factors at one scale, with its rows, best first.
 
     Args:
-        title: what tells it from the other settings.
-        point: that without the scale.
-        scale: as people write it.
+        title: the point and the scale, in words.
+        point: the factors that vary, with their values; empty where none does.
+        scale: the scale as reports write it.
         fields: the problem's factors.
         target: validation metric that a run must reach, or None.
         rows: one per method; those with known faults last.
@@ -39,12 +39,13 @@ class Setting:
     def rank(self, row: Row, tolerance: float | None = None) -> int | None:
         """Its place by score, among the rows within a tolerance where one is given; equal scores share a place.
 
-        A method with known faults has none.
+        None outside the tolerance, without a finite score, or with known faults.
         """
         return self._ranks[tolerance].get(row.label)
 
     @cached_property
     def _ranks(self) -> dict[float | None, dict[str, int]]:
+        # −sign(worst) turns scores so that higher is better: worst is −∞ where it is, ∞ where lower is.
         ranks: dict[float | None, dict[str, int]] = {}
         for tolerance in (None, *TOLERANCES):
             known = [
@@ -97,7 +98,7 @@ class Summary:
 
     @cached_property
     def faults(self) -> dict[str, str]:
-        """What is knowingly wrong with methods, by label, of those that are kept apart for it."""
+        """The known faults of methods, by label, of those that have any."""
         return {row.label: row.faults for setting in self.settings for row in setting.rows if row.faults}
 
     def marked(self, label: str) -> str:

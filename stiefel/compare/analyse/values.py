@@ -1,4 +1,4 @@
-"""What there is to tell of a method in a setting, by name. Imports ``rows``, ``summary``, ``scores``.
+"""The values that reports give of a method in a setting, by name. Imports ``rows``, ``summary``, ``scores``.
 
 :data:`VALUES` are the columns of ``summary.csv``; what a report shows takes its values from there too.
 """
@@ -14,12 +14,12 @@ from stiefel.compare.analyse.scores import Interval
 from stiefel.compare.analyse.summary import Setting, Summary
 
 WHERE = ("commit", "cpu", "cores", "threads", "gpu", "torch")
-"""What of a run's environment a frame has."""
+"""Entries of a run's environment that frames have as columns."""
 
 
 @dataclass(frozen=True)
 class Line:
-    """A row with what it stands in: the setting, which ranks it, and the summary, which names it."""
+    """A row with its setting, which ranks it, and its summary, which names it."""
 
     summary: Summary
     setting: Setting
@@ -99,7 +99,7 @@ VALUES: dict[str, Value] = {
     "tuning_failures": lambda at: at.row.tuning_failures,
     "where": _where,
 }
-"""Each value by its name. In a file ``{metric}`` is the metric's name; of a dictionary, each entry is a column."""
+"""A function of a line by name. In files ``{metric}`` becomes the metric's name, a dictionary a column per entry."""
 
 
 def values(at: Line) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from stiefel.constraint import control
 
 @dataclass(frozen=True)
 class ExecutionOptions:
-    """Where and how a comparison runs: nothing here changes its results, but for times.
+    """Where and how a comparison runs: nothing here changes its results, except times.
 
     Args:
         file: the problem's file.
@@ -35,7 +35,7 @@ class ExecutionOptions:
         memory: bytes that a run may allocate, or None.
         processes: of a run, under torchrun.
         executor: what runs them, by name.
-        executor_options: of that.
+        executor_options: options of the executor.
         retry_failed: run again what failed for reasons that may lie outside the method.
     """
 
@@ -71,7 +71,7 @@ class Comparison:
     extend: bool = False
 
     def check(self) -> None:
-        """Fail before the first run where every run would."""
+        """Try each setting's problem once, so that a broken one fails before the first run."""
         from stiefel.compare.problem.check import check
 
         for problem in self.settings.values():
@@ -133,11 +133,13 @@ class Comparison:
                 jobs = [self._job(spec, means.cores if alone else means.threads) for spec in specs]
                 advance = progress.stage(name, len(jobs))
                 found = []
+                # Cost runs go one by one: each has the machine to itself.
                 for batch in [[job] for job in jobs] if alone else [jobs]:
                     found += runner.run_all(batch, executor, advance, retry_failed=means.retry_failed)
                 return found
 
             tuned = plan.tuned(stage("tuning", plan.tuning()))
+            # A winner may move to the new edge, so the grid is extended until none does.
             while self.extend and (more := plan.extension(tuned)):
                 tuned += stage("extend", more)
             if more := plan.refinement(tuned):

@@ -1,4 +1,4 @@
-"""How long a comparison may take, from what has ended before. Imports ``plan``, ``records``, ``run`` and ``spec``."""
+"""How long a comparison may take, from what has ended before. Imports ``plan``, ``record`` and ``worker``."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ class Times:
             self._found[key].append(seconds)
 
     def __contains__(self, spec: RunSpec) -> bool:
-        """Whether there is any of this method in this setting."""
+        """Whether there is a time of this method in this setting."""
         return _keys(spec)[0] in self._found
 
     def __bool__(self) -> bool:
-        """Whether there is any at all."""
+        """Whether there is any time at all."""
         return bool(self._found)
 
     def of(self, spec: RunSpec) -> float:
-        """The median of the nearest that there is."""
+        """The median time of the closest runs that are known."""
         return statistics.median(next(self._found[key] for key in _keys(spec) if key in self._found))
 
 
@@ -52,9 +52,9 @@ def _keys(spec: RunSpec) -> list[Any]:
 class Pace:
     """How long the runs of a problem take.
 
-    A quality run takes as long as those that have ended. A cost run is a new process, which imports everything, where a
-    quality run on the CPU is a copy of one that has; then steps of the method and of the control, which training has
-    timed. How long its data take to load is in no record, and left out.
+    A quality run takes as long as those that have ended. A cost run starts a new process, which imports everything
+    (quality runs on the CPU are forked from one that has), then takes steps of the method and of the control, whose
+    times are known from training. The time to load its data is in no record, and left out.
 
     Args:
         records: runs of one problem on one device that have ended.
@@ -72,7 +72,7 @@ class Pace:
                 self.step.add(spec, summary["seconds"] / summary["steps"])
 
     def seconds(self, runs: Iterable[RunSpec], jobs: int) -> float:
-        """Of some runs, quality runs so many at a time, cost runs one by one."""
+        """The time of some runs: quality runs ``jobs`` at a time, cost runs one by one."""
         runs = list(runs)
         training = [run for run in runs if run.kind == "quality"]
         quality = sum(self.quality.of(run) for run in training)
@@ -89,6 +89,7 @@ class Pace:
         method = self.step.of(run)
         # Where the control has not run, another method's step stands for it, which may take longer than this one's.
         beside = min(method, self.step.of(replace(run, method=control(), options={}, knobs={})))
+        # Warm-up and timed steps of both, and one more of the method, whose operations are counted.
         return started + (WARMUP + REPEATS) * (method + beside) + method
 
 

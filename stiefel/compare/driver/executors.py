@@ -1,7 +1,7 @@
 """Where runs go: this machine, or another engine behind :class:`concurrent.futures.Executor`. Imports ``runner``.
 
-Each engine is an extra of its own (``stiefel[dask]``, ``stiefel[ray]``, ``stiefel[submitit]``). A call that it gets
-runs in one of its workers, which starts the run's process there; records land in the folder that all machines share.
+Each engine is an extra of its own (``stiefel[dask]``, ``stiefel[ray]``, ``stiefel[submitit]``). It runs
+each call in one of its workers, which starts the run's process there; records go to the folder that all machines share.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Remote(Executor):
         return self._threads.submit(self._call, fn, *args, **kwargs)
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
-        """Let the engine go, at once where calls are to be cancelled, else when they have ended."""
+        """Close the engine: at once where calls are to be cancelled, else when they have ended."""
         if cancel_futures:
             self._close()
         self._threads.shutdown(wait=wait, cancel_futures=cancel_futures)
@@ -47,17 +47,17 @@ class Remote(Executor):
 
 
 class Local(ThreadPoolExecutor):
-    """Processes on this machine, watched by threads; what it cancels ends with them.
+    """Processes on this machine, each watched by a thread; cancelling a run ends its process.
 
     Args:
         jobs: runs at a time.
-        devices: what each of them may use, one run at a time; None for any.
+        devices: the device of each slot, used by one run at a time; None for any.
     """
 
     def __init__(self, jobs: int, devices: Iterable[str | None] = ()) -> None:
         super().__init__(jobs)
         self._stop = Stop()
-        # The last one given back is the next one taken, so that runs one after another all have the same.
+        # Last in, first out: runs one after another all get the same device.
         self._free: queue.LifoQueue[str | None] = queue.LifoQueue()
         for device in reversed(list(devices) or [None] * jobs):
             self._free.put(device)
@@ -83,7 +83,7 @@ class Local(ThreadPoolExecutor):
 
 
 def local(jobs: int, *, threads: int, folder: Path, device: str, **options: Any) -> Executor:
-    """This machine, with a GPU for each run where they are to use one."""
+    """This machine; on CUDA, one GPU for each run."""
     if options:
         raise OptionError(f"--executor local takes no options, got {', '.join(options)}")
     return Local(jobs, gpu_slots(jobs) if device == "cuda" else ())

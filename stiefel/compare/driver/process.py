@@ -37,7 +37,7 @@ class RunProcess(ABC):
         """None while it runs; negative is the signal that killed it."""
 
     def stop(self) -> None:
-        """Terminate it, and kill it where it does not listen."""
+        """Terminate it, and kill it if it has not ended after ``GRACE`` seconds."""
         self._process.terminate()
         if not self.wait(GRACE):
             self._process.kill()
@@ -56,7 +56,7 @@ def start(job: Job, claim: RunLock, *, forked: bool) -> RunProcess:
 
 
 def can_fork(job: Job) -> bool:
-    """Whether a run may start as a copy of a process that has run before."""
+    """Whether a run may be forked from the preloaded server."""
     return job.spec.device == "cpu" and job.spec.kind != "cost" and job.processes == 1
 
 
@@ -128,7 +128,7 @@ def _context() -> Any:
 
 
 def describe_exit(code: int | None) -> str:
-    """How a process ended that left no record."""
+    """How a process without a record ended, in words."""
     if code is not None and code < 0:
         return f"the process was killed by {signal.Signals(-code).name}"
     return f"the process ended with code {code} and no record"

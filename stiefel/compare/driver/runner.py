@@ -28,18 +28,18 @@ from stiefel.compare.worker.main import TAIL
 from stiefel.errors import RecordError, StorageError
 
 _POLL = 0.2  # seconds between looks at a run that another driver has
-_LATE = 60.0  # seconds from its timeout, counted from its imports, to the end of a process that has not ended itself
+_LATE = 60.0  # seconds after its timeout, which counts from its imports, until a process is ended from outside
 
 
 class Stop:
-    """What ends the runs of this process together; cannot leave the process."""
+    """Ends all runs of this process together; cannot be sent to another process."""
 
     def __init__(self) -> None:
         self.event = threading.Event()
         self._running: set[RunProcess] = set()
 
     def watch(self, process: RunProcess, seconds: float) -> bool:
-        """Wait for a process, which a stop ends; whether it has ended within the time."""
+        """Wait for a process, which a stop ends; returns whether it ended within the time."""
         self._running.add(process)
         try:
             if self.event.is_set():
@@ -60,7 +60,7 @@ def execute(job: Job, again: float | None = None, stop: Stop | None = None) -> R
 
     Args:
         job: what to run.
-        again: run it although there is a record, if that was written at this time: another driver's newer one counts.
+        again: when the record to be replaced was written; a newer one, from another driver, is returned instead.
         stop: once set, nothing is started or recorded: what was interrupted has not failed.
 
     Returns:
@@ -108,20 +108,21 @@ def _post_mortem(exitcode: int | None, folder: RunFolder, job: Job) -> dict[str,
     outcome: dict[str, Any] = {"traceback": _tail(lines), "summary": {}, "wall_seconds": None}
     if exitcode is None or any(re.match(r"Timeout \(\d+:\d\d:\d\d", line) for line in lines):
         return outcome | {"status": "timeout", "reason": f"not finished after {job.timeout:g} s"}
+    # Most often the kernel's out-of-memory killer, which :mod:`worker.main` asks to choose this process.
     if exitcode == -signal.SIGKILL:
         return outcome | {"status": "out of memory", "reason": f"{describe_exit(exitcode)}, as when memory runs out"}
     return outcome | {"status": "crashed", "reason": describe_exit(exitcode)}
 
 
 def _tail(lines: list[str]) -> list[str]:
-    """What a process that died said last; of Python's dump of its threads, the stack of the one that crashed."""
+    """The last lines of a process that died; of Python's dump of its threads, the stack of the one that crashed."""
     dumps = [i for i, line in enumerate(lines) if line.startswith(("Current thread", "Thread 0x"))]
     crashed = [i for i in dumps if lines[i].startswith("Current thread")] or dumps
     return lines[crashed[-1] :][:TAIL] if crashed else lines[-TAIL:]
 
 
 def _said(folder: RunFolder) -> list[str]:
-    """What the process of a run printed."""
+    """The lines that a run's process printed."""
     return (folder.path / "output.txt").read_text(errors="replace").splitlines() or [""]
 
 
@@ -187,8 +188,8 @@ def _run_missing(
 _Ended: TypeAlias = "queue.SimpleQueue[Future[Record | None] | None]"
 """Futures that have ended, and None for a Ctrl-C.
 
-Python raises a KeyboardInterrupt wherever the main thread is: while it takes a lock, of which an error of another kind
-may come, or while it tells of a record.
+Python raises a KeyboardInterrupt wherever the main thread is: while it takes a lock, which may fail with an error of
+another kind, or while it reports a record. A queue delivers it between two records instead.
 """
 
 
@@ -201,7 +202,7 @@ def _next(ended: _Ended) -> Future[Record | None]:
 
 @contextlib.contextmanager
 def _interrupts(call: Callable[[], object]) -> Iterator[None]:
-    """Ctrl-C calls a function instead of raising; not where someone else handles it, or it is ignored."""
+    """Ctrl-C calls a function instead of raising, unless another handler is set or it is ignored."""
     main = threading.current_thread() is threading.main_thread()
     if not main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
         yield

@@ -1,6 +1,6 @@
 """Which runs a comparison consists of: tuning, its winners with fresh seeds, a cost pass.
 
-Imports ``spec``, ``records`` and ``methods``.
+Imports ``record``, ``variants`` and ``constraint``.
 """
 
 from __future__ import annotations
@@ -145,7 +145,7 @@ class Plan:
         ]
 
     def cost(self, tuned: Tuned) -> list[RunSpec]:
-        """One cost run for each setting and method: at the last scale, which costs nothing, and at the smallest rate.
+        """One cost run for each setting and method, at the last scale and the smallest rate: neither changes the cost.
 
         It has the winner's knobs, which may cost. A step costs the same at any rate; at a large one the timed steps,
         which go on beyond the training, may diverge.
@@ -184,7 +184,7 @@ class Plan:
 
 
 def _other_values(cell: RunSpec) -> Iterator[tuple[str, Any]]:
-    """Values of a method's knobs other than those it has, each valid alone: round the knobs, numbers nearest first."""
+    """Other values of a method's knobs, each valid alone: one of each knob in turn, nearest numbers first."""
     method = get(cell.method, **cell.options)
     columns = []
     for knob, values in method.tuning.items():

@@ -23,7 +23,7 @@ class Variant:
     def parse(cls, text: str) -> Variant:
         """Read ``name`` or ``name:option=value,option=value``; a scale given here is this variant's only one.
 
-        A knob given here, also at its default, is not turned by tuning.
+        Tuning leaves a knob alone that is given here, even at its default.
 
         Raises:
             UnknownMethodError, OptionError: as :func:`stiefel.get` raises them, or where an option has no value.
@@ -37,6 +37,7 @@ class Variant:
             options[key] = literal(value)
         method = get(name, **options)
         usual = {f.name: f.default for f in fields(method)}
+        # The scale and the knobs stay even at their defaults: they record what was fixed by hand.
         kept = {"scale", *method.tuning}
         return cls(name, tuple(sorted((k, v) for k, v in options.items() if k in kept or v != usual[k])))
 

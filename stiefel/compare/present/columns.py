@@ -29,13 +29,13 @@ def _nothing(line: Any) -> str:
 
 @dataclass(frozen=True)
 class Column(Generic[T]):
-    """How one thing is shown of each line of a table. All of it is plain text: who shows it escapes it.
+    """How a table shows one value of each line, in plain text, which the terminal and the page escape.
 
     Args:
         heading: lines of text; ``{metric}`` stands for the metric's name.
         text: of a cell; in a terminal its second line is dim.
         key: what the page sorts by, where nothing (None, NaN) comes last; None where it sorts by the text.
-        where: who shows it. A terminal has 80 columns: what it writes shorter than the page is a column of its own.
+        where: terminal, page or both. A shorter form for the terminal's 80 characters is a column of its own.
         prose: whether the page sets it as words, not as numbers.
         css: classes of a cell on the page.
         tone: ``good`` or ``bad`` for a cell's text on the page, or empty.
@@ -74,7 +74,7 @@ def valued(
 
 @dataclass(frozen=True)
 class Grid(Generic[T]):
-    """A table: its columns, headings complete, and what is in its lines.
+    """A table: its columns, with the metric's name in the headings, and its lines.
 
     Args:
         columns: from left to right.

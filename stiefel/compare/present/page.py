@@ -45,7 +45,7 @@ class Failure:
 
     @property
     def folders(self) -> str:
-        """Where they are, not more than can be read."""
+        """The first three folders, and the number of the others."""
         names = [run.path.name for run in self.runs]
         return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
@@ -125,12 +125,12 @@ class Section:
 
     @property
     def sensitivity(self) -> str:
-        """Figure."""
+        """The figure of validation metrics against learning rates, as SVG."""
         return svg(sensitivity(self.summary))
 
     @property
     def defaults(self) -> str:
-        """Figure."""
+        """The figure of default and tuned settings, as SVG."""
         return svg(defaults(self.summary))
 
     def drawn(self) -> Iterator[tuple[Setting, str]]:
@@ -150,6 +150,7 @@ class Section:
 
 def write_html(report: Results, path: Path) -> None:
     """Write the report as one file."""
+    # The limit holds for the whole page: the first problems draw, as far as it lasts.
     sections, left = [], CURVES
     for summary in report.problems:
         sections.append(Section(summary, max(0, left)))

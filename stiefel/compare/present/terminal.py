@@ -32,6 +32,7 @@ def failure_lines(summary: Summary) -> list[str]:
     ]
     failed = [r for r in summary.failures if r.status != "skipped"]
     reasons = Counter((r.status, r.label, r.reason) for r in failed)
+    # Backwards, so that the first run of each kind is the one shown.
     folders = {(r.status, r.label, r.reason): r.path for r in reversed(failed)}
     for key, n in reasons.most_common(8):
         status, label, reason = key

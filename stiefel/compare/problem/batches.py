@@ -24,8 +24,8 @@ class Batches:
     """Epochs of one part of the data.
 
     Tensors are shuffled and cut by a generator of this object's own. An iterable gives its own batches; while it does,
-    the global generators of Python, numpy and torch are in a state of this object's own, so that what shuffles or
-    augments them does the same for a method that draws numbers and one that does not.
+    the global generators of Python, numpy and torch are in a state of this object's own, so that shuffling and
+    augmentation are the same for a method that draws random numbers and for one that does not.
 
     Args:
         part: the data.
@@ -56,6 +56,7 @@ class Batches:
         else:
             with self._randomness.use():
                 stream = iter(self.part)
+            # Own random state while a batch is made, the run's between batches; self marks the end of the stream.
             for _ in range(self.limit) if self.limit is not None else iter(int, 1):
                 with self._randomness.use():
                     batch = next(stream, self)
@@ -64,10 +65,10 @@ class Batches:
                 yield self.prepare(batch)
 
     def all(self, most: int | None = None) -> Iterator[Batch]:
-        """Every batch once, in the given order, the last one too; as an evaluation wants them.
+        """Every batch once, in the given order, a last partial one included: for evaluation.
 
         Args:
-            most: examples per batch of tensors, where not ``size``.
+            most: examples per batch of tensors; default: ``size``.
         """
         if isinstance(self.part, tuple):
             rows = torch.arange(len(self.part[0]))
@@ -79,7 +80,7 @@ class Batches:
 
 
 class Randomness:
-    """A state of the global generators of Python, numpy and torch, apart from the one in use."""
+    """A second state of the global generators of Python, numpy and torch, beside the one in use."""
 
     def __init__(self, seed: int) -> None:
         outer = _states()
@@ -109,7 +110,7 @@ def seed_everything(seed: int) -> None:
 
 
 def mover(device: torch.device, dtype: torch.dtype) -> Callable[[Batch], Batch]:
-    """What takes the tensors of a batch, however nested, to a device, and the real floating-point ones to a dtype."""
+    """A function that moves a batch's tensors, however nested, to a device, real floating-point ones to a dtype."""
 
     def move(leaf: Any) -> Any:
         if not isinstance(leaf, Tensor):

@@ -43,13 +43,13 @@ def check(problem: Problem) -> None:
 
 
 class _Trial:
-    """Tries a problem's methods one by one, and says of the first that fails what it is."""
+    """Tries a problem's methods one by one; the error names the first that fails."""
 
     def __init__(self, problem: Problem) -> None:
         self.problem, self.name = problem, type(problem).__name__
 
     def attempt(self, what: str, call: Callable[[], T]) -> T:
-        """What a call returns; an error of it as one of the problem."""
+        """Return what a call returns; its errors become :class:`ProblemError`."""
         try:
             return call()
         except (DataError, ProblemError):
@@ -63,7 +63,7 @@ class _Trial:
             raise ProblemError(f"{self.name}: {what} must {expected}, got {came}")
 
     def model(self) -> nn.Module:
-        """The model, whose layers can be constrained."""
+        """The model, after a trial that its layers can be constrained."""
         problem = self.problem
         model = self.attempt("make_model()", problem.make_model)
         self.expect(isinstance(model, nn.Module), "make_model()", "return a torch.nn.Module", type(model).__name__)
@@ -98,7 +98,7 @@ class _Trial:
         return optimizer
 
     def evaluation(self, model: nn.Module, validation: list[Batch]) -> None:
-        """The metric is among the numbers that evaluation gives."""
+        """Check that evaluation returns numbers, the metric among them."""
         problem = self.problem
         model.eval()
         with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Real data for the benchmarks: from files that are there, or fetched with a word. Imports problem and the errors.
+"""Real data for the benchmarks: from local files, or downloaded with a message. Imports problem and the errors.
 
 scikit-learn is imported where it is needed.
 """
@@ -93,7 +93,7 @@ def load(name: str, folder: Folder = None, *, examples: int | None = None, split
         Images as rows of float32 (channels, then 32×32; 28×28 pixels are padded with zeros), and labels.
 
     Raises:
-        DataError: unknown name, files that are missing or not what they should be, or out of reach.
+        DataError: unknown name, or files that are missing, corrupt or cannot be downloaded.
     """
     if name not in _SOURCES:
         raise DataError(f"unknown data {name!r}; {nearest_names(name, _SOURCES)}")
@@ -109,6 +109,7 @@ def load(name: str, folder: Folder = None, *, examples: int | None = None, split
     (x, y), (vx, vy), (tx, ty) = (
         (_rows(images) / source.white, labels.long()) for images, labels in (*parts, (test[0][:few], test[1][:few]))
     )
+    # Of the training images alone: validation and test data stay unseen.
     mean = x.mean()
     return Data((x - mean, y), (vx - mean, vy), (tx - mean, ty))
 
@@ -135,7 +136,7 @@ def _olivetti(folder: Folder) -> tuple[Part, None]:
     except OSError:
         print("fetching the Olivetti faces with scikit-learn (4 MB; kept in its data folder)", file=sys.stderr)
         try:
-            fetched = fetch_olivetti_faces(**where)  # which knows the file's checksum
+            fetched = fetch_olivetti_faces(**where)  # checks the file's checksum
         except (TimeoutError, urllib.error.URLError, OSError) as error:
             raise DataError(f"the Olivetti faces are out of reach ({error}); {REMEDIES['olivetti']}") from error
     faces = F.avg_pool2d(torch.from_numpy(fetched.images)[:, None], 2)
@@ -171,7 +172,7 @@ def _cifar(name: str, train: list[str], test: str, labels: bytes) -> Callable[[F
             raise DataError(f"{name} is not on this machine; {REMEDIES[name]}")
 
         def part(stems: list[str]) -> Part:
-            # The files are pickles, which can run code: these are the ones that are known.
+            # Pickles can run code: only files with the known checksums are loaded.
             batches = [pickle.loads(_verified(name, found, stem), encoding="bytes") for stem in stems]
             images = np.concatenate([batch[b"data"] for batch in batches])
             return torch.from_numpy(images), torch.tensor([label for batch in batches for label in batch[labels]])
@@ -182,7 +183,7 @@ def _cifar(name: str, train: list[str], test: str, labels: bytes) -> Callable[[F
 
 
 def _find(name: str, folder: Folder) -> Path | None:
-    """The folder of a data set: the one given, or the first that is there of those where it may be."""
+    """The folder of a data set: the one given, else the first of the usual places that exists."""
     if folder is not None:
         return Path(folder)
     roots = [Path(os.environ[VARIABLE])] if os.environ.get(VARIABLE) else []
@@ -212,7 +213,7 @@ def _from_openml() -> tuple[Part, Part]:
     from sklearn.datasets import fetch_openml
 
     print("fetching Fashion-MNIST from OpenML (30 MB; kept in scikit-learn's data folder)", file=sys.stderr)
-    try:  # ValueError: what came has not the checksum that OpenML says
+    try:  # ValueError: the download does not have OpenML's checksum
         fetched = fetch_openml("Fashion-MNIST", version=1, as_frame=False, parser="liac-arff")
     except (TimeoutError, urllib.error.URLError, OSError, ValueError) as error:
         raise DataError(

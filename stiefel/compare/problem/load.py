@@ -56,6 +56,6 @@ def load_problem(path: str | Path) -> type[Problem]:
 
 
 def load_data(problem: Problem) -> Data:
-    """The problem's data, the same in every run also where its loading draws from the global generators."""
+    """The problem's data; the global generators are seeded first, so that they are the same in every run."""
     seed_everything(0)
     return problem.make_data()

@@ -1,4 +1,4 @@
-"""What a problem is, and how it is loaded from a file. Imports ``batches``, ``attach``, the errors and torch."""
+"""What a problem consists of. Imports ``batches``, ``source``, ``attach``, ``constraint``, the errors and torch."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from stiefel.errors import ProblemError
 
 @dataclass(frozen=True)
 class Data:
-    """A data set in three parts: what trains, what chooses, what is reported.
+    """A data set in three parts: for training, for choosing (validation), for reporting (test).
 
     Each is either a tuple of tensors with equal first dimension, usually (inputs, targets), which the comparison
     shuffles and cuts into batches; or any iterable that gives batches anew each time it is iterated (a list, a
@@ -79,7 +79,7 @@ class Problem(ABC):
     that are too slow or cannot be copied."""
     scales: ClassVar[tuple[float | str, ...]] = (1.0, "relu")
     grid: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
-    """Values of factors that a comparison spans unless told otherwise; other factors keep their default."""
+    """Values of factors that a comparison spans by default; other factors keep their default value."""
     budgets: ClassVar[Mapping[str, Mapping[str, tuple[Any, ...]]]] = {}
     """Named sets of values of factors, for ``--budget``."""
 
@@ -115,9 +115,9 @@ class Problem(ABC):
     def train_step(self, model: nn.Module, optimizer: torch.optim.Optimizer, batch: Batch) -> Tensor:
         """One training step on a batch; returns the loss to be recorded, without penalties and without a graph.
 
-        Default: one step down :meth:`loss` and the methods' penalties. Training that is more than that overrides it:
-        networks that are updated in turn, or several times a batch. Each of its backward passes that reaches a
-        constrained weight adds ``stiefel.penalty(model)``; parameters whose gradient is None are not stepped. The
+        Default: one step down :meth:`loss` and the methods' penalties. Override it for networks that are
+        updated in turn, or several times a batch: each backward pass that reaches a constrained weight then has to
+        include ``stiefel.penalty(model)``; parameters whose gradient is None are not stepped. The
         whole of it is timed. Under ``torchrun`` ``model`` is wrapped, and only what its own call returns is averaged.
         """
         optimizer.zero_grad()
@@ -135,8 +135,8 @@ class Problem(ABC):
     def measure(self, model: nn.Module, batches: Iterable[Batch]) -> dict[str, float]:
         """The metric and what else is of interest on a part of the data.
 
-        Default: the mean of :meth:`evaluate` over its batches, weighted by their numbers of examples. A metric that is
-        no mean over examples (an F score, a distance of distributions) overrides this one.
+        Default: the mean of :meth:`evaluate` over its batches, weighted by their numbers of examples. Override it
+        for a metric that is not a mean over examples (an F score, a distance of distributions).
         """
         sums: dict[str, float] = {}
         count = 0

@@ -49,7 +49,7 @@ def winners(tuned: Iterable[Record], higher_is_better: bool) -> dict[tuple[Any, 
     """The choice of each cell whose best validation metric, averaged over tuning seeds, is best.
 
     A choice at which a run failed (diverged, timed out, crashed) wins only where every choice had failures; one at
-    which every run failed never wins. Of equals, the defaults and the smallest rate.
+    which every run failed never wins. Ties go to the default knobs, then to the smallest rate.
     """
     scores: dict[tuple[Any, ...], dict[Choice, list[Record]]] = defaultdict(lambda: defaultdict(list))
     for record in tuned:
@@ -74,7 +74,7 @@ class Tuned:
     """Tuning runs that have ended, and the choice that wins each cell.
 
     Args:
-        records: of the runs.
+        records: records of the runs.
         higher_is_better: of the validation metric.
     """
 
@@ -87,7 +87,7 @@ class Tuned:
         return winners(self.records, self.higher_is_better)
 
     def __add__(self, more: Iterable[Record]) -> Tuned:
-        """These and more."""
+        """The same with more records."""
         return replace(self, records=(*self.records, *more))
 
 

@@ -25,7 +25,7 @@ class RunLock:
 
     @classmethod
     def take(cls, folder: Path) -> RunLock | None:
-        """RunLock a run's folder; None where another process has."""
+        """Lock a run's folder; None where another process has locked it."""
         folder.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(folder / "claim", os.O_RDWR | os.O_CREAT, 0o644)
         try:
@@ -44,7 +44,7 @@ class RunLock:
         os.pwrite(self.descriptor, who.encode(), 0)
 
     def close(self) -> None:
-        """Let go of this process's share."""
+        """Close this process's copy of the open file."""
         if self.descriptor >= 0:
             os.close(self.descriptor)
             self.descriptor = -1

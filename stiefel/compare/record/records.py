@@ -20,11 +20,11 @@ ENDED = ("done", "target missed")
 
 
 BROKEN = ("error", "crashed", "out of memory", "timeout")
-"""Those of a run that did not, for reasons that may lie outside the method: what ``--retry-failed`` runs again."""
+"""The statuses of a run that failed for reasons that may lie outside the method: ``--retry-failed`` runs it again."""
 
 
 STATUSES = (*ENDED, "diverged", *BROKEN, "skipped")
-"""Every status; ``skipped`` is a method that cannot hold a layer or be served by the optimizer, with the reason."""
+"""Every status; ``skipped``: the method does not fit a layer or the optimizer, for the recorded reason."""
 
 
 _NUMBERS = (
@@ -33,9 +33,9 @@ _NUMBERS = (
     "orthogonality_final", "peak_resident_bytes", "step_seconds", "step_ratio", "constraint_share", "matmul_flops",
     "factorization_flops", "operators", "gpu_peak_bytes", "gpu_reserved_bytes", "gpu_energy_joules",
 )  # fmt: skip
-"""What reports calculate with: numbers, null, or objects of these."""
+"""Entries of a summary that reports calculate with: numbers, null, or objects of these."""
 _TEXTS = ("metric", "faults", "gpu_reason", "flops_reason")
-"""What they show as it is. Keys that are in neither may hold anything: a later version may have written them."""
+"""Entries that reports show unchanged. Other keys are not checked: a later version may have written them."""
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ def read(path: Path) -> Record | None:
 
 
 def _was_control(spec: RunSpec, name: str = "unconstrained") -> bool:
-    """Of a record of 0.1.0, which does not say so."""
+    """Whether a record of 0.1.0, which does not say so, is of the control."""
     return spec.method == name
 
 

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 NO_STORAGE = 74
-"""What a run's process ends with where its folder cannot be written: EX_IOERR, which no crash of its own gives."""
+"""Exit status of a run's process whose folder cannot be written: EX_IOERR, which no crash gives."""
 
 
 _REMEDY = "free disk space or mend the permissions and run the same command again, or choose another folder with --out"
@@ -30,7 +30,7 @@ _REMEDY = "free disk space or mend the permissions and run the same command agai
 
 @contextlib.contextmanager
 def writing(folder: Path, remedy: str = _REMEDY) -> Iterator[None]:
-    """Turn what the file system says while a folder is written into an error with its remedy."""
+    """Turn errors of the file system while a folder is written into :class:`StorageError` with a remedy."""
     try:
         yield
     except StorageError:
@@ -66,7 +66,7 @@ class RunFolder:
             stream.write(line)
 
     def finish(self, outcome: dict[str, Any], environment: dict[str, Any]) -> None:
-        """Write the record, at once."""
+        """Write the record by an atomic rename."""
         record = {"schema": SCHEMA, "hash": self.spec.hash, "spec": self.spec.to_dict(), **outcome}
         text = json.dumps(_plain({**record, "environment": environment}), indent=1)
         temporary = self.path / f"run.json.{os.getpid()}"

@@ -61,7 +61,7 @@ class RunSpec:
 
     @property
     def method_options(self) -> dict[str, Any]:
-        """What the method is made with: its options, and its knobs over them."""
+        """The method's arguments: its options, overridden by its knobs."""
         return {**self.options, **self.knobs}
 
     @property

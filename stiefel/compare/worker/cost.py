@@ -35,6 +35,7 @@ def run_cost(problem: Problem, spec: RunSpec, folder: RunFolder) -> dict[str, An
         trainings = {"control": Training(problem, control_spec, device), "method": Training(problem, spec, device)}
     except UNSUPPORTED as error:
         return {"status": "skipped", "reason": str(error), "summary": {}}
+    # Every step takes the same batch: loading data is not part of the cost.
     steps = {name: partial(training.step, batch) for name, training in trainings.items()}
     spreads = interleaved(steps, device, warmup=WARMUP, repeats=REPEATS)
     ratio = spreads["method"].median / spreads["control"].median

@@ -11,7 +11,7 @@ from stiefel.compare.record.spec import RunSpec
 
 
 def parts(problem: Problem, spec: RunSpec, device: torch.device) -> dict[str, Batches]:
-    """The parts of a problem's data by name, on the run's device and in its dtype, in an order of its seed."""
+    """The parts of a problem's data by name, on the run's device and in its dtype, ordered by its seed."""
     data, prepare = load_data(problem), mover(device, getattr(torch, spec.dtype))
     found = {"train": data.train, "validation": data.validation, "test": data.test}
     # Tensors move once, here; the batches of an iterable one by one.

@@ -21,7 +21,7 @@ class Job:
         threads: of the process.
         timeout: in seconds.
         memory: bytes that it may allocate; None for all there are.
-        processes: how many ``torchrun`` starts, each with its share of every batch; 1 is without.
+        processes: how many ``torchrun`` starts, each with its share of every batch; 1: without ``torchrun``.
         visible: the CUDA device that it sees, as ``CUDA_VISIBLE_DEVICES`` has it; None for all.
         label: the method as reports name it.
         control: whether it is the one that others are compared with.
@@ -41,5 +41,5 @@ class Job:
 
     @property
     def identity(self) -> dict[str, Any]:
-        """What a record says of the method that its spec alone does not."""
+        """What a record says of the method beside the spec."""
         return {"label": self.label or self.spec.plain_label, "control": self.control}

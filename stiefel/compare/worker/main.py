@@ -44,7 +44,7 @@ def _run(job: Job, claim: RunLock | None) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the driver's to handle
     folder = RunFolder(job.root, job.spec)
     _divert_output(folder.path / "output.txt")
-    # A hang shows where it hangs, and ends by itself also where the driver has gone.
+    # After the timeout the process dumps its stacks and exits, even if the driver is gone.
     faulthandler.dump_traceback_later(job.timeout, exit=True)
     _restrict(job)
     if claim is not None:
@@ -55,7 +55,7 @@ def _run(job: Job, claim: RunLock | None) -> None:
     from stiefel.measure.cost.environment import environment
 
     torch.set_num_threads(job.threads)
-    gc.freeze()  # what the process was born with is not garbage: collections stay short
+    gc.freeze()  # collections skip what was imported, and stay short
     outcome = _outcome(job, folder)
     faulthandler.cancel_dump_traceback_later()
     outcome["wall_seconds"] = time.monotonic() - start

@@ -1,4 +1,4 @@
-"""What the server that CPU runs are forked from imports once, so that a run does not. Imports ``worker``, ``compat``.
+"""Imports of the server that CPU runs are forked from, so that no run repeats them. Imports ``worker``, ``compat``.
 
 It must not start threads, which do not survive a fork, nor touch CUDA.
 """

@@ -25,7 +25,7 @@ RATES = 10
 
 @dataclass(frozen=True)
 class Moment:
-    """After which of so many epochs, 0 before the first, of a run that is reported or one that tunes."""
+    """When a measurement is made: after ``epoch`` of ``epochs`` (0: before the first) of a reported or a tuning run."""
 
     epoch: int
     epochs: int
@@ -38,12 +38,12 @@ class Moment:
 
     @property
     def at_reported_end(self) -> bool:
-        """The same, of a reported run."""
+        """Whether it is the start or the end of a reported run's training."""
         return self.reported and self.at_end
 
     @property
     def sampled(self) -> bool:
-        """Whether it is among the moments, evenly spread, of a reported run."""
+        """Whether it is the start, the end, or one of the evenly spread moments of a reported run."""
         return self.reported and (self.at_end or self.epoch % math.ceil(self.epochs / RATES) == 0)
 
 
@@ -52,11 +52,11 @@ class Probe:
     """A measurement.
 
     Args:
-        name: of it in a row.
-        measure: it, of a model on a batch.
-        due: the moments at which it is made.
-        copies: whether it copies the model, for which torch's cache of weights must be off. What copies of a model
-            cannot do costs these fields, with the reason, and not the run.
+        name: its key in a row of measurements.
+        measure: the measurement of a model on a batch.
+        due: whether it is made at a moment.
+        copies: whether it copies the model, for which torch's cache of weights must be off. If it fails, its fields
+            are missing and the reason is recorded; the run goes on.
     """
 
     name: str
@@ -97,13 +97,13 @@ PROBES = (
 
 
 def probe(training: Training, part: Batches, moment: Moment, *, copies: bool) -> dict[str, Any]:
-    """What the probes that are due find, by name, on one batch of a part of the data.
+    """The results of the probes that are due, by name, on one batch of a part of the data.
 
     Args:
         training: what is measured.
         part: of the data.
         moment: of the training.
-        copies: whether those that copy the model are meant, or those that do not.
+        copies: whether to run the probes that copy the model, or the others.
     """
     due = [p for p in PROBES if p.copies is copies and p.due(moment)]
     if not due or (copies and not training.problem.dependent_layers):

@@ -62,7 +62,7 @@ class QualityRun:
         self.diverged: str | None = None
 
     def train(self) -> None:
-        """All epochs, with a row before the first and after each, up to one in which numbers end."""
+        """All epochs, with a row before the first and after each, until one diverges."""
         self.measure(0, None)
         for epoch in range(1, self.problem.epochs + 1):
             loss = self.train_epoch(epoch)
@@ -74,7 +74,7 @@ class QualityRun:
                 self.training.keep(self.folder.path)
 
     def train_epoch(self, epoch: int) -> float | None:
-        """The mean loss of an epoch's steps; None where numbers ended, and ``diverged`` says where."""
+        """The mean loss of an epoch's steps; None where it diverged: ``diverged`` then says where."""
         clock, losses, compiled = StepClock(self.device), [], self.compiling.seconds
         try:
             for batch in map(own_share, self.data["train"].epoch()):
@@ -82,6 +82,7 @@ class QualityRun:
                     losses.append(self.training.step(batch))
                 self.steps += 1
         except (RuntimeError, ArithmeticError) as error:
+            # Factorizations raise on non-finite input: with non-finite weights the error is divergence, else a fault.
             if self.training.finite() and not isinstance(error, DivergenceError):
                 raise
             self.diverged = f"gradients or weights became non-finite after step {self.steps}"
@@ -91,6 +92,7 @@ class QualityRun:
             raise ValueError(f"the training data give no batch: {part}, batch_size={batch_size}")
         if self.schedule is not None:
             self.schedule.step()
+        # The clock also ran while torch compiled inside a step: that time is reported apart.
         self.seconds += clock.total() - (self.compiling.seconds - compiled)
         loss = torch.stack(losses).mean().item()
         if not (math.isfinite(loss) and self.training.finite()):

@@ -33,6 +33,7 @@ class Training:
         self.problem, self.device = problem, device
         seed_everything(spec.seed)
         model = problem.make_model().to(device, getattr(torch, spec.dtype))
+        # Constraining moves the weights onto the set; releasing leaves them there, as plain parameters.
         release(problem.constrain(model, get(control(), **control_options(spec.options))))
         self.model = problem.constrain(model, get(spec.method, **spec.method_options))
         self.optimizer = optimizer(self.model, problem.optimizer, lr=spec.lr, **problem.hyper)
@@ -64,11 +65,11 @@ class Training:
             self.model.train()
 
     def finite(self) -> bool:
-        """Whether every parameter still is."""
+        """Whether every parameter is finite."""
         return all(bool(torch.isfinite(p).all()) for p in self.model.parameters())
 
 
 def control_options(options: dict[str, Any]) -> dict[str, Any]:
-    """The control's options beside a method's: the same set, at the scale where a learnable one starts."""
+    """The control's options for a method's: its group size and scale; 1 for a learnable one, which starts there."""
     shared = {key: value for key, value in options.items() if key in ("scale", "group_size")}
     return {**shared, "scale": 1.0} if shared.get("scale") == "learnable" else shared

@@ -61,6 +61,7 @@ def _series(row: Row, metric: str) -> dict[str, Any]:
     """A method's curves as arrays (run, point); empty where there is none."""
     if not row.curves:
         return {}
+    # Cut to the shortest run, so that every point has all runs.
     length = min(map(len, row.curves))
     runs = [rows[:length] for rows in row.curves]
     found = {name: [[number(r[name]) for r in rows] for rows in runs] for name in ("step", "seconds", "train_loss")}

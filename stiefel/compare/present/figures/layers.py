@@ -1,4 +1,4 @@
-"""The figures of why methods differ. Imports ``why``, ``figures``, numpy, matplotlib."""
+"""The figures of why methods differ. Imports ``analyse``, ``style``, numpy, pandas, matplotlib."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ MAPS = 10
 FAR = 10.0
 """Effective rates above this are printed as text instead of drawn, where others are lower."""
 ROUNDING = 1e-7
-"""What redundancy is drawn at where it is less."""
+"""Redundancy below this, which is rounding, is drawn at this value."""
 
 
 def depth(summary: Summary, why: Why) -> Figure | None:
@@ -88,6 +88,7 @@ def heat(summary: Summary, why: Why) -> Figure | None:
     positive = np.concatenate([np.empty(0), *(s[s > 0] for s in squares.values())])
     if not positive.size:
         return None
+    # One colour scale for all maps, so that they compare; never empty, where all values are equal.
     norm = LogNorm(positive.min(), max(positive.max(), positive.min() * 1.01))
     columns = min(5, len(squares))
     with mpl.rc_context(STYLE):
@@ -141,7 +142,7 @@ def _square(rows: pd.DataFrame) -> np.ndarray:
     layers = range(1, int(rows.depth.max()) + 1)
     pairs = rows.assign(at=rows.depth - rows.distance)
     wide = pairs.pivot_table(index="depth", columns="at", values="degrees", aggfunc="median")
-    return wide.reindex(index=layers, columns=layers).to_numpy(dtype=float)  # which the pivot leaves out where unknown
+    return wide.reindex(index=layers, columns=layers).to_numpy(dtype=float)  # the pivot drops unknown layers
 
 
 def _points(ax: Any, x: Any, y: Any, style: dict[str, Any], floor: float = 0.0) -> None:

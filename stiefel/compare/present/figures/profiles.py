@@ -25,6 +25,7 @@ from stiefel.compare.present.figures.style import (
 def profiles(summaries: Sequence[Summary]) -> Figure:
     """Performance profiles over all settings of some problems, for steps and for seconds to the target."""
     tables = [profile(times(summaries, "steps")), profile(times(summaries, "seconds"))]
+    # By the mean height of the profile for steps: the methods that solve most cases early get the colours.
     ranking = tables[0].mean().sort_values(ascending=False)
     controls = set.union(*(summary.controls for summary in summaries))
     faulty = {label for summary in summaries for label in summary.faults} & set(ranking.index)

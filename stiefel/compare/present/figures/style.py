@@ -16,7 +16,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocato
 from stiefel.compare.analyse.rows import TOLERANCES
 from stiefel.compare.analyse.summary import Summary, dagger
 
-# Okabe and Ito's palette, distinguishable in all common forms of colour blindness; line styles tell the rest.
+# Okabe and Ito's palette, distinguishable in all common forms of colour blindness; line styles distinguish further.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C8C00")
 
 
@@ -49,7 +49,7 @@ STYLE: Any = {
     "axes.edgecolor": INK,
     "axes.labelcolor": INK,
     "axes.titlesize": 10,
-    "axes.titley": 1.0,  # where it is not looked for: that takes a tenth of the time
+    "axes.titley": 1.0,  # fixed: finding a place for it takes a tenth of the time
     "axes.labelsize": 9,
     "axes.spines.right": False,
     "axes.spines.top": False,
@@ -86,6 +86,7 @@ def highlighted(summary: Summary) -> list[str]:
         for row in setting.rows:
             if row.label in places:
                 ranks = [setting.rank(row, tolerance) for tolerance in (None, *TOLERANCES)]
+                # A first place, at any tolerance, is worth as many ranks as there are methods.
                 first = len(others) * (1 in ranks)
                 places[row.label] += (ranks[0] or 2 * len(others)) - first
     return sorted(sorted(others, key=lambda label: places[label])[:HIGHLIGHTS])
@@ -215,7 +216,7 @@ def legend_below(figure: Figure, handles: Sequence[Any], labels: Sequence[str]) 
 
 
 def spans_decades(summary: Summary) -> bool:
-    """Whether the metric spans so much that it wants a logarithmic axis, as a loss may."""
+    """Whether the metric spans over two decades, as a loss may, and needs a logarithmic axis."""
     values = [t.validation for s in summary.settings for row in s.rows for t in row.trials]
     finite = [value for value in values if math.isfinite(value)]
     return bool(finite) and min(finite) > 0 and max(finite) / min(finite) > 100

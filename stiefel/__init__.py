@@ -77,15 +77,16 @@ _ROOMS = {
     "measure": ("Monitor", "OrthogonalityReport", "report"),
     "methods": ("available", "get", "register"),
 }
-"""Where each name is defined."""
+"""The subpackage that defines each public name."""
 _HOME = {name: room for room, names in _ROOMS.items() for name in names}
 _MODULES = (*_ROOMS, "nn", "optim")
-"""Rooms that are attributes of the package without an import of their own."""
+"""Subpackages that are attributes of the package without an explicit import."""
 
 
 def __getattr__(name: str) -> Any:
     if name in _HOME:
         value = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+        # The next look-up finds the name without a call of __getattr__.
         globals()[name] = value
         return value
     if name in _MODULES:

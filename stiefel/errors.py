@@ -1,4 +1,4 @@
-"""The named errors of the library. Each says what came, what was expected, and what to do. Imports nothing."""
+"""The named errors of the library. Each message says what was given, what is expected, what to do. Imports nothing."""
 
 from __future__ import annotations
 

@@ -34,7 +34,7 @@ class Layout:
         batched: the leading dimensions are a batch, the last two a matrix.
         group_size: outputs per group; must divide the outputs of a block and not exceed the fan-in.
         scale: fixed scale s of the set ``{W : W Wᵀ = s² I}``.
-        stride, dilation: of the convolution, empty where all are 1: what its kernel does, not how it is read.
+        stride, dilation: of the convolution, empty where all are 1; they do not change how the kernel is read.
 
     Raises:
         LayoutError: ``blocks`` or ``group_size`` does not fit the shape.
@@ -92,13 +92,14 @@ class Layout:
 
     @cached_property
     def in_order(self) -> bool:
-        """Whether the weight's entries in order are those of its matrices."""
+        """Whether the matrices, row by row, hold the weight's entries in the weight's own order."""
         return not (self.transposed or self.columns)
 
     @cached_property
     def matrix_shape(self) -> tuple[int, int, int]:
         """``(b, p, n)`` with p ≤ n."""
         count = prod(self.shape[:-2]) if self.batched else self.blocks
+        # Groups count as independent matrices; they are never transposed, since group_size ≤ fan_in.
         if self.group_size is not None:
             return count * self.out // self.group_size, self.group_size, self.fan_in
         return (count, self.fan_in, self.out) if self.columns else (count, self.out, self.fan_in)
@@ -107,6 +108,7 @@ class Layout:
         """Read a tensor of the weight's shape (a weight, a gradient) as ``(b, p, n)``, without scaling."""
         if self.transposed:
             k = prod(self.shape[2:])
+            # (blocks · in, out, *k) → (blocks, in, out, k) → (blocks, out, in, k): the order of an ordinary kernel
             split = weight.reshape(self.blocks, self.shape[0] // self.blocks, self.out, k)
             weight = split.transpose(1, 2)
         b, p, n = self.matrix_shape

@@ -1,6 +1,6 @@
 """Layers that are orthogonal from the start: a Linear and a Conv2d with a constraint on their weight.
 
-What ``constrain`` does to an existing layer, as a class. Imports ``attach`` and ``constraint``.
+Each class is a layer of torch to which ``constrain`` has been applied. Imports ``attach`` and ``constraint``.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""What torch and geoopt do not promise: private names and classes, each behind a name that says what it asks."""
+"""Private names of torch and classes of geoopt, which may change without notice, behind functions of this library."""

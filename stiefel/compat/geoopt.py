@@ -1,6 +1,6 @@
-"""All that this library asks of geoopt's classes, and the one import of it, without its warnings.
+"""The one import of geoopt, with its warnings silenced, and checks for what is an instance of its classes.
 
-Importing geoopt takes half a second: ``from stiefel.compat.geoopt import geoopt`` does it when it is first run. The
+Importing geoopt takes half a second, so it happens when ``from stiefel.compat.geoopt import geoopt`` first runs. The
 other functions do not import it before a weight is on a manifold. Imports torch alone.
 """
 
@@ -37,13 +37,14 @@ def tag(parameter: nn.Parameter, manifold: geoopt.Manifold) -> None:
 
 
 def untag(parameter: nn.Parameter) -> None:
-    """Make it an ordinary parameter again."""
+    """Make a parameter that was tagged an ordinary one again, in place."""
     del parameter.manifold  # type: ignore[attr-defined]
     parameter.__class__ = nn.Parameter
 
 
 def is_on_manifold(tensor: Tensor) -> bool:
-    """Whether a tensor is on a geoopt manifold: geoopt's own optimizers may step it."""
+    """Whether a tensor is on a geoopt manifold, so that geoopt's own optimizers may step it."""
+    # As long as nothing has imported geoopt, no tensor is on its manifolds.
     geoopt = sys.modules.get("geoopt")
     return geoopt is not None and isinstance(tensor, geoopt.ManifoldTensor)
 

@@ -69,13 +69,13 @@ PRIVATE_NAMES: dict[str, str] = {
     "torch.nn.RNNBase._init_flat_weights": "2.8 to 2.14",
     "torch.Tensor._version": "2.8 to 2.14",
 }
-"""Names without which nothing works, and the versions of torch that have them.
+"""Names that this library cannot do without, and the versions of torch that have them.
 
 ``torch._C._autograd._top_saved_tensors_default_hooks`` is not among them: see :func:`saves_tensors_elsewhere`.
 """
 
 
-# --- what runs around a computation ---
+# --- transforms, hooks and compilers that are active around a computation ---
 
 
 def is_functorch_active() -> bool:
@@ -84,7 +84,7 @@ def is_functorch_active() -> bool:
 
 
 def is_batched_gradient(gradient: Tensor) -> bool:
-    """Whether a gradient is a batch of them (``is_grads_batched=True``), without a value that could be read."""
+    """Whether a gradient is a batch of gradients (``is_grads_batched=True``), whose values cannot be read."""
     return torch._C._functorch.is_legacy_batchedtensor(gradient)
 
 
@@ -94,17 +94,17 @@ def is_forward_mode() -> bool:
 
 
 def saves_tensors_elsewhere() -> bool:
-    """Whether hooks take what autograd saves, as gradient checkpointing's do, which count what a part of a pass saves.
+    """Whether saved-tensor hooks are active, as they are under gradient checkpointing.
 
-    That part runs again in the backward pass, and has to compute the same again both times. True where torch cannot
-    tell (2.6 and 2.7).
+    Checkpointing counts the tensors that a segment saves and runs the segment again in the backward pass: both runs
+    have to do the same operations. True where torch cannot tell (2.6 and 2.7).
     """
     top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
     return top is None or top(True) is not None
 
 
 def compiler_callbacks() -> Any:
-    """What tells when ``torch.compile`` begins and ends compiling; None while the compiler was not imported."""
+    """The handler called when ``torch.compile`` begins and ends compiling; None before the compiler is imported."""
     return getattr(sys.modules.get("torch._dynamo.callback"), "callback_handler", None)
 
 
@@ -114,7 +114,7 @@ def operator_of(overload: Any) -> Any:
 
 
 def takes_tensors(formula: Any) -> None:
-    """Mark a formula of :mod:`torch.utils.flop_counter` as one of tensors rather than of their shapes."""
+    """Mark a formula of :mod:`torch.utils.flop_counter` as taking tensors rather than their shapes."""
     formula._get_raw = True
 
 
@@ -122,22 +122,22 @@ def takes_tensors(formula: Any) -> None:
 
 
 def version(tensor: Tensor) -> int:
-    """How often a tensor was changed in place; 0 for one made in inference mode, which does not count."""
+    """How often a tensor was changed in place; 0 for one made in inference mode, which keeps no count."""
     return 0 if tensor.is_inference() else tensor._version
 
 
 def copy_all_(tensors: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
-    """Copy each source into a tensor, in as few kernels as that takes."""
+    """Copy each source into the tensor at its place, in as few kernels as possible."""
     torch._foreach_copy_(list(tensors), list(sources))
 
 
 def zero_all_(tensors: Sequence[Tensor]) -> None:
-    """Fill all with 0, in as few kernels as that takes."""
+    """Fill all tensors with 0, in as few kernels as possible."""
     torch._foreach_zero_(list(tensors))
 
 
 def norms_of_all(tensors: Sequence[Tensor], order: float) -> Sequence[Tensor]:
-    """A norm of each, in as few kernels as that takes."""
+    """The norm of this order of each tensor, in as few kernels as possible."""
     return torch._foreach_norm(list(tensors), order)
 
 
@@ -150,7 +150,7 @@ def parameters_of(module: nn.Module) -> dict[str, nn.Parameter | None]:
 
 
 def submodules_of(module: nn.Module) -> dict[str, nn.Module | None]:
-    """A module's own submodules by name, past ``__getattr__``, which takes its time."""
+    """A module's own submodules by name, without the slow ``__getattr__``."""
     return module._modules
 
 
@@ -173,6 +173,7 @@ def remove_hooks(module: nn.Module, *functions: Callable[..., Any]) -> None:
     """Take these functions off a module's hooks, of whatever kind."""
     for hooks in _all_hooks(module):
         for key, hook in list(hooks.items()):
+            # torch wraps some hooks and keeps the function itself in their attribute ``hook``.
             if getattr(hook, "hook", hook) in functions:
                 del hooks[key]
                 module._forward_hooks_always_called.pop(key, None)
@@ -181,11 +182,12 @@ def remove_hooks(module: nn.Module, *functions: Callable[..., Any]) -> None:
 def on_conversion(cls: type[nn.Module], call: Callable[[Any], object]) -> None:
     """Call a function with a module of this class after each ``to()``, ``cuda()``, ``half()`` and their like.
 
-    For a class of this module's own: one of its bases is to have the method that is replaced.
+    For a class made for one module, as parametrizing does: the replaced ``_apply`` is then that of its base.
     """
 
     def _apply(self: nn.Module, *args: Any, **kwargs: Any) -> nn.Module:
-        applied = type(self).__mro__[1]._apply(self, *args, **kwargs)  # type: ignore[attr-defined]  # of a copy of cls too
+        # type(self), not cls: the class of a copied module may be a copy of cls that shares this function.
+        applied = type(self).__mro__[1]._apply(self, *args, **kwargs)  # type: ignore[attr-defined]
         call(self)
         return applied
 
@@ -196,7 +198,7 @@ class Convertible(nn.Module):
     """A module with a hook that runs before its tensors are moved or converted."""
 
     def before_conversion(self) -> None:
-        """What there is to do then."""
+        """Called before the module's tensors are moved or converted."""
 
     def _apply(self, *args: Any, **kwargs: Any) -> Self:
         self.before_conversion()
@@ -204,14 +206,14 @@ class Convertible(nn.Module):
 
 
 def drop_flat_weights(recurrent: nn.RNNBase) -> None:
-    """Let go of the weights that a recurrent module keeps flat; it reads them anew at its next forward pass.
+    """Drop a recurrent module's list of flat weights; it reads them anew at its next forward pass.
 
-    Not while torch caches parametrized weights, which the module then has to find again.
+    Does nothing while torch caches parametrized weights, because the module has to find those again.
     """
     if not parametrize._cache_enabled:
         recurrent._flat_weights = [None] * len(recurrent._flat_weights_names)
 
 
 def restore_flat_weights(recurrent: nn.RNNBase) -> None:
-    """Let a recurrent module keep its weights flat again, as an ordinary one does."""
+    """Rebuild a recurrent module's list of flat weights, as an ordinary one has it."""
     recurrent._init_flat_weights()

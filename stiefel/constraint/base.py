@@ -1,22 +1,22 @@
 """What a method is, and the one idea of this library: where in a training step it acts.
 
-Weights are to stay on ``{W : W Wᵀ = s² I}`` while an optimizer trains them. A step has three places to see to that:
+Weights have to stay on ``{W : W Wᵀ = s² I}`` while an optimizer trains them. A method acts in one of three places:
 
     forward:  W = φ(V)                Reparameterization   any optimizer trains V, which is free
     loss:     L + λ s² Φ(W/s)         Penalty              any optimizer; λ decides how near the set W comes
-    step:     W ← method(W, U)        StepMethod           U is what a base optimizer would have done to W
+    step:     W ← method(W, U)        StepMethod           U is the displacement that a base optimizer would apply
               W ← R_W(−η grad L)      ManifoldMethod       an optimizer made for manifolds does the whole step
 
 The methods of the literature are these three with a choice of φ, Φ or the step. OWN takes the polar factor of V for φ,
 ONI and Björck an iteration towards it, trivializations a map from a flat space: the exponential, Cayley's, products of
-reflections. Soft orthogonality takes ``Φ = ¼‖XXᵀ − I‖²`` or a relative of it. Retractions and the projection end a step
-on the set; landing and POGO take it in a direction that leaves the set a little and is pulled back; Muon and SPEL make
-it as long as the rate says, whatever the gradient's length.
+reflections. Soft orthogonality takes ``Φ = ¼‖XXᵀ − I‖²`` or a relative of it. Retractions and the projection end each
+step on the set; landing and POGO step in a direction that leaves the set a little, and pull the weight back; manifold
+Muon and SPEL take steps of length lr, whatever the gradient's length.
 
-Nothing else about them differs. So all else is written once, and branches on where a method acts, never on its name:
-which tensors it holds (``attach``), what a weight of any shape and scale is as matrices (``layout``), what becomes of
-an optimizer (``optim``), what is measured (``measure``). A method is a frozen dataclass whose fields are its options,
-and it sees batches ``(b, p, n)``, p ≤ n, that are to have orthonormal rows. Imports ``claim``, ``options``, ``layout``,
+Methods differ in nothing else. So everything else is written once, and branches on where a method acts, never on its
+name: ``attach`` registers the tensors, ``layout`` reads a weight of any shape and scale as matrices, ``optim`` adapts
+the optimizer, ``measure`` measures. A method is a frozen dataclass whose fields are its options. It works on batches
+``(b, p, n)``, p ≤ n, of matrices that have to have orthonormal rows. Imports ``claim``, ``options``, ``layout``,
 ``linalg`` and the errors.
 """
 
@@ -69,27 +69,27 @@ class Constraint(ABC):
     claim: ClassVar[Claim | None] = None
     """How orthogonal the weight stays; None where the method promises nothing."""
     real_only: ClassVar[bool] = False
-    """Whether complex weights (unitary constraints) are beyond the method."""
+    """Whether the method takes real weights only, and no complex ones (unitary constraints)."""
     can_learn_scale: ClassVar[bool] = False
     decay: ClassVar[Decay] = "moves"
     """What weight decay does to the weight, which decides where :func:`stiefel.optimizer` turns it off.
 
-    ``"moves"``: it is normal to the set and can only disturb: always off. ``"rescales"``: it shortens a proxy of which
-    the weight is a function whatever its length: on where an optimizer multiplies the proxy and nothing else.
-    ``"acts"``: the weight is not held on a set, and decays as any other does.
+    ``"moves"``: decay is normal to the set and can only disturb the weight: always off. ``"rescales"``: decay shortens
+    a proxy whose length does not affect the weight: on where the optimizer's decay only multiplies the proxy by a
+    factor. ``"acts"``: the weight is not held on a set, and decays as any other does.
     """
     step_length: ClassVar[bool] = False
     """Whether a step is lr long whatever the gradient's size, so that it converges only as lr goes to zero."""
     caveat: ClassVar[str] = ""
     """Why training may stop short of an optimum that the method's set contains; empty where nothing is known."""
     faults: ClassVar[str] = ""
-    """What is knowingly wrong with it: a baseline that shows what this does, which reports keep apart."""
+    """Known faults of a baseline that exists to show their effect; reports keep it apart. Empty for all others."""
     thin: ClassVar[bool] = True
-    """Whether nothing n×n is built for a p×n matrix with p far below n."""
+    """Whether the method builds no n×n matrix for a p×n weight with p far below n."""
     tuning: ClassVar[Mapping[str, Sequence[Any]]] = {}
     """Values of the method's own options that a comparison may try, beside learning rates."""
     comparison: ClassVar[Mapping[str, Any]] = {}
-    """Options that a comparison sets unless told otherwise, so that all methods optimize over the same set."""
+    """Options that a comparison sets by default, so that all methods optimize over the same set."""
 
     def __post_init__(self) -> None:
         if isinstance(self.scale, str):
@@ -167,7 +167,7 @@ class Constraint(ABC):
 
 
 class Control(Constraint):
-    """Acts nowhere: an orthogonal start, then the base optimizer alone. What a comparison measures others by."""
+    """Acts nowhere: an orthogonal start, then the base optimizer alone; the reference of a comparison."""
 
     place = "none"
     decay = "acts"
@@ -176,8 +176,8 @@ class Control(Constraint):
 class Reparameterization(Constraint):
     """Acts in the forward pass: the weight is a function of a proxy parameter.
 
-    Where the function has more to it than the proxy (the point from which a trivialization starts, a row's gain),
-    :meth:`start` names those tensors, and :meth:`forward` gets them back by name.
+    Where the function needs tensors beside the proxy (the start of a trivialization, the gains of rows), :meth:`start`
+    returns them by name, and :meth:`forward` receives them as keyword arguments.
     """
 
     place = "forward"
@@ -203,19 +203,19 @@ class StepMethod(Constraint):
     """Acts on the step of any dense first-order optimizer, which gets the tangent part of the gradient.
 
     At a stationary point of the constrained problem the gradient is normal to the set, not zero. Adam divides it entry
-    by entry, momentum adds it up along a path on which normals turn: what they make of it is no longer normal, and no
-    projection of the step takes it away. So they never see it.
+    by entry, and momentum sums it along a path on which the normal space turns: the result is no longer normal, and no
+    projection of the step removes it. So the normal part never reaches the optimizer.
     """
 
     place = "step"
     tangent: ClassVar[bool] = True
     """Whether the base optimizer gets ``P_X(G)``; False for a baseline that was published with the gradient itself."""
     projects: ClassVar[bool] = False
-    """Whether :meth:`step` is a function of ``P_X(U)``: −lr·G may then come instead of −lr·P_X(G)."""
+    """Whether :meth:`step` depends on U through ``P_X(U)`` alone, so that −lr·G may be passed instead of −lr·P_X(G)."""
 
     @property
     def lifts(self) -> bool:
-        """Always."""
+        """True of every method on the step."""
         return True
 
     @abstractmethod
@@ -224,7 +224,7 @@ class StepMethod(Constraint):
     ) -> Float[Tensor, "b p n"] | tuple[Float[Tensor, "b p n"], Bool[Tensor, " b"]]:
         """The next point, given where the base optimizer would have moved: X + displacement.
 
-        A method that shortens steps returns also which matrices it did that for; the report counts them.
+        A method that shortens steps also returns which matrices' steps it shortened; the report counts them.
         """
 
 
@@ -236,7 +236,7 @@ class ManifoldMethod(Constraint):
 
     @property
     def moves(self) -> bool:
-        """Always."""
+        """True of every method through geoopt."""
         return True
 
     @abstractmethod

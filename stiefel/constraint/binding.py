@@ -1,4 +1,4 @@
-"""One method on one tensor: all that its layer and its optimizer know. Imports ``base``, ``layout``."""
+"""One method on one tensor: the record that its layer and its optimizer share. Imports ``base``, ``layout``."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from stiefel.layout import Layout
 
 @dataclass
 class Tally:
-    """What training did to a weight.
+    """How many steps training has taken on a weight.
 
     Args:
         steps: optimizer steps taken.
-        shortened: how many of them a method shortened to keep the weight where it promises; None for methods that
-            shorten none. A tensor while it is counted on a device, so that counting does not wait for it.
+        shortened: how many of them the method shortened to keep its claim; None for methods that never do. A tensor
+            while the count is on a device, so that the host does not wait for it.
     """
 
     steps: int = 0
@@ -27,14 +27,14 @@ class Tally:
 
 @dataclass
 class Binding:
-    """One method on one tensor of one module. It holds no reference to the module, which copies freely.
+    """One method on one tensor of one module. It holds no reference to the module, so that the module can be copied.
 
     Args:
         constraint: the method with its options.
         layout: how the tensor is read.
         label: the tensor's name when it was constrained, for messages.
-        position: the tensor's place among its module's parameters, which a reparameterization gives up and release
-            restores, so that the order of ``parameters()`` is the plain module's again.
+        position: the tensor's place among its module's parameters. A reparameterization removes the tensor from there,
+            and release puts it back, so that ``parameters()`` has the plain module's order again.
         tally: optimizer steps taken, and how many of them were shortened.
     """
 
@@ -46,5 +46,5 @@ class Binding:
 
     @torch.no_grad()
     def nearest(self, weight: Tensor) -> Tensor:
-        """The weight of the method's set nearest to a given one."""
+        """The weight on the method's set that is nearest to a given one."""
         return self.layout.weight(self.constraint.nearest(self.layout.points(weight), self.layout))

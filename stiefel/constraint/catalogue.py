@@ -37,6 +37,7 @@ def register(cls: C) -> C:
     for attribute in ("name", "place", "summary", "reference"):
         if not isinstance(getattr(cls, attribute, None), str):
             raise StiefelError(f"{cls.__name__} cannot be registered: it needs a class attribute `{attribute}: str`")
+    # The same qualified name counts as the same class, so that a reloaded module may register again.
     known = _CATALOGUE.get(cls.name)
     if known is not None and (known.__module__, known.__qualname__) != (cls.__module__, cls.__qualname__):
         raise StiefelError(f"a method named {cls.name!r} is registered already, by {known.__module__}; rename one")
@@ -79,9 +80,10 @@ def control() -> str:
 
 
 def table() -> str:
-    """The catalogue as a Markdown table; that of docs/methods.md is this one."""
+    """The catalogue as a Markdown table, as in docs/methods.md."""
     head = "| method | acts on | what it does | its own options (defaults) | on the set | (a, b) | source |\n"
     head += "|---" * 7 + "|\n"
+    # scale and group_size are options of every method, and not listed.
     common = {f.name for f in fields(Constraint)}
     rows = []
     for name in available():

@@ -1,4 +1,4 @@
-"""What reparameterizations that may centre their proxy's rows have in common. Imports ``constraint`` and below."""
+"""Base of the reparameterizations that can centre their proxy's rows. Imports ``constraint`` and below."""
 
 from __future__ import annotations
 
@@ -20,8 +20,9 @@ class Centred(Reparameterization):
     """``V_c = V − (1/n) V 1 1ᵀ``, then an orthonormalization of V_c.
 
     Args:
-        center: subtract row means. It shrinks the set to X 1 = 0 and takes a rank away, so it needs p ≤ n − 1 and rows
-            that are filters. ``"auto"`` centres where both hold. Comparisons use False, so that all sets are equal.
+        center: subtract row means. It restricts the set to X 1 = 0, on which at most n − 1 rows are orthonormal, so it
+            needs p ≤ n − 1 and rows that are filters. ``"auto"`` centres where both hold. Comparisons use False, so
+            that all sets are equal.
     """
 
     center: bool | Literal["auto"] = "auto"
@@ -46,10 +47,10 @@ class Centred(Reparameterization):
             raise LayoutError(f"center=True cannot hold for {layout}: {why}; use center='auto' or center=False{groups}")
 
     def nearest(self, points: Tensor, layout: Layout) -> Tensor:
-        """The polar factor of the (centred) weight; of a rank-deficient one, completed by centred rows too."""
+        """The polar factor of the (centred) weight; where it lacks rank, the rows that complete it are centred too."""
         if not self._centres(layout):
             return nearest_orthonormal(points)
-        coordinates = _reflected(in_double(points))[..., 1:]  # of the space in which means are zero
+        coordinates = _reflected(in_double(points))[..., 1:]  # coordinates in the space of rows with mean 0
         return _reflected(pad(nearest_orthonormal(coordinates), (1, 0))).to(points.dtype)
 
     def centred(self, v: Tensor, layout: Layout) -> Tensor:
@@ -60,9 +61,9 @@ class Centred(Reparameterization):
         return self.center is not False and _can_center(layout)
 
     def normalized(self, proxy: Tensor, layout: Layout) -> Tensor:
-        """:meth:`centred`, at a size at which nothing overflows or vanishes: what is made of it forgets V's size."""
+        """:meth:`centred`, scaled so that no square overflows or vanishes; for maps that do not depend on V's size."""
         v = self.centred(unit_sized(proxy), layout)
-        normalized = unit_sized(v)  # rows may be nothing but their means
+        normalized = unit_sized(v)  # again: centring makes nearly constant rows small
         return v if normalized is v else self.centred(normalized, layout)
 
 
@@ -72,7 +73,7 @@ def _can_center(layout: Layout) -> bool:
 
 
 def _reflected(v: Tensor) -> Tensor:
-    """Rows by the Householder reflection that takes the direction of (1, …, 1) to the first axis, and back."""
+    """Apply to each row the Householder reflection that exchanges the direction of (1, …, 1) and the first axis."""
     w = torch.full_like(v[..., :1, :], v.shape[-1] ** -0.5)
     w[..., 0] -= 1
     return v - 2 * (v @ w.mT) / (w @ w.mT) * w

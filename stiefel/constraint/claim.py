@@ -18,12 +18,12 @@ ROUNDING = 64
 
 @dataclass(frozen=True)
 class Claim:
-    """How orthogonal a method keeps a weight, and under which training: what the conformance tests hold it to.
+    """How orthogonal a method keeps a weight, and under which training; the conformance tests check it.
 
     Args:
         bound: largest ‖XXᵀ − I‖_F of any matrix, beyond rounding; 0 where the weight is on the set.
         rates: smallest and largest learning rate, at gradients of unit norm, for which it holds.
-        optimizers: names of the base optimizers for which it holds; empty for all that the method can have.
+        optimizers: names of the base optimizers for which it holds; empty for all that the method accepts.
     """
 
     bound: float = 0.0

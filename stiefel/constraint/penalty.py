@@ -28,7 +28,7 @@ class Penalty(Constraint):
     Args:
         strength: λ ≥ 0, or a callable of the number of optimizer steps taken so far.
         decoupled: act in the step instead, ``X ← X + U − lr · strength · ∇Φ(X)``, out of reach of the base optimizer's
-            momentum and second moments, as decoupled weight decay is. Under plain SGD it is the same.
+            momentum and second moments, as decoupled weight decay is. Under plain SGD both forms are the same.
     """
 
     strength: Schedule = 0.1
@@ -46,7 +46,7 @@ class Penalty(Constraint):
 
     @property
     def lifts(self) -> bool:
-        """Where the penalty is decoupled."""
+        """Whether the penalty is decoupled."""
         return self.decoupled
 
     def strength_at(self, step: int) -> float:
@@ -69,7 +69,8 @@ class Penalty(Constraint):
     def step(
         self, x: Float[Tensor, "b p n"], displacement: Float[Tensor, "b p n"], rate: float, layout: Layout
     ) -> Float[Tensor, "b p n"]:
-        """The decoupled form: the base optimizer's step, and one of length ``rate = lr · strength`` down Φ at X."""
+        """The decoupled form: the base optimizer's step and a gradient step on Φ at X, ``rate = lr · strength``."""
+        # Optimizers step without a graph: that of Φ needs gradients switched on.
         with torch.enable_grad():
             leaf = x.detach().requires_grad_()
             (gradient,) = torch.autograd.grad(self.penalty(leaf, layout).sum(), leaf)

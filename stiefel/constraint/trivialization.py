@@ -1,4 +1,4 @@
-"""What trivializations have in common: the weight is a rotation of its start. Imports ``geometry``, ``constraint``."""
+"""Base of the trivializations, whose weight is a rotation of its start. Imports ``geometry``, ``constraint``."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ class Trivialization(Reparameterization):
 
     @abstractmethod
     def rotate(self, base: Tensor, tangent: Tensor) -> Tensor:
-        """φ: the point that a tangent vector leads to."""
+        """φ: the point that a tangent vector at the base leads to."""
 
     @property
     def coefficients(self) -> tuple[float, float]:
-        """(1, 1): the proxy's coordinates are orthonormal ones of the tangent space."""
+        """(1, 1): P is an orthogonal projection, and φ has the derivative I at 0."""
         return (1.0, 1.0)
 
     def start(self, x: Tensor, layout: Layout) -> tuple[Tensor, dict[str, Tensor]]:

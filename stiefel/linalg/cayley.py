@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     from jaxtyping import Float
 
 SHORT = 4.0
-"""Largest ‖U‖_F at which N below is well conditioned, by 1 + ¼‖U‖² at most."""
+"""Largest ‖U‖_F at which N below is well conditioned: its condition number is at most 1 + ¼‖U‖²."""
 LONGEST = 1e8
-"""Largest ‖B‖_F of a transform: beyond, even double has none of the digits of I left beside A."""
+"""Largest ‖B‖_F of a transform: beyond it, even double loses all digits of I beside A."""
 
 
 def cayley_step(x: Float[Tensor, "*batch p n"], b: Float[Tensor, "*batch p n"]) -> Float[Tensor, "*batch p n"]:
@@ -38,7 +38,7 @@ def cayley_step(x: Float[Tensor, "*batch p n"], b: Float[Tensor, "*batch p n"]) 
 
     Args:
         x: the point, p ≤ n; orthonormal rows are kept orthonormal.
-        b: the direction, of any length; what is longer than ``LONGEST`` counts as so long. For a tangent U take
+        b: the direction, of any length; cut to ``LONGEST`` where it is longer. For a tangent U take
             ``B = U(I − ½XᵀX)``, which makes X A = U (:func:`stiefel.manifold.retractions.retract_cayley`).
 
     Returns:
@@ -57,6 +57,7 @@ def cayley_step(x: Float[Tensor, "*batch p n"], b: Float[Tensor, "*batch p n"]) 
         return x + solve_from_the_right(wide @ a, _identity(n, a) - 0.5 * a).to(x.dtype)
     b = b / c
     xu, zu = low_rank_blocks(x, b) if short else low_rank_blocks(in_double(x), in_double(b))
+    # w is (b, p, 2p) and multiplies Z = [B̂; −X] block by block in the last line.
     w = (c * solve_from_the_right(xu, _identity(2 * p, xu) - (0.5 * c) * zu)).to(x.dtype)
     return x + w[..., :p] @ b - w[..., p:] @ x
 
@@ -69,7 +70,7 @@ def cayley_along(x: Float[Tensor, "*batch p n"], u: Float[Tensor, "*batch p n"])
 
         X⁺ = −X + N⁻¹(2X + V) = X + N⁻¹(U − ½VVᴴX),   N = I − ½S + ¼VVᴴ
 
-    of which the second form keeps the step apart: X's own digits are not rounded again.
+    The second form is used: it adds the step to X, so that X's own digits are not rounded again.
 
     Args:
         x: the point, orthonormal rows.
@@ -83,9 +84,10 @@ def cayley_along(x: Float[Tensor, "*batch p n"], u: Float[Tensor, "*batch p n"])
         turn = skew(u.to(wide.dtype) @ wide.mH)
         return x + solve(_identity(p, turn) - 0.5 * turn, turn @ wide).to(x.dtype)
     s = u @ x.mH
-    off_set = torch.is_grad_enabled() and x.requires_grad  # where the two are different functions
+    off_set = torch.is_grad_enabled() and x.requires_grad  # off the set the two are different functions
     if off_set or not short:
         return cayley_step(x, u - 0.5 * s @ x)
+    # ½VVᴴ without V; sym(S), which is 0 for a tangent U, removes U's rounding off the tangent space.
     half = 0.5 * (u @ u.mH - s @ s.mH)
     inverse = inverse_of(_identity(p, s) + 0.5 * half - 0.5 * skew(s))
     return add_product(x, inverse, add_product(u, half + sym(s), x, alpha=-1))
@@ -94,7 +96,7 @@ def cayley_along(x: Float[Tensor, "*batch p n"], u: Float[Tensor, "*batch p n"])
 def limited(b: Float[Tensor, "*batch p n"], longest: float) -> Float[Tensor, "*batch p n"]:
     """B, shortened to ``‖B‖_F = longest`` where it is longer, without an overflow."""
     size = frobenius(b)
-    if readable(b) and (not b.numel() or float(size.detach().max()) <= longest):  # NaN is not
+    if readable(b) and (not b.numel() or float(size.detach().max()) <= longest):  # false for NaN, which stays
         return b
     return b * (longest / size.clamp_min(longest))
 

@@ -7,10 +7,10 @@ from torch import Tensor
 
 
 def may_wait(tensor: Tensor) -> bool:
-    """Whether a number of a tensor may be read in a step: on a GPU the host would wait for all that is queued there."""
+    """Whether a step may read a tensor's values: on a GPU the host would wait for all the work that is queued there."""
     return not tensor.is_cuda
 
 
 def is_capturing(tensor: Tensor) -> bool:
-    """Whether a CUDA graph is being captured on a tensor's device: nothing can be read back, not even later."""
+    """Whether a CUDA graph is being captured on a tensor's device: values can then not be read back, not even later."""
     return tensor.is_cuda and torch.cuda.is_current_stream_capturing()

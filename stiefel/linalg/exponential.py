@@ -18,14 +18,14 @@ if TYPE_CHECKING:
 def exponential_step(x: Float[Tensor, "*batch p n"], b: Float[Tensor, "*batch p n"]) -> Float[Tensor, "*batch p n"]:
     """Rotate the rows of X by an exponential: ``X expm(A)`` with ``A = XᴴB − BᴴX``, as :func:`cayley_step` does.
 
-    A has rank 2p. With ``cUZ = A``, ``U = [Xᴴ, B̂ᴴ]``, ``Z = [B̂; −X]``, ``B = c B̂``, Z carries X, and
+    A has rank 2p. With ``cUZ = A``, ``U = [Xᴴ, B̂ᴴ]``, ``Z = [B̂; −X]``, ``B = c B̂``, the last rows of Z are −X, and
     ``Z f(UZ) = f(ZU) Z`` for every power series f:
 
         X⁺ = X − [0, I] (expm(c ZU) − I) Z
 
-    so that the exponential is of a 2p×2p matrix; where 2p ≥ n the n×n one is cheaper, and taken. Either is computed in
-    double unless B is short, since digits are lost in proportion to the length of the rotation; where B has a lower
-    rank than X, to its square, which double bears up to lengths of 10⁵.
+    The exponential is of a 2p×2p matrix; where 2p ≥ n the n×n one is cheaper, and used. Unless B is short both are
+    computed in double: digits are lost in proportion to the length of the rotation, or to its square where B has a
+    lower rank than X, which double tolerates up to lengths of 10⁵.
 
     Args:
         x: the point, p ≤ n; orthonormal rows are kept orthonormal.
@@ -41,5 +41,6 @@ def exponential_step(x: Float[Tensor, "*batch p n"], b: Float[Tensor, "*batch p 
     c = balance(b)
     b = b / c
     _, zu = low_rank_blocks(x, b)
+    # I is subtracted before Z is applied, so that X's own digits are not rounded again.
     turned = torch.linalg.matrix_exp(c * zu)[..., p:, :] - torch.eye(2 * p, dtype=x.dtype, device=x.device)[p:]
     return x - turned[..., :p] @ b + turned[..., p:] @ x

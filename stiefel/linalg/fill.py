@@ -12,12 +12,12 @@ if TYPE_CHECKING:
 
 
 def fill_like(x: Float[Tensor, "*batch p n"]) -> Float[Tensor, "p n"]:
-    """``√(2/n) cos(√2 k²)``, k = 1 … pn row by row: to singular values what a Gaussian matrix with rows of length 1 is.
+    """``√(2/n) cos(√2 k²)``, k = 1 … pn by rows: singular values like those of a Gaussian matrix with unit rows.
 
-    Rows or columns of the identity, of a Fourier or a cosine transform would not do: where V lacks the directions u of
-    its rows and w of its columns, V + E has them if uᴴEw is far from singular, and neighbouring rows and columns of
-    those matrices are singular to rounding. The phases √2 k² are equidistributed (Weyl), and take no generator's state,
-    no memory between calls and nothing from the host.
+    Where V lacks left singular directions u and right ones w, V + E has them if uᴴEw is far from singular. Rows or
+    columns of the identity, of a Fourier or a cosine transform would not do as E: blocks of neighbouring rows and
+    columns of those are singular to rounding. The phases √2 k² are equidistributed (Weyl), and need no generator's
+    state, no memory between calls and nothing from the host.
     """
     p, n = x.shape[-2:]
     k = torch.arange(1, p * n + 1, dtype=torch.float64, device=x.device)

@@ -25,6 +25,7 @@ def householder_rows(v: Float[Tensor, "*batch p n"]) -> Float[Tensor, "*batch p 
     """
     p, n = v.shape[-2:]
     gram = v @ v.mT
+    # T⁻¹ is never formed: one p×p triangular solve replaces p successive reflections.
     t = gram.triu(1) + torch.diag_embed(gram.diagonal(dim1=-2, dim2=-1) / 2)
     e = v[..., :p]
     eye = torch.eye(p, n, dtype=v.dtype, device=v.device)
@@ -42,5 +43,5 @@ def householder_vectors(
     packed, tau = torch.geqrf(x.mT)
     signs = torch.sgn(packed.diagonal(dim1=-2, dim2=-1))
     vectors = packed.mT.triu(1) + torch.eye(p, n, dtype=x.dtype, device=x.device)
-    # tau = 0 is LAPACK's way not to reflect; the reflection of a row that is e_i already only changes its sign.
+    # LAPACK's tau = 0 stands for no reflection; householder_rows reflects along e_i, which changes the row's sign.
     return vectors, torch.where(tau == 0, -signs, signs)

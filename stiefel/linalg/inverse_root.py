@@ -27,9 +27,9 @@ NEAR = 0.8
 SPREAD = 40.0
 """Ratio of extreme eigenvalues that one coarse step brings well within NEAR of 1; it ends at about 100."""
 ITERATIONS, SMALLEST_ROOT = 12, 1e-5
-"""Steps where nothing is read back, and the smallest singular value, of ‖VVᴴ‖_F^{1/2}, that they are made for."""
+"""Steps where nothing is read back, and the smallest singular value they are made for, relative to ‖VVᴴ‖_F^{1/2}."""
 SMALLEST_MEAN = 1e-28
-"""Of eigenvalues: where it is less, float32 holds the Gram matrix with too few digits."""
+"""Smallest mean eigenvalue: below it a float32 Gram matrix has too few digits."""
 TRUNCATION = 2e-8
 """Largest error of a truncated series, below the rounding of float32."""
 
@@ -40,12 +40,12 @@ def inverse_root(v: Float[Tensor, "b p n"]) -> tuple[Float[Tensor, "b p p"], Flo
 
     With ``M = c (I + E)``, c near the middle of M's spectrum, the Chebyshev series of ``(1 + e)^{-1/2}`` on [−ρ, ρ] is
     summed by the scheme of Paterson and Stockmeyer, with as many terms as ρ asks for; ``ρ = ‖E⁴‖_F^{1/4}`` is never
-    below ‖E‖₂ and at most p^{1/8} above it, and higher powers of E bound it closer where that pays. Where ρ is too
-    large, a coarse polynomial on [u/40, u] comes before, u the largest eigenvalue: it leaves a Z₀ that commutes with M,
-    and the same series is applied to ``E = Z₀ M Z₀ − I``, with its own ρ.
+    below ‖E‖₂ and at most p^{1/8} times it, and higher powers of E tighten the bound where that pays. Where ρ is too
+    large, a coarse polynomial on [u/40, u] is applied first, u the largest eigenvalue: it gives a Z₀ that commutes with
+    M, and the same series is applied to ``E = Z₀ M Z₀ − I``, with its own ρ.
 
-    The terms depend on V alone, on nothing remembered from the last step, so that training continues bit for bit from
-    a checkpoint. Deciding reads numbers back from the device: this is for the CPU.
+    The number of terms depends on V alone, not on earlier steps, so that training continues bit for bit from a
+    checkpoint. Choosing it reads numbers back from the device: this is for the CPU.
 
     Args:
         v: float32 or complex64, p ≤ n. Zero, rank-deficient and not finite V give None.
@@ -61,16 +61,18 @@ def inverse_root(v: Float[Tensor, "b p n"]) -> tuple[Float[Tensor, "b p p"], Flo
 
 @torch.no_grad()
 def inverse_root_of_gram(v: Float[Tensor, "b p n"]) -> tuple[Float[Tensor, "b p p"], Float[Tensor, "b p p"]] | None:
-    """:func:`inverse_root` with M itself in the place of its root, which takes another product."""
+    """:func:`inverse_root` that returns M itself instead of its root, which would take another product."""
     if not v.numel():
         return None
     gram = gram_matrix(v)
     middle = _mean_eigenvalue(gram)
+    # With NaN every test of ρ below is false, and the result is None.
     middle = torch.where(middle > SMALLEST_MEAN, middle, math.nan)
     e = _add_identity(gram / middle, -1)
     square = torch.bmm(e, e)
     rho = _largest(square) ** 0.5
     if rho > 0.25:
+        # A centre near the middle of the spectrum makes ρ smaller than the mean does.
         shift = _middle(e, square)
         middle = middle * (1 + shift)
         e, square = _shifted(e, square, shift)
@@ -88,6 +90,7 @@ def _far_root(v: Tensor, middle: Tensor, rho: float) -> tuple[Tensor, Tensor] | 
     wide = in_double(v)
     gram = torch.bmm(wide, wide.mH)
     scaled = gram / middle
+    # 1 + ρ bounds the largest eigenvalue of M/c, because ρ ≥ ‖E‖₂.
     first = _coarse(scaled, 1 + rho)
     e = _add_identity(torch.bmm(torch.bmm(first, scaled), first), -1).to(v.dtype)
     square = torch.bmm(e, e)
@@ -100,13 +103,13 @@ def _far_root(v: Tensor, middle: Tensor, rho: float) -> tuple[Tensor, Tensor] | 
 
 @torch.no_grad()
 def inverse_root_by_iteration(v: Float[Tensor, "*batch p n"]) -> tuple[Tensor, Tensor]:
-    """The same for condition numbers up to 1e4, in double, by a fixed number of products: nothing is read back.
+    """:func:`inverse_root` for condition numbers up to 1e4: a fixed number of products in double, nothing read back.
 
         N₀ = M / ‖M‖_F,   T = a + bN + cN²,   Z ← T Z,   N ← T N T
 
-    with the coefficients of :func:`msign`, of which this is the form on Gram matrices (:func:`gram_factor`). M = 0
-    counts as I. In double also because float32 would lose a digit for each of the condition number's, and what GPUs
-    take for it is little beside their factorizations.
+    with the coefficients of :func:`msign`, applied to the Gram matrix (:func:`gram_factor`). M = 0 counts as I. It is
+    in double because float32 would lose one digit for each digit of the condition number; on GPUs that costs little
+    beside a factorization.
 
     Source: Amsel, Persson, Musco and Gower, The Polar Express, 2025 (arXiv 2505.16932), section 3, on the Gram matrix.
     """
@@ -125,9 +128,9 @@ def iterated_inverse_root(
 
     Args:
         gram: M, in double.
-        largest: a bound of its eigenvalues.
-        steps, smallest: how many steps, made for roots of eigenvalues down to ``smallest`` of the bound's: each
-            multiplies small ones by 4, and four more make them 1 to rounding.
+        largest: an upper bound of its eigenvalues.
+        steps, smallest: the number of steps, and the smallest root of an eigenvalue they are made for, relative to the
+            root of ``largest``: each step multiplies small roots by 4, and four more make them 1 to rounding.
     """
     polynomials = [partial(_quintic, *coefficients) for coefficients in quintics(steps, smallest)]
     return gram_factor(polynomials, gram / largest) / largest**0.5
@@ -148,7 +151,7 @@ def _add_identity(a: Tensor, times: float = 1.0) -> Tensor:
 
 
 def _middle(e: Tensor, square: Tensor) -> Tensor:
-    """The d that makes the eigenvalues of E − d least in the 4-norm, where ``Σ (e − d)³ = 0``; Σ e = 0 is given."""
+    """The d that minimizes the 4-norm of the eigenvalues of E − d, the root of ``Σ (e − d)³ = 0``; Σ e = 0 is given."""
     second, third = inner(e, e), inner(e, square)
     d = torch.zeros_like(third)
     for _ in range(3):  # Newton's method on d ↦ p d³ + 3 m₂ d − m₃, which is increasing and convex for d > 0
@@ -168,7 +171,7 @@ def _shifted(e: Tensor, square: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _powers(e: Tensor, square: Tensor, rho: float) -> tuple[list[Tensor], float]:
-    """E, E², … as many as pay for the number of terms needed, and a bound ρ of the batch's largest ‖E‖₂.
+    """E, E², …, so many that the terms take the fewest products, and a bound ρ of the batch's largest ‖E‖₂.
 
     Args:
         e, square: E and its square.
@@ -181,10 +184,10 @@ def _powers(e: Tensor, square: Tensor, rho: float) -> tuple[list[Tensor], float]
     if rho <= 0.3:
         return [e, square], rho
     power, exponent = fourth, 4
-    while rho > 0.6 and exponent < 16:  # closer bounds, for a product each
+    while rho > 0.6 and exponent < 16:  # each squaring tightens the bound, for one product
         power, exponent = torch.bmm(power, power), 2 * exponent
         rho = min(rho, _largest(power) ** (1 / exponent))
-        if rho > 1.2 * NEAR:  # more of them would not help
+        if rho > 1.2 * NEAR:  # further squarings would not bring it below NEAR
             break
     return [e, square, torch.bmm(square, e), fourth], rho
 
@@ -195,6 +198,7 @@ def _largest(a: Tensor) -> float:
 
 def _series(powers: list[Tensor], rho: float) -> Tensor:
     """``(I + E)^{-1/2} − I`` from powers of E, for ‖E‖₂ ≤ ρ."""
+    # ρ is rounded up to a multiple of 0.02, so that few sets of coefficients are cached.
     return _polynomial(_series_coefficients(math.ceil(50 * rho) / 50), powers)
 
 
@@ -215,11 +219,12 @@ def _polynomial(coefficients: tuple[float, ...], powers: list[Tensor]) -> Tensor
 def _series_coefficients(rho: float) -> tuple[float, ...]:
     """a₁, a₂, … of ``(1 + e)^{-1/2} − 1`` on [−ρ, ρ], to TRUNCATION.
 
-    Chebyshev's constant term, which is not exactly 1, is left to be 1: what that costs is within the truncation.
+    The constant term of the Chebyshev fit is replaced by 1: the difference is within the truncation error.
     """
     rho = max(rho, 0.02)
     nodes = np.polynomial.chebyshev.chebpts1(64)
     terms = np.polynomial.chebyshev.chebfit(nodes, (1 + rho * nodes) ** -0.5, 63)
+    # The sum of the dropped coefficients bounds the error, since Chebyshev polynomials are at most 1.
     tails = np.cumsum(np.abs(terms[::-1]))[::-1]
     degree = int(np.argmax(tails < TRUNCATION)) - 1
     powers = np.polynomial.chebyshev.cheb2poly(terms[: degree + 1]) / rho ** np.arange(degree + 1)
@@ -229,6 +234,7 @@ def _series_coefficients(rho: float) -> tuple[float, ...]:
 def _coarse(m: Tensor, largest: float) -> Tensor:
     """A polynomial Z₀ of degree 7 in M with ``‖Z₀ M Z₀ − I‖₂ < 0.1`` for eigenvalues in [largest/SPREAD, largest]."""
     middle, half = _interval(largest)
+    # t maps [largest/SPREAD, largest] to [−1, 1], where powers are well conditioned.
     t = _add_identity(m / middle, -1) * (middle / half)
     square = torch.bmm(t, t)
     fourth = torch.bmm(square, square)

@@ -1,4 +1,4 @@
-"""Orthonormalization by steps that are polynomials: so many of them, or until they have converged. Imports ``linalg``.
+"""Orthonormalization by polynomial steps, a given number of them or until convergence. Imports ``linalg``.
 
 A step moves every singular value towards 1 and leaves the singular vectors alone: ``X ← T(X Xᴴ) X``.
 """
@@ -22,9 +22,9 @@ if TYPE_CHECKING:
     from jaxtyping import Float
 
 SMALLEST = 1e-7
-"""Singular values down to this are raised to 1: by as many steps of a Gram matrix as SHIFT lets be taken."""
+"""Singular values down to this are raised to 1, by as many steps on a Gram matrix as SHIFT allows."""
 SHIFT = 2e-15
-"""Added to Gram matrices: rounding then makes none of their eigenvalues negative, which steps would drive to −∞."""
+"""Added to a Gram matrix's diagonal, so that rounding makes no eigenvalue negative: steps would drive it to −∞."""
 POLISH = 4
 """Steps after those that have raised the smallest singular value to about ½."""
 
@@ -32,17 +32,18 @@ POLISH = 4
 def iterated(polynomial: Map, count: int | None, x: Float[Tensor, "*batch p n"]) -> Float[Tensor, "*batch p n"]:
     """``X ← T(X Xᴴ) X``, ``count`` times, or until the rows are orthonormal.
 
-    Where rows are long, float32 is iterated on its Gram matrix, in double, since that squares the condition number
+    Where rows are long, float32 is iterated on its Gram matrix, in double because that squares the condition number
     (:func:`stiefel.linalg.spectral_map.gram_factor`).
 
-    *Until they are orthonormal*, on a CPU, is as many steps as bring ``‖XXᴴ − I‖_F`` below √ε, and one, which squares
-    that; the last ones on X itself, which takes away what the Gram matrix leaves. X's condition number says how many.
-    An X without full rank does not converge, and is completed orthonormally. Where no number can be read (on a GPU,
-    whose host must not wait, and under a compiler) it is as many as condition numbers up to 1e5 ask for.
+    *Until they are orthonormal* means, on a CPU: until ``‖XXᴴ − I‖_F`` is below √ε, and one step more, which squares
+    it. The last steps act on X itself and remove the error that the Gram matrix leaves. X's condition number determines
+    how many steps that takes. An X without full rank does not converge, and is completed orthonormally. Where no value
+    can be read (on a GPU, whose host must not wait, and under a compiler) the number is fixed, and enough for condition
+    numbers up to 1e5.
 
     Args:
         polynomial: T, of a Hermitian matrix.
-        count: of steps; None for as many as it takes.
+        count: number of steps; None to iterate until convergence.
         x: p ≤ n, with singular values of at most 1.1.
 
     Source: Björck and Bowie (1971), for the polynomials.
@@ -51,7 +52,7 @@ def iterated(polynomial: Map, count: int | None, x: Float[Tensor, "*batch p n"])
 
 
 def _run(polynomial: Map, count: int | None, x: Tensor) -> tuple[Tensor, Map]:
-    """The iteration, and its steps as they were taken."""
+    """The iteration's result, and the same steps as a map that decides nothing."""
     if count is None and readable(x):
         y, before, after = _until_orthonormal(polynomial, x)
         return y, partial(_along, polynomial, before, after)
@@ -71,12 +72,13 @@ def _along(polynomial: Map, before: int, after: int, x: Tensor) -> Tensor:
 
 
 def _until_orthonormal(polynomial: Map, x: Tensor) -> tuple[Tensor, int, int]:
-    """The limit, and how many steps were taken on the Gram matrix and on X itself."""
+    """The limit, and the numbers of steps on the Gram matrix and on X itself."""
     most, before = _most(polynomial), 0
     if _on_gram(x):
         wide = in_double(x)
         gram, before = _shifted_gram(wide), 1
         t = z = polynomial(gram)
+        # Z collects the product of all factors T, and is applied to X once.
         while before < most and not _is_near(gram, x.dtype):
             gram = t @ gram @ t
             t = polynomial(gram)
@@ -85,13 +87,14 @@ def _until_orthonormal(polynomial: Map, x: Tensor) -> tuple[Tensor, int, int]:
     for after in range(1, most - before + 2 * POLISH):
         gram = gram_matrix(x)
         x = polynomial(gram) @ x
-        if before + after > 1 and _is_near(gram, x.dtype):  # one step alone has another second derivative
+        # At least two steps: one alone has another second derivative than the limit.
+        if before + after > 1 and _is_near(gram, x.dtype):
             return x, before, after
     return _completed(x), before, after
 
 
 def _most(polynomial: Map) -> int:
-    """Steps that raise SMALLEST to about 1, by T(0) each."""
+    """The number of steps that raise SMALLEST to about 1, each by the factor T(0)."""
     return math.ceil(-math.log(SMALLEST) / math.log(polynomial(torch.zeros(1, 1)).item()))
 
 
@@ -104,11 +107,11 @@ def _shifted_gram(x: Tensor) -> Tensor:
 
 
 def _is_near(gram: Tensor, dtype: torch.dtype) -> bool:
-    """Whether one more step leaves rounding alone: it squares what is left."""
+    """Whether one more step, which squares the residual, leaves no more than rounding."""
     residual = torch.linalg.matrix_norm(gram.detach() - torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device))
     return not residual.numel() or bool(residual.max() <= torch.finfo(dtype).eps ** 0.5)
 
 
 def _completed(x: Tensor) -> Tensor:
-    """The nearest orthonormal matrix, with its derivative where that exists; NaN stays NaN."""
+    """The nearest orthonormal matrix, with the derivative of the iteration; NaN stays NaN."""
     return x + (newton_schulz(nearest_orthonormal(x)) - x).detach() if bool(x.isfinite().all()) else x

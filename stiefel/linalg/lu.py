@@ -1,4 +1,4 @@
-"""What rests on LU factorizations, over batches. Imports only torch."""
+"""Solves and inverses by LU factorization, over batches. Imports only torch."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ import torch
 from torch import Tensor
 
 TOGETHER = 128
-"""Largest matrices of a batch that go to torch together on a CPU: with the MKL that was tried it fails from 150 on."""
+"""Largest matrix size of a batch that torch gets in one call on a CPU: with the MKL tried, calls fail from 150 on."""
 
 
 def one_by_one(function: Callable[..., Tensor], *batches: Tensor) -> Tensor:
     """A function of matrices that factorizes its first argument by LU, applied to ``(*batch, m, k)``.
 
     On a CPU torch factorizes a batch in several threads, in which MKL starts threads of its own for larger matrices:
-    factors are wrong, an error says so, or nothing ever returns (pytorch issue 142815, torch 2.5 to 2.13). Those are
-    taken one after the other, each by all threads.
+    factors are wrong, an error is raised, or the call never returns (pytorch issue 142815, torch 2.5 to 2.13). So
+    larger matrices are factorized one after the other, each by all threads.
 
     Args:
-        function: of one matrix of each of ``batches``, or of all.
+        function: takes one matrix of each of ``batches``, or the whole batches.
         batches: with equal batch dimensions.
     """
     first = batches[0]
@@ -33,7 +33,7 @@ def one_by_one(function: Callable[..., Tensor], *batches: Tensor) -> Tensor:
 
 
 def solve(a: Tensor, b: Tensor) -> Tensor:
-    """``A⁻¹ B`` for an A that is not singular: on a GPU the host does not wait to learn that one is singular."""
+    """``A⁻¹ B`` for nonsingular A, without the test for singularity, for which the host would wait on a GPU."""
     outer = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
     return _Solve.apply(a.expand(*outer, *a.shape[-2:]), b.expand(*outer, *b.shape[-2:]))
 
@@ -49,7 +49,7 @@ def inverse_of(a: Tensor) -> Tensor:
 
 
 class _Solve(torch.autograd.Function):
-    """torch's, but with :func:`one_by_one` also where torch.func adds a batch dimension, and in the derivatives."""
+    """torch's solve, with :func:`one_by_one` also where torch.func adds a batch dimension, and in the derivatives."""
 
     @staticmethod
     def forward(a: Tensor, b: Tensor) -> Tensor:
@@ -68,6 +68,7 @@ class _Solve(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor:
+        # From A X = B: A dX = dB − dA X.
         a, x = ctx.saved_tensors
         da, db = tangents
         right = torch.zeros_like(x) if db is None else db

@@ -22,7 +22,7 @@ class _Lyapunov(torch.autograd.Function):
 
     @staticmethod
     def forward(h: Tensor, c: Tensor, d: Tensor, s: Tensor) -> Tensor:
-        gaps = s.unsqueeze(-1) + s.unsqueeze(-2)  # sums, not differences: no trouble where eigenvalues repeat
+        gaps = s.unsqueeze(-1) + s.unsqueeze(-2)  # sums, not differences: repeated eigenvalues do no harm
         return d @ ((d.mH @ c @ d) / gaps) @ d.mH
 
     @staticmethod
@@ -49,7 +49,7 @@ def lyapunov(
     so it is exact to any order and never differentiates the eigendecomposition.
 
     Args:
-        h: the positive definite matrix, as the graph knows it.
+        h: the positive definite matrix, with its place in the autograd graph.
         c: the right-hand side.
         d, s: eigenvectors (columns) and eigenvalues of ``h``, taken as constants.
 
@@ -64,9 +64,9 @@ def lyapunov_by_products(
 ) -> Float[Tensor, "b p p"]:
     """Solve ``H Ω + Ω H = C`` for skew-Hermitian C by conjugate gradients, one product for each step.
 
-    ``Ω ↦ HΩ + ΩH`` is symmetric positive definite with H, at the same condition number, and Ω stays skew-Hermitian, so
-    that ``ΩH = −(HΩ)ᴴ`` costs nothing. At condition number 1 no step is needed, at 3 about six. Reads one number back
-    from the device for each step: this is for the CPU.
+    ``Ω ↦ HΩ + ΩH`` is symmetric positive definite like H, with the same condition number, and Ω stays skew-Hermitian,
+    so that ``ΩH = −(HΩ)ᴴ`` costs nothing. At condition number 1 no step is needed, at 3 about six. Reads one number
+    back from the device for each step: this is for the CPU.
 
     Args:
         h: positive definite.
@@ -77,8 +77,9 @@ def lyapunov_by_products(
     Source: Hestenes and Stiefel (1952).
     """
     scale = c.abs().amax(dim=(-2, -1), keepdim=True)
-    c = c / torch.where(scale > 0, scale, 1)  # squares of small gradients vanish
-    tiny = torch.finfo(h.dtype).tiny  # a matrix that has converged has direction 0, and stays where it is
+    c = c / torch.where(scale > 0, scale, 1)  # otherwise squares of small gradients would vanish
+    tiny = torch.finfo(h.dtype).tiny  # avoids 0/0: a converged matrix has direction 0, and stays
+    # Start at the solution for H = (tr H/p) I, which is exact at condition number 1.
     omega = c / (2 * h.diagonal(dim1=-2, dim2=-1).real.mean(-1)[:, None, None])
     product = torch.bmm(h, omega)
     residual = c - (product - product.mH)
@@ -88,7 +89,7 @@ def lyapunov_by_products(
         if not bool((size > goal).any()):
             break
         torch.bmm(h, direction, out=product)  # in place: fresh memory costs as much as a product at p = 512
-        length = size / (2 * inner(direction, product) + tiny)  # half of its image's, by skewness
+        length = size / (2 * inner(direction, product) + tiny)  # ⟨D, HD + DH⟩ = 2⟨D, HD⟩ for skew D
         torch.sub(product, product.mH, out=image)
         omega.addcmul_(length, direction)
         residual.addcmul_(length, image, value=-1)
@@ -101,12 +102,12 @@ def lyapunov_by_products(
 def lyapunov_by_doubling(
     h: Float[Tensor, "*batch p p"], z: Float[Tensor, "*batch p p"], c: Float[Tensor, "*batch p p"], steps: int = 13
 ) -> Float[Tensor, "*batch p p"]:
-    """Solve ``H Ω + Ω H = C`` in a fixed number of products, of which nothing is read back; for double.
+    """Solve ``H Ω + Ω H = C`` in a fixed number of products, without reading anything back; for double.
 
         A = (H − μI)(H + μI)⁻¹,   Ω₀ = 2μ (H + μI)⁻¹ C (H + μI)⁻¹,   Ω ← Ω + AΩA,   A ← A²
 
-    k steps sum the first 2^k terms of ``Ω = Σ Aʲ Ω₀ Aʲ``, each smaller by ((√κ − 1)/(√κ + 1))² at best; with μ² the
-    ratio of ‖H‖_F to ‖H⁻¹‖_F, 13 suffice for condition numbers κ up to 1e4.
+    k steps sum the first 2^k terms of ``Ω = Σ Aʲ Ω₀ Aʲ``, each smaller by ((√κ − 1)/(√κ + 1))² at the best μ; with μ²
+    the ratio of ‖H‖_F to ‖H⁻¹‖_F, 13 steps suffice for condition numbers κ up to 1e4.
 
     Args:
         h: Hermitian and positive definite.

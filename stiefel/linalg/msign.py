@@ -36,17 +36,18 @@ def msign(m: Float[Tensor, "*batch p n"], steps: int = 12) -> Float[Tensor, "*ba
     x = (m / (1.01 * m.shape[-2] ** 0.5 * balance(m))).reshape(-1, *m.shape[-2:])
     for a, b, c in quintics(steps, SMALLEST):
         gram = x @ x.mH
+        # (bG + cG²)X + aX with G = XXᴴ, in two fused products
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x.reshape(m.shape)
 
 
 @cache
 def quintics(steps: int, smallest: float) -> tuple[tuple[float, float, float], ...]:
-    """The polynomial of each step: the minimax one on the interval that the singular values then lie in.
+    """The polynomial of each step: the minimax quintic on the interval that then holds the singular values.
 
     Args:
         steps: how many.
-        smallest: the interval at first is [smallest, 1].
+        smallest: lower end of the first interval, whose upper end is 1.
     """
     low, high, found = smallest, 1.0, []
     for _ in range(steps):
@@ -67,6 +68,7 @@ def _minimax_quintic(low: float, high: float) -> tuple[tuple[float, float, float
     inner = np.array([(3 * low + high) / 4, (low + 3 * high) / 4])
     signs = np.array([1.0, -1.0, 1.0, -1.0])
     for _ in range(100):
+        # Four equations 1 − p(tᵢ) = ±error, linear in a, b, c and the error; then the interior points move.
         t = np.array([low, *inner, high])
         a, b, c, error = np.linalg.solve(np.stack([t, t**3, t**5, signs], axis=1), np.ones(4))
         squares = np.sort(np.roots([5 * c, 3 * b, a]).real)  # p'(t) = a + 3bt² + 5ct⁴

@@ -16,11 +16,11 @@ if TYPE_CHECKING:
 def spectral_radius(h: Float[Tensor, "*batch p p"], iterations: int = 40) -> Float[Tensor, "*batch"]:
     """``‖H‖₂`` of a Hermitian H by power iteration: ``v ← Hv/‖Hv‖``, then ``‖Hv‖``. Never above the true value.
 
-    It starts at H's longest column, which is near the leading eigenspace unless that lies in another block of H, and a
-    fixed vector in general position (:func:`fill_like`), which has a part in every block: k products find c^{1/k} of
-    ``‖H‖₂`` at least, c about 1/√p the start's share of the leading eigenspace. H = 0 gives 0 with gradient 0, where
-    normalizing without care gives NaN. The norm is taken of Hv rather than of vᴴHv, which vanishes where eigenvalues +σ
-    and −σ both lead.
+    It starts at the sum of H's longest column, which is near the leading eigenspace unless that lies in another block
+    of H, and a fixed vector in general position (:func:`fill_like`), which has a part in every block. k products give
+    at least c^{1/k} ``‖H‖₂``, c about 1/√p the start's share of the leading eigenspace. H = 0 gives 0 with gradient 0,
+    where plain normalization gives NaN. The result is ‖Hv‖ rather than vᴴHv, which vanishes where eigenvalues +σ and −σ
+    both lead.
 
     Args:
         h: Hermitian.
@@ -36,7 +36,7 @@ def spectral_radius(h: Float[Tensor, "*batch p p"], iterations: int = 40) -> Flo
 def _leading(h: Tensor, iterations: int) -> Tensor:
     lengths = torch.linalg.vector_norm(h.detach(), dim=-2, keepdim=True)
     v = torch.take_along_dim(h, lengths.argmax(dim=-1, keepdim=True), dim=-1)
-    v = _normalized(v) + _normalized(fill_like(v)) / 2  # by halves, so that p = 1 leaves something
+    v = _normalized(v) + _normalized(fill_like(v)) / 2  # half, so that the sum is not 0 at p = 1
     for _ in range(iterations):
         v = h @ _normalized(v)
     return _normalized(v)
@@ -60,6 +60,7 @@ class _SpectralRadius(torch.autograd.Function):
         if not torch.is_grad_enabled():
             v = _leading(h, ctx.iterations)
             return scale * _normalized(h @ v) @ v.mH, None
+        # For a second derivative the whole iteration is differentiated, not v as a constant.
         norms = torch.linalg.vector_norm(h @ _leading(h, ctx.iterations), dim=(-2, -1))
         return torch.autograd.grad(norms, h, gradients[0], create_graph=True)[0], None
 

@@ -71,6 +71,7 @@ def _fastest(v: Tensor) -> str:
         return "iteration"
     if v.dtype not in (torch.float32, torch.complex64):
         return "eigen"
+    # b·p², the total size of the Gram matrices
     return "products" if v.numel() // v.shape[-1] * v.shape[-2] >= SMALL else "eigen"
 
 
@@ -104,12 +105,14 @@ def _decompose(v: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """Polar factor X, left singular vectors D and floored singular values s of V, in double precision."""
     wide = in_double(v)
     if v.dtype not in _DOUBLE:
+        # Faster than an SVD; a Gram matrix squares the condition number, so the SVD takes over below ILL.
         values, d = torch.linalg.eigh(wide @ wide.mH)
         s = values.clamp_min(0).sqrt()
         if not readable(s) or bool((s[..., 0] >= ILL * s[..., -1]).all()):
             s = _floor(s, eps)
             return ((d / s.unsqueeze(-2)) @ d.mH) @ wide, d, s
     d, s, wh = torch.linalg.svd(wide, full_matrices=False)
+    # The factor is 0 only where the largest singular value is 0: V = 0 gives X = 0.
     x = (d * (s[..., None, :1] > 0)) @ wh
     return newton_schulz(x), d, _floor(s, eps)  # long rows of an SVD are orthonormal to 1e-13 only
 
@@ -147,6 +150,7 @@ class _Polar(torch.autograd.Function):
                 rows = s.unsqueeze(-1)
                 e, f = d.mH @ x.to(d.dtype), d.mH @ g  # X and G in the basis of D
                 a = f @ e.mH
+                # D [K E + diag(1/s)(F − A E)] with A E = Dᴴ G XᴴX: the formula of polar(), in fewer products
                 k = (a - a.mH) / (rows + rows.mT)
                 gradient = d @ ((k - a / rows) @ e + f / rows)
         return gradient.to(v.dtype), None
@@ -181,6 +185,7 @@ class _PolarOfRoot(torch.autograd.Function):
             if v.shape[-2] == v.shape[-1]:  # then I − XᴴX = 0
                 gradient = torch.bmm(omega, x)
             else:
+                # Ω X + Z G (I − XᴴX) = Z G + (Ω − Z A) X
                 gradient = torch.baddbmm(z @ g, torch.baddbmm(omega, z, a, alpha=-1), x)
         return gradient.to(v.dtype), None, None, None, None
 

@@ -16,7 +16,7 @@ EXACT_DTYPES = (torch.float32, torch.float64, torch.complex64, torch.complex128)
 
 
 def require_exact(dtype: torch.dtype, label: str) -> None:
-    """Raise :class:`WeightError` where the weight of that name is in a precision in which none is orthogonal."""
+    """Raise :class:`WeightError` where the weight ``label`` has a dtype in which it cannot be orthogonal."""
     if dtype not in EXACT_DTYPES:
         raise WeightError(
             f"weight '{label}' is {dtype}, in which it cannot be orthogonal; keep the model in float32 and use "
@@ -31,7 +31,7 @@ def in_double(x: Tensor) -> Tensor:
 
 @contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
-    """Turn autocast and reduced-precision float32 products off on ``device``, and restore what was.
+    """Turn autocast and reduced-precision float32 products off on ``device``, and restore the settings afterwards.
 
     Autocast and TF32 leave an "orthonormal" matrix with a residual of 0.01 to 0.07 (bfloat16) or 3e-4 (TF32), and a
     dtype check cannot see it: a product under autocast can come back as float32 with bfloat16 accuracy.

@@ -14,9 +14,9 @@ if TYPE_CHECKING:
     from jaxtyping import Float
 
 PLAIN = (1e-12, 1e12)
-"""Norms in this range are right without rescaling: no square overflows, and those that vanish do not count."""
+"""Norms in this range are right without rescaling: no square overflows, and those that underflow do not matter."""
 BLOCK = 64
-"""Entries that are added up in their own precision below."""
+"""Number of entries whose squares are summed in their own precision; the sums of such blocks are added in double."""
 MODERATE = (1e-6, 1e6)
 """Matrices with norms in this range are left as they are: not even fourth powers of them overflow, or vanish."""
 
@@ -39,9 +39,9 @@ def gram_residual(x: Float[Tensor, "*batch p n"]) -> Float[Tensor, "*batch p p"]
 def gram_matrix(x: Float[Tensor, "*batch p n"]) -> Float[Tensor, "*batch p p"]:
     """``X Xᴴ``, its diagonal exact to one rounding.
 
-    A product of matrices adds up a row's squares in its own precision: beside one large entry, as in a row of the
-    identity, small ones vanish one by one, all in the same direction. After Adam's first step of 2.4e-4 from there
-    float32 misses 2e-5 of the length of rows of 1152.
+    A matrix product sums a row's squares in its own precision: beside one large entry, as in a row of the identity,
+    small squares are rounded away one by one, all in the same direction. After Adam's first step of 2.4e-4 from the
+    identity float32 misses 2e-5 of the length of rows of 1152.
     """
     return _set_diagonal(x @ x.mH, _squared_lengths(x))
 
@@ -55,14 +55,14 @@ def _squared_lengths(x: Tensor) -> Tensor:
 
 
 def _set_diagonal(a: Tensor, values: Tensor) -> Tensor:
-    """A with other values on its diagonal, in its own memory, and with the gradient that it has."""
+    """Replace A's diagonal in place; the gradient stays that of A."""
     diagonal = a.diagonal(dim1=-2, dim2=-1)
     diagonal.add_((values - diagonal.real).to(a.dtype).detach())
     return a
 
 
 def is_orthonormal(gram: Float[Tensor, "*batch p p"]) -> bool:
-    """Whether Gram matrices are known to be I to rounding; never where asking makes a host wait for a device."""
+    """Whether Gram matrices are known to be I to rounding; False where the test would make the host wait."""
     if not readable(gram) or not gram.numel():
         return False
     delta = gram - torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
@@ -111,12 +111,13 @@ class _SquaredResidual(torch.autograd.Function):
         x, delta = ctx.saved_tensors
         with full_precision(x.device):
             if torch.is_grad_enabled():
+                # Computed again, so that a second derivative includes that of Δ.
                 delta = gram_residual(x)
             return (4 * gradients[0][..., None, None] * delta) @ x
 
 
 def inner(a: Float[Tensor, "b p n"], b: Float[Tensor, "b p n"]) -> Float[Tensor, "b 1 1"]:
-    """``Re tr(A Bᴴ)`` of each pair, to multiply matrices with."""
+    """``Re tr(A Bᴴ)`` of each pair, in a shape that scales matrices."""
     return torch.linalg.vecdot(a.flatten(1), b.flatten(1)).real[:, None, None]
 
 
@@ -139,19 +140,19 @@ def balance(b: Float[Tensor, "*batch p n"]) -> Float[Tensor, "*batch 1 1"]:
 
 
 def is_short(b: Float[Tensor, "*batch p n"]) -> bool:
-    """Whether ``‖B‖_F ≤ √p`` is known of every matrix: a rotation along B then turns by a radian or so."""
+    """Whether every matrix is known to have ``‖B‖_F ≤ √p``: a rotation along B then turns by a radian or so."""
     return readable(b) and (not b.numel() or float(balance(b).max()) <= 1)
 
 
 def unit_sized(v: Float[Tensor, "*batch p n"]) -> Float[Tensor, "*batch p n"]:
-    """``2^k V``, each matrix with the k that brings its largest entry into [½, 1): for maps that forget V's size.
+    """``2^k V``, k such that each matrix's largest entry is in [½, 1): for maps that do not depend on V's size.
 
-    No digit changes, so that what follows is bit by bit what it is for every other multiple of V by a power of two, and
-    the gradient that of ``2^k V`` times 2^k, also where squares of V's entries would overflow or vanish. V = 0 has no
-    direction, and counts as [I, 0]. On a CPU, a batch of moderate size is returned as it is.
+    No digit changes: the map's result is bit for bit the same for V times any power of two, and its gradient is that at
+    ``2^k V`` times 2^k, also where squares of V's entries would overflow or vanish. V = 0 has no direction, and counts
+    as [I, 0]. On a CPU, a batch of moderate size is returned as it is.
 
     Args:
-        v: finite. Where its size is below 1e-38 the gradient may be more than a float32 can be, and then is infinite.
+        v: finite. Where its size is below 1e-38 the gradient may exceed the range of float32, and is then infinite.
     """
     fixed = v.detach()
     if fixed.numel() and readable(fixed):
@@ -160,7 +161,7 @@ def unit_sized(v: Float[Tensor, "*batch p n"]) -> Float[Tensor, "*batch p n"]:
             return v
     sizes = torch.maximum(fixed.real.abs(), fixed.imag.abs()) if fixed.is_complex() else fixed.abs()
     largest = sizes.amax(dim=(-2, -1), keepdim=True)
-    exponent = -torch.frexp(largest).exponent  # 2^149 is more than a float32 can be: it takes two factors
+    exponent = -torch.frexp(largest).exponent  # up to 149, and 2^149 overflows float32: two factors
     half = exponent.div(2, rounding_mode="floor")
     instead = torch.eye(*v.shape[-2:], dtype=v.dtype, device=v.device) * (largest == 0)
     return v * torch.exp2(half.to(largest.dtype)) * torch.exp2((exponent - half).to(largest.dtype)) + instead

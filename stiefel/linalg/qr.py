@@ -19,11 +19,11 @@ if TYPE_CHECKING:
 WELL_CONDITIONED = 16.0
 """κ² up to which one Cholesky pass leaves no more than rounding."""
 MOST = 1e3
-"""‖L‖_F² ‖L⁻¹‖_F²/p² up to which a second pass takes away what the first one leaves."""
+"""‖L‖_F² ‖L⁻¹‖_F²/p² up to which a second pass removes the error that the first one leaves."""
 FILL = 2.0**14
-"""δ below, in units of the dtype's epsilon."""
+"""δ of :func:`_without_waiting`, in units of the dtype's epsilon."""
 SHIFTED = {32: 1, 64: 4}
-"""Passes that make δ times a singular value of 1e-6 large enough for the last, by bits of a real number."""
+"""Shifted passes that make δ times a singular value of 1e-6 large enough for the last one, by bits of a real number."""
 
 
 def qf(a: Float[Tensor, "*batch p n"]) -> Float[Tensor, "*batch p n"]:
@@ -32,13 +32,13 @@ def qf(a: Float[Tensor, "*batch p n"]) -> Float[Tensor, "*batch p n"]:
     The sign makes the factor unique and continuous, so that qf(X) = X for orthonormal X; LAPACK's own sign does not.
 
     Near orthonormal rows, where retractions work, ``L Lᴴ = A Aᴴ`` by Cholesky (or by a series, nearer still) and
-    ``Q = L⁻¹ A`` is as accurate as Householder reflections and several times faster; a second pass on Q takes away what
-    condition numbers up to 30 leave (CholeskyQR2). Everything else goes to LAPACK. On a GPU the choice would make the
-    host wait: there, passes are in float64, with a shift that keeps them from breaking down.
+    ``Q = L⁻¹ A`` is as accurate as Householder reflections and several times faster; a second pass on Q removes the
+    error at condition numbers up to 30 (CholeskyQR2). Everything else goes to LAPACK. On a GPU the choice would make
+    the host wait: there, passes are in float64, with a shift that keeps them from breaking down.
 
     Args:
-        a: p ≤ n, real or complex (L's diagonal is positive, Q is unitary). Where rows depend on those above them, Q is
-            not unique, and has some row there.
+        a: p ≤ n, real or complex (L's diagonal is positive, Q is unitary). Where a row depends on those above it, Q is
+            not unique, and its row there is an arbitrary orthonormal one.
 
     Returns:
         Q with Q Qᴴ = I, the dtype of ``a``.
@@ -55,10 +55,11 @@ def _near(a: Tensor) -> Tensor:
     """A series where A is almost orthonormal, Cholesky passes for thin A, as long as they hold, LAPACK otherwise."""
     p, n = a.shape[-2:]
     gram = gram_matrix(a)
-    if a.numel() and not (torch.is_grad_enabled() and a.requires_grad):  # a series' second derivative is another's
+    # Not where derivatives are taken: a truncated series has another second derivative.
+    if a.numel() and not (torch.is_grad_enabled() and a.requires_grad):
         e = gram - torch.eye(p, dtype=a.dtype, device=a.device)
         size, rounding = float(torch.linalg.vector_norm(e, dim=(-2, -1)).max()), torch.finfo(a.dtype).eps / 8
-        if size <= rounding ** (1 / 3):  # powers of a large size overflow
+        if size <= rounding ** (1 / 3):  # not size³ ≤ …, which may overflow
             return add_product(a, _series(e, size <= rounding**0.5), a)
     if 2 * p > n:  # LAPACK is quicker
         return _by_reflections(a)
@@ -71,7 +72,7 @@ def _near(a: Tensor) -> Tensor:
     if not spread <= MOST:
         return _by_reflections(a)
     q = inverse @ a
-    return q if spread <= 1 + (WELL_CONDITIONED - 1) / p else _pass(q)  # one small singular value may hide in a mean
+    return q if spread <= 1 + (WELL_CONDITIONED - 1) / p else _pass(q)  # the mean may hide a small singular value
 
 
 def _series(e: Tensor, short: bool) -> Tensor:
@@ -108,14 +109,14 @@ def _inverse(factor: Tensor) -> Tensor:
 def _without_waiting(a: Tensor) -> Tensor:
     """Cholesky passes in double, all but the last with a shift; rows that the first has left out are filled in.
 
-    With ``L Lᴴ = AAᴴ + sI`` the rows of ``Q₁ = L⁻¹A`` are orthonormal where A's are independent, and what lacks is
-    ``I − Q₁Q₁ᴴ = s L⁻¹L⁻ᴴ``: to Q₁ a small δ times this of :func:`fill_like` is added, which changes ``A = LQ`` by δ√s
-    at most, less than rounding, and gives every row a direction. Each further pass with a shift s makes directions
-    1/√s, or 1e5, times as long, until they are orthonormal.
+    With ``L Lᴴ = AAᴴ + sI`` the rows of ``Q₁ = L⁻¹A`` are orthonormal where A's are independent, and lack
+    ``I − Q₁Q₁ᴴ = s L⁻¹L⁻ᴴ``. To Q₁ is added δ times this matrix times F of :func:`fill_like`, δ small: that changes
+    ``A = LQ`` by δ√s at most, less than rounding, and gives every row a direction. Each further pass with a shift s
+    makes short directions 1/√s, or 1e5, times as long, until they are orthonormal.
     """
     wide = in_double(a)
     lengths = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
-    wide = wide / torch.where(lengths > 0, lengths, 1)  # Q does not depend on them
+    wide = wide / torch.where(lengths > 0, lengths, 1)  # Q does not depend on the lengths of rows
     inverse, shift = _shifted(wide)
     lacking = shift * (inverse @ inverse.mH)
     q = inverse @ wide + FILL * torch.finfo(a.dtype).eps * (lacking @ fill_like(wide))
@@ -135,7 +136,7 @@ def _shifted(a: Tensor) -> tuple[Tensor, Tensor]:
 
 def _by_reflections(a: Tensor) -> Tensor:
     q, r = torch.linalg.qr(a.mH, mode="reduced")
-    if a.is_complex() and readable(q) and not q.isfinite().all():  # LAPACK's of a row that depends on others may be NaN
+    if a.is_complex() and readable(q) and not q.isfinite().all():  # LAPACK may give NaN for dependent rows
         sizes = a.detach().abs().amax(-1, keepdim=True)
         rounding = 2 * a.shape[-1] ** 0.5 * torch.finfo(a.dtype).eps * sizes * fill_like(a)
         q, r = torch.linalg.qr((a + rounding).mH, mode="reduced")

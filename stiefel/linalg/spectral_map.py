@@ -1,4 +1,4 @@
-"""Maps that act on singular values alone, differentiated without storing what they compute. Imports ``linalg``."""
+"""Maps that act on singular values alone, differentiated without storing intermediate results. Imports ``linalg``."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ if TYPE_CHECKING:
 Map = Callable[[Tensor], Tensor]
 
 SMALL = 2**15
-"""Entries up to which going backwards through f, operation by operation, is quicker, and its memory no matter."""
+"""Largest number of entries at which autograd through f, operation by operation, is faster and its memory small."""
 
 
 def spectral_map(f: Callable[[Tensor], tuple[Tensor, Map]], x: Float[Tensor, "*batch p n"]) -> Tensor:
     """``f(X)`` for an f that takes singular values to singular values, ``U diag(s) Wᴴ ↦ U diag(φ(s)) Wᴴ``.
 
-    Such a map is the gradient of ``Σ Φ(sᵢ)``, Φ' = φ, so that its derivative is symmetric: the gradient that is handed
-    back is the derivative along the gradient that came. It takes as many products as going backwards through f, and
-    keeps nothing of an iteration but its start.
+    Such a map is the gradient of ``Σ Φ(sᵢ)``, Φ' = φ, so that its derivative is self-adjoint: the backward pass is the
+    directional derivative along the incoming gradient. That takes as many products as autograd through f, and stores X
+    alone, not the steps of an iteration.
 
     Args:
-        f: gives f(X), and the same map without the decisions that it took on the way, to be differentiated.
+        f: returns f(X), and the same map with its decisions fixed (such as numbers of steps), to be differentiated.
         x: p ≤ n.
 
     Source: Lewis, Derivatives of spectral functions, 1996, for the scalar function.
@@ -45,11 +45,12 @@ def gram_factor(polynomials: Iterable[Map], gram: Float[Tensor, "*batch p p"]) -
 
     Args:
         polynomials: T of each step, of a Hermitian matrix; at least one.
-        gram: M, in double where its condition number, the square of X's, is not to cost digits.
+        gram: M, in double where its condition number, the square of X's, must not cost digits.
     """
     first, *others = polynomials
     t = z = first(gram)
     for polynomial in others:
+        # T commutes with M, so that the Gram matrix of T X is T M T.
         gram = t @ gram @ t
         t = polynomial(gram)
         z = t @ z

@@ -20,9 +20,9 @@ if TYPE_CHECKING:
 SERIES = (-1 / 2, 3 / 8, -5 / 16, 35 / 128, -63 / 256)
 """Coefficients of ``(1 + e)^{-1/2} − 1``."""
 NEAR = 0.25
-"""Largest ‖VVᴴ − I‖_F of which the first four terms are worth while in double: what they leave is 2e-4 and less."""
+"""Largest ‖VVᴴ − I‖_F at which a pass of four terms is worthwhile in double: it leaves at most 2e-4."""
 LARGEST = 16.0
-"""Bound of X₂X₂ᴴ below: ‖X₁‖₂ ≤ 1, ‖I − X₁X₁ᴴ‖₂ ≤ 1 and ‖F‖₂ ≤ 3."""
+"""Bound of ‖X₂X₂ᴴ‖₂ in :func:`_by_iteration`: ‖X₁‖₂ ≤ 1, ‖I − X₁X₁ᴴ‖₂ ≤ 1 and ‖F‖₂ ≤ 3."""
 
 
 @torch.no_grad()
@@ -44,10 +44,10 @@ def nearest_orthonormal(v: Float[Tensor, "*batch p n"]) -> Float[Tensor, "*batch
 
 @torch.no_grad()
 def nearest_in_step(v: Float[Tensor, "*batch p n"]) -> Float[Tensor, "*batch p n"]:
-    """:func:`nearest_orthonormal` for methods that take one per step: by products alone wherever they are as accurate.
+    """:func:`nearest_orthonormal` for methods that call it in each step: by products alone where these are accurate.
 
-    That is near the set, to rounding, and further away for float32, to 1e-6: on a CPU where V is not ill-conditioned,
-    on a GPU always, so that the host need not wait for it. All complete the rows of a V that lacks some.
+    Near the set they are accurate to rounding. Further away they serve float32, to 1e-6: on a CPU where V is not
+    ill-conditioned, on a GPU always, so that the host need not wait. A rank-deficient V is completed in every case.
     """
     if v.numel() and readable(v):
         x = _by_products(v.reshape(-1, *v.shape[-2:]))
@@ -65,13 +65,13 @@ def nearest_where(
 ) -> Float[Tensor, "*batch p n"]:
     """The matrix nearest to X where it is ``lost``, and ``otherwise`` elsewhere.
 
-    On a GPU, where testing ``lost.any()`` would make the host wait, all take one Newton-Schulz step towards the nearest
-    matrix, unconditionally: a lost one gets there in some steps of the method.
+    On a GPU, where testing ``lost.any()`` would make the host wait, a lost matrix takes one Newton-Schulz step towards
+    the nearest one instead, and arrives after several steps of the method.
 
     Args:
-        lost: which matrices are meant.
+        lost: which matrices to replace.
         x: p ≤ n, with finite entries.
-        otherwise: what the others become.
+        otherwise: the result for the others.
         residual: ``‖X Xᴴ − I‖_F``, which bounds ‖X‖₂².
     """
     mask = lost[..., None, None]
@@ -81,16 +81,16 @@ def nearest_where(
 
 
 def _by_products(v: Tensor) -> Tensor | None:
-    """``V + ((I + E)^{-1/2} − I) V``, E = VVᴴ − I, by one, two or four terms where they do; None far away.
+    """``V + ((I + E)^{-1/2} − I) V``, E = VVᴴ − I, by one, two or four terms where these suffice; None far away.
 
     After a step of size t along the manifold E is of size t², so that most steps need the first term alone: two
-    products. Where four are too few, float32 takes more terms of another series, and float64 the same again.
+    products. Where four are too few, float32 uses :func:`inverse_root_of_gram`, and float64 a second pass.
     """
     eps = torch.finfo(v.dtype).eps
     e = gram_residual(v)
     size = float(torch.linalg.vector_norm(e, dim=(-2, -1)).max())
     for terms in (1, 2, 4):
-        if size <= (eps / 8 / abs(SERIES[terms])) ** (1 / (terms + 1)):  # a power of a large size overflows
+        if size <= (eps / 8 / abs(SERIES[terms])) ** (1 / (terms + 1)):  # not sizeᵏ ≤ …, which may overflow
             return torch.baddbmm(v, _series(e, terms), v)
     if v.dtype in (torch.float32, torch.complex64):
         root = inverse_root_of_gram(v)
@@ -105,6 +105,7 @@ def _series(e: Tensor, terms: int) -> Tensor:
     square = torch.bmm(e, e)
     if terms == 2:
         return e.mul_(SERIES[0]).add_(square, alpha=SERIES[1])
+    # c₁E + c₂E² + E²(c₃E + c₄E²): two products for four terms
     higher = torch.add(SERIES[2] * e, square, alpha=SERIES[3])
     return e.mul_(SERIES[0]).add_(square, alpha=SERIES[1]).baddbmm_(square, higher)
 
@@ -114,9 +115,9 @@ def _by_iteration(v: Tensor) -> Tensor:
 
         X₁ = Z V,   X₂ = X₁ + (I − X₁X₁ᴴ) F,   X = (X₂X₂ᴴ)^{-1/2} X₂
 
-    with Z = (VVᴴ)^{-1/2} for singular values above 1e-5 ‖V‖_F. Where V has these alone, I − X₁X₁ᴴ is rounding, and the
-    second iteration takes away what a Gram matrix has cost of V's digits; what is less, or missing, is filled from F =
-    :func:`fill_like`, after which singular values are above 1e-6 whatever V lacked, and two more steps reach those.
+    with Z = (VVᴴ)^{-1/2} for singular values above 1e-5 ‖V‖_F. Where V has no others, I − X₁X₁ᴴ is rounding, and the
+    second iteration removes the error of V's Gram matrix. Smaller or missing ones are filled from F =
+    :func:`fill_like`: singular values of X₂ are above 1e-6 whatever V lacked, and two more steps suffice for those.
 
     Source: :func:`inverse_root_by_iteration`.
     """

@@ -14,5 +14,6 @@ def is_traced() -> bool:
 
 
 def readable(tensor: Tensor) -> bool:
-    """Whether numbers of a tensor can be read, without waiting for a device."""
+    """Whether a tensor's values can be read without waiting for a device."""
+    # A FakeTensor reports a device, but has no values.
     return tensor.device.type == "cpu" and not is_traced() and not hasattr(tensor, "fake_mode")

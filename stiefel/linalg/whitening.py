@@ -18,8 +18,8 @@ def whitened(v: Float[Tensor, "*batch p n"], eps: float = 1e-6) -> Float[Tensor,
     """PCA-whitened rows ``X = Λ^{-1/2} Dᵀ V`` of ``V Vᵀ = D Λ Dᵀ``, eigenvalues ascending: V's right singular vectors.
 
     D is unique only where eigenvalues differ, and up to the signs of its columns, which are fixed by a positive largest
-    entry. The derivative of an eigenvector has 1/(λ_i − λ_j); here it is ``δ/(δ² + (eps·λ_max)²)``, which is the same
-    but near a tie, where it is bounded instead of infinite.
+    entry. The derivative of an eigenvector has 1/(λ_i − λ_j); with δ = λ_i − λ_j it is ``δ/(δ² + (eps·λ_max)²)`` here,
+    which differs only near a tie, where it is bounded instead of infinite.
 
     Args:
         v: p ≤ n, real; X is orthonormal whatever its rank.
@@ -38,6 +38,7 @@ class _Whitened(torch.autograd.Function):
     def forward(ctx: Any, v: Tensor, eps: float) -> Tensor:
         with full_precision(v.device):
             d, s, x = torch.linalg.svd(in_double(v), full_matrices=False)
+            # torch's singular values descend; PCA's eigenvalues ascend here, as eigh returns them.
             d, s, x = d.flip(-1), s.flip(-1), x.flip(-2)
             signs = torch.sgn(torch.take_along_dim(d, d.abs().argmax(dim=-2, keepdim=True), dim=-2))
             d, x = d * signs, newton_schulz(x * signs.mT)  # long rows of an SVD are orthonormal to 1e-13 only
@@ -53,10 +54,10 @@ class _Whitened(torch.autograd.Function):
 
 
 class _Once(torch.autograd.Function):
-    """A gradient that cannot be differentiated again, and says so on every path that would.
+    """A gradient that raises an error wherever it would be differentiated again.
 
-    torch's own ``once_differentiable`` leaves the graph without an edge to V: a second derivative would lack this term
-    without a word wherever V has another path.
+    torch's own ``once_differentiable`` leaves no edge to V in the graph: where V has another path, a second derivative
+    would silently lack this term.
     """
 
     @staticmethod

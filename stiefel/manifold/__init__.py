@@ -1,1 +1,1 @@
-"""The Stiefel manifold: its geometry as functions of points, and as geoopt wants it, over weights of any layout."""
+"""The Stiefel manifold: its geometry as functions of points, and as a geoopt manifold of weights of any layout."""

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 NOISE = 32.0
-"""Largest ‖P_X(SX)‖_F of a normal vector of length 1, in epsilons, at an X that is orthonormal to rounding."""
+"""Bound of the computed ‖P_X(SX)‖_F of a normal vector SX of length 1, in epsilons, at an X orthonormal to rounding."""
 
 
 def project_tangent(x: Float[Tensor, "*batch p n"], u: Float[Tensor, "*batch p n"]) -> Float[Tensor, "*batch p n"]:
@@ -36,10 +36,10 @@ def project_tangent(x: Float[Tensor, "*batch p n"], u: Float[Tensor, "*batch p n
 
 
 def tangent_gradient_(x: Float[Tensor, "b p n"], g: Float[Tensor, "b p n"]) -> Float[Tensor, "b p n"]:
-    """The tangent part of a gradient, ``P_X(G)``, in G's own memory; 0 where that is no more than G's rounding.
+    """The tangent part of a gradient, ``P_X(G)``, in G's own memory; 0 where it is no more than G's rounding.
 
-    An optimizer that divides a gradient by its own size would else make steps of full length of rounding, at every
-    stationary point. What is left there is about 20 epsilons of ‖G‖ at 512×4608 in double, and less elsewhere.
+    At a stationary point P_X(G) is rounding alone: about 20 epsilons of ‖G‖ at 512×4608 in double, and less elsewhere.
+    An optimizer that divides a gradient by its own size would turn it into steps of full length.
     """
     rounding = NOISE * torch.finfo(g.dtype).eps * frobenius(g)
     return _zero_where(rounding, g.baddbmm_(sym(g @ x.mH), x, alpha=-1))
@@ -48,21 +48,21 @@ def tangent_gradient_(x: Float[Tensor, "b p n"], g: Float[Tensor, "b p n"]) -> F
 def without_rounding(
     part: Float[Tensor, "*batch p n"], whole: Float[Tensor, "*batch p n"]
 ) -> Float[Tensor, "*batch p n"]:
-    """``part``, and 0 in each matrix where it is no more than rounding of the ``whole`` that it was taken from."""
+    """``part``, and 0 in each matrix where it is no more than the rounding of ``whole``, from which it was computed."""
     return _zero_where(NOISE * torch.finfo(whole.dtype).eps * frobenius(whole), part)
 
 
 def _zero_where(rounding: Tensor, part: Tensor) -> Tensor:
-    small = frobenius(part) <= rounding  # false for NaN, which has to be seen
+    small = frobenius(part) <= rounding  # false for NaN, which must not become 0
     if readable(small) and not small.any():
         return part
     return torch.where(small, 0, part)
 
 
 def tangent_direction(x: Float[Tensor, "*batch p n"], u: Float[Tensor, "*batch p n"]) -> Float[Tensor, "*batch p n"]:
-    """:func:`project_tangent`, and 0 where that is no more than the rounding of U.
+    """:func:`project_tangent`, with 0 where the result is no more than the rounding of U.
 
-    For methods that normalize it: a U that only scales X, as weight decay alone makes, has no direction.
+    For methods that normalize it: a U that only rescales X, such as that of weight decay alone, has no direction.
     """
     return without_rounding(project_tangent(x, u), u)
 

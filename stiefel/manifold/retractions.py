@@ -26,11 +26,11 @@ if TYPE_CHECKING:
     from jaxtyping import Float
 
 LONGEST = 1e4
-"""Length ‖U‖_F at which Cayley's retraction, whose largest angle is near π there, and rotations of a start by an
-exponential end: what rounding makes of the point is no more than one Newton-Schulz step takes away."""
+"""Largest ‖U‖_F of Cayley's retraction, whose largest angle is near π there, and of rotations of a start by an
+exponential: up to this length one Newton-Schulz step removes the rounding of the point."""
 
 LONGEST_GEODESIC = 1e6
-"""Where retractions by exponentials end: beyond, rotations are a matter of rounding, in float32 that of U itself."""
+"""Largest ‖U‖_F of retractions by exponentials: beyond it rounding decides the angles, in float32 that of U itself."""
 
 
 def retract_qr(x: Float[Tensor, "*batch p n"], u: Float[Tensor, "*batch p n"]) -> Float[Tensor, "*batch p n"]:
@@ -53,8 +53,8 @@ def retract_polar(x: Float[Tensor, "*batch p n"], u: Float[Tensor, "*batch p n"]
 def retract_cayley(x: Float[Tensor, "*batch p n"], u: Float[Tensor, "*batch p n"]) -> Float[Tensor, "*batch p n"]:
     """Cayley retraction of a tangent U: the transform of ``A = XᵀB − BᵀX``, ``B = U(I − ½XᵀX)``, for which X A = U.
 
-    For U = −η(G − XGᵀX) it is the update of Wen and Yin (2013), ``A = η(GᵀX − XᵀG)``. A product of many rotations would
-    add up their rounding: one Newton-Schulz step takes it away. What is longer than ``LONGEST`` counts as so long.
+    For U = −η(G − XGᵀX) it is the update of Wen and Yin (2013), ``A = η(GᵀX − XᵀG)``. The rounding of many rotations
+    would add up: one Newton-Schulz step removes it. A U longer than ``LONGEST`` is cut to that length.
     """
     return newton_schulz(cayley_along(x, limited(u, LONGEST)))
 
@@ -77,6 +77,7 @@ def exp_euclidean(x: Float[Tensor, "*batch p n"], u: Float[Tensor, "*batch p n"]
     v = add_product(u, a, x, alpha=-1) / c
     s = c * (v @ v.mH) - (a / c) @ a
     eye = torch.eye(p, dtype=x.dtype, device=x.device)
+    # [I, 0] keeps the top p rows of the 2p×2p exponential.
     block = torch.cat([torch.cat([a, c * eye], -1), torch.cat([-s, a], -1)], -2)
     top = torch.linalg.matrix_exp(block)[..., :p, :]
     turned = torch.linalg.matrix_exp(-a) @ top
@@ -98,8 +99,8 @@ def retract_exp_euclidean(
 ) -> Float[Tensor, "*batch p n"]:
     """:func:`exp_euclidean` as a retraction for any number of steps of any length.
 
-    Exponentials lose digits in proportion to the length of the step: it is taken in double, ends on the set, and what
-    is longer than ``LONGEST_GEODESIC`` counts as so long.
+    Exponentials lose digits in proportion to the length of the step: so it is computed in double, cut to
+    ``LONGEST_GEODESIC`` where it is longer, and its end is projected onto the set.
     """
     return polar(exp_euclidean(in_double(x), limited(in_double(u), LONGEST_GEODESIC))).to(x.dtype)
 

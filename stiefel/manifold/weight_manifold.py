@@ -1,8 +1,8 @@
-"""The Stiefel manifold as geoopt wants it, over weights in their own shape. Imports ``geometry``, ``layout``, geoopt.
+"""The Stiefel manifold as a geoopt manifold, over weights in their own shape. Imports ``geometry``, ``layout``, geoopt.
 
-Corrects what geoopt 0.5.1 has wrong in its canonical Stiefel manifold: ``retr`` moves along u + u·XᵀX instead of u,
-``proju`` doubles the part of u in the span of X, so that it is no projection and ``stabilize`` with momentum diverges,
-and every solve is n×n.
+Replaces geoopt 0.5.1's canonical Stiefel manifold, in which ``retr`` moves along u + u·XᵀX instead of u, ``proju``
+doubles the part of u in the span of X, so that it is no projection and ``stabilize`` with momentum diverges, and every
+solve is n×n.
 """
 
 from __future__ import annotations
@@ -25,9 +25,8 @@ _GRADIENT = {"euclidean": geometry.euclidean_gradient, "canonical": geometry.can
 class StiefelWeight(geoopt.Stiefel):
     """``{W : W Wᵀ = s² I}`` for a weight of any layout, with a metric and a retraction.
 
-    The upper half are the formulas on points ``(b, p, n)``; the lower half is geoopt's interface on weights, where
-    points and displacements are divided by the scale and gradients are not, so that a learning rate means the same at
-    every scale.
+    The first methods are formulas on points ``(b, p, n)``. The others are geoopt's interface on weights: they divide
+    points and displacements by the scale, and gradients not, so that a learning rate means the same at every scale.
 
     Args:
         layout: how the weight is read.
@@ -37,7 +36,7 @@ class StiefelWeight(geoopt.Stiefel):
 
     name = "StiefelWeight"
     reversible = False
-    binding: Any  # what is known of the weight: set by whoever puts one on the manifold
+    binding: Any  # the weight's Binding, set when the weight is put on the manifold
 
     def __new__(cls, *args: Any, **kwargs: Any) -> StiefelWeight:
         return geoopt.Manifold.__new__(cls)  # geoopt's own __new__ takes `canonical` and nothing else
@@ -71,6 +70,7 @@ class StiefelWeight(geoopt.Stiefel):
     # --- geoopt's interface, on weights in their own shape ---
 
     def retr(self, x: Tensor, u: Tensor) -> Tensor:
+        # geoopt's optimizers call these inside a training step, where autocast or TF32 may be on.
         with full_precision(x.device):
             return self.layout.weight(self.retract(self.layout.points(x), self.layout.points(u)))
 
@@ -94,7 +94,7 @@ class StiefelWeight(geoopt.Stiefel):
         return self.proju(y, v)
 
     def inner(self, x: Tensor, u: Tensor, v: Tensor | None = None, *, keepdim: bool = False) -> Tensor:
-        """Inner product summed over the weight's matrices; a manifold of b matrices is their product."""
+        """Inner product, summed over the weight's matrices: the manifold of b matrices is a product manifold."""
         v = u if v is None else v
         value = self.inner_points(self.layout.points(x), self.layout.matrices(u), self.layout.matrices(v)).sum()
         return value.reshape([1] * self.ndim) if keepdim else value

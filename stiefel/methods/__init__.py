@@ -1,6 +1,6 @@
 """The methods. Every file in this folder is one, and registers itself: dropping a file here adds a method.
 
-A method's file may import ``constraint``, ``manifold``, ``linalg`` and ``layout``. This face loads them all.
+A method's file may import ``constraint``, ``manifold``, ``linalg`` and ``layout``. Importing this package loads all.
 """
 
 import pkgutil

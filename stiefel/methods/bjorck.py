@@ -26,9 +26,9 @@ class Bjorck(Reparameterization):
     iterations: at an orthonormal 100×100 start it is about 8.
 
     Args:
-        iterations: how many, as a dial, or ``"auto"``: until the rows are orthonormal to rounding, which V's condition
-            number decides (:func:`stiefel.linalg.iterated`, also for what GPUs do instead, up to condition 1e6). A
-            number promises nothing; 20 do at condition numbers below about 30 (order 1).
+        iterations: a number, or ``"auto"``: until the rows are orthonormal to rounding, so that V's condition number
+            determines it (:func:`stiefel.linalg.iterated`, also for the fixed number on GPUs, up to condition 1e6). A
+            given number guarantees nothing; 20 suffice at condition numbers below about 30 (order 1).
         order: terms of the series, 1 to 4.
 
     Source: Björck and Bowie (1971); Anil, Lucas and Grosse, Sorting out Lipschitz function approximation, ICML 2019.
@@ -57,12 +57,12 @@ class Bjorck(Reparameterization):
 
     @property
     def claim(self) -> Claim | None:  # type: ignore[override]
-        """To rounding where the iteration goes on until it is; a number of them promises nothing."""
+        """To rounding where the iteration runs to convergence; a given number of steps guarantees nothing."""
         return Claim(rates=(0, 0.1)) if self.count is None else None
 
     @property
     def coefficients(self) -> tuple[float, float] | None:
-        """(1, 1), the polar factor's, where the iteration has converged: it can raise 1/500 to 1."""
+        """(1, 1), as for the polar factor, where the iterations suffice to raise a singular value of 1/500 to 1."""
         enough = self.count is None or (1 + sum(SERIES[: self.order])) ** self.count >= 500
         return (1.0, 1.0) if enough else None
 
@@ -70,6 +70,7 @@ class Bjorck(Reparameterization):
         """Bound the proxy's singular values, then iterate."""
         v = unit_sized(proxy)
         sizes = (v if self.count is not None else v.detach()).abs()  # the limit does not depend on the bound
+        # ‖V‖₂² ≤ ‖V‖₁ ‖V‖_∞, the largest column sum times the largest row sum
         bound = (sizes.sum(-1).amax(-1) * sizes.sum(-2).amax(-1)).sqrt()[..., None, None]
         return iterated(self.factor, self.count, v / bound)
 

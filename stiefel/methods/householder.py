@@ -37,10 +37,10 @@ class Householder(Reparameterization):
         return vectors, {"signs": signs}
 
     def forward(self, proxy: Tensor, layout: Layout, signs: Tensor) -> Tensor:
-        """Multiply the reflections; of the proxy only what lies above the diagonal counts.
+        """Multiply the reflections; only the proxy's entries above the diagonal count.
 
         A reflection depends on its vector's direction alone: the vectors are shortened to entries of at most 1, whose
-        squares do not overflow. One Newton-Schulz step takes away the rounding of many reflections.
+        squares do not overflow. One Newton-Schulz step removes the rounding of many reflections.
         """
         p, n = proxy.shape[-2:]
         vectors = proxy.triu(1) + torch.eye(p, n, dtype=proxy.dtype, device=proxy.device)

@@ -13,7 +13,7 @@ from stiefel.errors import OptionError
 from stiefel.linalg import balance, gram_residual, nearest_where, sym
 
 LONGEST = 1e6
-"""Root mean square length of a displacement's rows, and μ, beyond which they are cut to that."""
+"""Largest root mean square length of a displacement's rows, and largest μ; beyond it they are cut to it."""
 
 
 @register
@@ -22,10 +22,10 @@ class Landing(StepMethod):
     """``X ← X − t F``, ``F = Ψ + μ Δ X``, ``Ψ = −½(XXᵀU − XUᵀX)``, ``Δ = XXᵀ − I``, ``μ = lr · λ``, t ≤ 1 a safe step.
 
     With ``d = ‖Δ‖_F``, ``R = XΨᵀ + ΨXᵀ`` and 2tμ ≤ 1 the residual after the step is at most
-    ``d − t (2μ d(1 − d) − ‖R‖_F) + t² ‖F‖_F²``, and t is the largest number up to 1 that keeps it at ε; outside the
-    tube (d > ε), the minimizer of that bound. R is 0 but for the rounding of a long Ψ, which breaks the tube in float32
-    where it is left out. Where d ≥ 1 the weight is projected
-    (on a GPU over several steps). Shortened steps are counted in the report.
+    ``d − t (2μ d(1 − d) − ‖R‖_F) + t² ‖F‖_F²``, and t is the largest number up to 1 that keeps this bound at or below
+    ε; outside the tube (d > ε), t minimizes the bound. R is 0 in exact arithmetic; without its term, the rounding of a
+    long Ψ would take float32 weights out of the tube. Where d ≥ 1 the weight is projected (on a GPU over several
+    steps). Shortened steps are counted in the report.
 
     Args:
         attraction: λ > 0, the strength of the pull; not rescaled with the weight's scale.
@@ -63,18 +63,19 @@ class Landing(StepMethod):
 
     def step(self, x: Tensor, displacement: Tensor, lr: float) -> tuple[Tensor, Tensor]:
         """The landing step, and which matrices' steps were shortened."""
-        # Longer ones overflow the norms below in float32, and end at the tube's wall all the same.
+        # Longer displacements would overflow the norms below in float32; t would end at the tube's wall all the same.
         excess = (balance(displacement) / LONGEST).clamp_min(1)
         displacement = displacement / excess
         delta = gram_residual(x)
         d = torch.linalg.matrix_norm(delta)
         mu = min(lr * self.attraction, LONGEST)
-        # F = Ψ + μΔX with Ψ = −½(U + ΔU − (XUᵀ)X), in as few products as that takes
+        # F = Ψ + μΔX with Ψ = −½(U + ΔU − (XUᵀ)X), in as few products as possible
         field = torch.baddbmm(displacement, x @ displacement.mH, x, beta=-0.5, alpha=0.5)
         field = torch.baddbmm(field, delta, torch.add(displacement, x, alpha=-2 * mu), alpha=-0.5)
         g = torch.linalg.matrix_norm(field).clamp_min(torch.finfo(d.dtype).tiny ** 0.5)
         # XΨᵀ + ΨXᵀ = XFᵀ + FXᵀ − 2μ(Δ + Δ²)
         r = torch.linalg.matrix_norm(2 * (sym(x @ field.mH) - mu * torch.baddbmm(delta, delta, delta)))
+        # With τ = t‖F‖ the bound is d − 2bτ + τ²: ≤ ε up to the larger root, and least at τ = b.
         b = (mu * d * (1 - d) - r / 2) / g
         inside = (b + (b.square() + self.tube - d).clamp_min(0).sqrt()) / g
         t = torch.where(d <= self.tube, inside, b.clamp_min(0) / g)

@@ -17,15 +17,16 @@ from stiefel.manifold.geometry import project_tangent, tangent_direction
 class ManifoldMuon(StepMethod):
     """``X ← polar(X − (lr/s) A)``, ``A = argmax ⟨G, A⟩`` over tangent A with ``‖A‖₂ ≤ 1``.
 
-    G is the base optimizer's descent direction, of which the direction of the tangent part counts alone. By duality
-    the maximum is the minimum over symmetric Λ of ``‖G + 2ΛX‖_*``, found from the tangent part by
+    G is the base optimizer's descent direction; only the direction of its tangent part matters. By duality the maximum
+    is the minimum over symmetric Λ of ``‖G + 2ΛX‖_*``, found from the tangent part by
 
         Λ₀ = 0,   A = msign(G + 2ΛX),   Λ ← Λ − 0.15 (1 − t/T)(AXᵀ + XAᵀ),   T times
 
-    at ‖G‖_F = √p. At the dual's kink A is not unique and the last one arbitrary (down to half of the optimum for G of
-    rank one), so the mean of the second half is taken, made tangent, and shortened where that left ‖A‖₂ > 1: at least
-    97 % of the optimum for T = 30, against a certified dual bound. For square weights the answer is closed:
-    ``A = msign(skew(GXᵀ)) X``. A step is lr long in the spectral norm of W whatever the gradient's size: let lr decay.
+    at ‖G‖_F = √p. At the dual's kink A is not unique and the last iterate is arbitrary (down to half of the optimum for
+    G of rank one). So the mean of the second half is projected onto the tangent space, and shortened where it has
+    ``‖A‖₂ > 1``: at least 97 % of the optimum for T = 30, against a certified dual bound. Square weights have a closed
+    form: ``A = msign(skew(GXᵀ)) X``. A step is lr long in the spectral norm of W whatever the gradient's size: let lr
+    decay.
 
     Args:
         iterations: T of the dual ascent.
@@ -55,11 +56,12 @@ class ManifoldMuon(StepMethod):
         tangent = tangent_direction(x, g)
         if p == n:
             return msign(tangent @ x.mH) @ x
-        g = tangent / balance(tangent)  # of a normal part the maximum does not depend
+        g = tangent / balance(tangent)  # the maximum does not depend on a normal part
         dual = torch.zeros_like(g[..., :p])
         mean = torch.zeros_like(g)
         for t in range(self.iterations):
             a = msign(g + 2 * dual @ x, steps=8)
+            # 0.3 sym(AXᵀ) is 0.15 (AXᵀ + XAᵀ).
             dual = dual - 0.3 * (1 - t / self.iterations) * sym(a @ x.mH)
             if t >= self.iterations // 2:
                 mean += a

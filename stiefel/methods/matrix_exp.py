@@ -26,5 +26,5 @@ class MatrixExp(Trivialization):
     reference = "Lezcano-Casado, NeurIPS 2019"
 
     def rotate(self, base: Tensor, tangent: Tensor) -> Tensor:
-        """The geodesic, no longer than one Newton-Schulz step removes what rounding adds to it."""
+        """The geodesic, at most ``LONGEST`` long, so that one Newton-Schulz step removes its rounding."""
         return newton_schulz(exp_canonical(base, limited(tangent, LONGEST)))

@@ -1,4 +1,4 @@
-"""ONI, orthogonalization by Newton's iteration: OWN without an eigendecomposition, and with a dial."""
+"""ONI, orthogonalization by Newton's iteration: OWN without an eigendecomposition, with adjustable orthogonality."""
 
 from __future__ import annotations
 
@@ -20,18 +20,19 @@ Bound = Literal["spectral", "frobenius"]
 class ONI(Centred):
     """``X₀ = V_c / c``, ``X ← 1.5 X − 0.5 (X Xᵀ) X``, T times.
 
-    Each step moves every singular value of X₀, which lie in (0, 1] (up to 1.1 where c is an estimate), towards 1, the
-    small ones by a factor of 1.5: T trades orthogonality for capacity. The published form ``B ← 1.5 B − 0.5 B³ S`` is
-    the same in exact arithmetic and diverges in float32 from T = 10 on.
+    The singular values of X₀ lie in (0, 1] (up to 1.1 where c is an estimate). Each step moves them towards 1, small
+    ones by a factor of 1.5: T trades orthogonality for capacity. The published form ``B ← 1.5 B − 0.5 B³ S`` is the
+    same in exact arithmetic and diverges in float32 from T = 10 on.
 
     Args:
         center: subtract row means, as in OWN.
-        iterations: T, as a dial: the paper trains with 5 (convolutions) and 4 (linear layers). A number promises
-            nothing: singular values below c · 1.5^{-T} stay below 1. ``"auto"``: until the rows are orthonormal to
-            rounding, which V's condition number decides: 2 at the start, 6 at condition 2, 29 at 1e4
-            (:func:`stiefel.linalg.iterated`, also for what GPUs do instead, up to condition 1e6).
-        bound: c. ``"frobenius"``, the paper's ``√‖V_c V_cᵀ‖_F``, starts at p^{-1/4} even where V is orthonormal, so
-            that small T do not start at the common point. ``"spectral"``, an estimate of ``‖V_c‖₂``, does.
+        iterations: T; the paper trains with 5 (convolutions) and 4 (linear layers). A given number guarantees nothing:
+            singular values below c · 1.5^{-T} stay below 1. ``"auto"``: until the rows are orthonormal to rounding, so
+            that V's condition number determines T: 2 at the start, 6 at condition 2, 29 at 1e4
+            (:func:`stiefel.linalg.iterated`, also for the fixed number on GPUs, up to condition 1e6).
+        bound: c. ``"frobenius"``, the paper's ``√‖V_c V_cᵀ‖_F``, gives X₀ singular values p^{-1/4} even where V is
+            orthonormal, so that small T do not start at the common point. ``"spectral"``, an estimate of ``‖V_c‖₂``,
+            does.
 
     Source: Huang et al., Controllable Orthogonalization in Training DNNs, CVPR 2020 (arXiv 2004.00917), Algorithm 1.
     """
@@ -58,7 +59,7 @@ class ONI(Centred):
 
     @property
     def claim(self) -> Claim | None:  # type: ignore[override]
-        """To rounding where the iteration goes on until it is; a number of steps is a dial, and promises nothing."""
+        """To rounding where the iteration runs to convergence; a given number of steps guarantees nothing."""
         return Claim(rates=(0, 0.1)) if self.count is None else None
 
     @property

@@ -18,7 +18,7 @@ class OWNPCA(Centred):
     """``V_c V_cᵀ = D Λ Dᵀ``, ``X = Λ^{-1/2} Dᵀ V_c``: OWN without the rotation back by D.
 
     X jumps where eigenvalues cross, since eigenvectors change places; the paper shows that it fails to train, and it is
-    here to be compared with. The proxy starts with distinct singular values 1 … 2, so that the start is well defined.
+    here for comparison. The proxy starts with distinct singular values 1 … 2, so that the start is well defined.
 
     Args:
         center: subtract row means, as in OWN.
@@ -35,9 +35,9 @@ class OWNPCA(Centred):
     caveat = "the weight jumps where eigenvalues cross; the paper shows that it fails to train"
 
     def start(self, x: Tensor, layout: Layout) -> tuple[Tensor, dict[str, Tensor]]:
-        """Rows of X at distinct lengths in ascending order, of which D is the identity up to the signs of its columns.
+        """X with its rows scaled to distinct, ascending lengths, so that D is the identity.
 
-        Those are positive by convention, as they are here.
+        The largest entry of each column of D is positive by convention, as it is here.
         """
         p = x.shape[-2]
         return x * torch.linspace(1, 2, p, dtype=x.dtype, device=x.device).unsqueeze(-1), {}

@@ -14,7 +14,7 @@ from stiefel.linalg import frobenius, is_orthonormal, newton_schulz
 LONGEST = 0.5
 """Largest ‖Ψ‖_F: one Newton-Schulz step then leaves at most 0.05, and diverges from about √3 on."""
 NOISE, NORMAL = 8.0, 0.01
-"""Bound of Ψ's rounding in epsilons of ‖U‖_F, and how much of it, which is not tangent, may go into a step."""
+"""Bound of Ψ's rounding in epsilons of ‖U‖_F, and the most of this rounding, which is not tangent, in a step."""
 
 
 @register
@@ -23,7 +23,7 @@ class POGO(StepMethod):
     """``M = X − Ψ``, ``X ← M + ½(M − M Mᵀ M)``, ``Ψ = −½(XXᵀU − XUᵀX)``, U the base optimizer's displacement.
 
     The step with fixed λ = ½. A tangent Ψ leaves a residual of about ¾‖Ψ‖₂⁴, so steps with ‖Ψ‖_F > ½ are shortened to
-    that, and counted in the report. So are those of a U so long and so nearly normal that Ψ is rounding.
+    that, and counted in the report. So are steps with a U so long and so nearly normal that Ψ is rounding.
 
     Args:
         polish: Newton-Schulz steps after each move. One is the published method; a second one takes a residual e to
@@ -57,6 +57,7 @@ class POGO(StepMethod):
             psi = torch.baddbmm(displacement, turn, x, beta=-0.5, alpha=0.5)
         else:
             psi = torch.baddbmm(torch.bmm(turn, x), gram, displacement, beta=0.5, alpha=-0.5)
+        # The step keeps the smaller of two shares: one limits ‖Ψ‖_F, the other its rounding.
         length = frobenius(psi)
         rounding = NOISE * torch.finfo(length.dtype).eps * frobenius(displacement)
         kept = torch.minimum(LONGEST / length.clamp_min(LONGEST), NORMAL / rounding.clamp_min(NORMAL))

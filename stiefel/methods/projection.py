@@ -47,7 +47,7 @@ class Projection(StepMethod):
 
     @property
     def projects(self) -> bool:  # type: ignore[override]
-        """The QR retraction is of P_X(U); polar(X − lr·G) turns rows round where G = SX and lr·S is above I."""
+        """True for QR, a function of P_X(U); polar(X − lr·G) is not: it reverses rows for G = SX, lr·S above I."""
         return self.map == "qr"
 
     @property
@@ -56,5 +56,5 @@ class Projection(StepMethod):
         return (1.0, 1.0)
 
     def step(self, x: Tensor, displacement: Tensor, lr: float) -> Tensor:
-        """The orthonormal matrix that belongs to where the optimizer would have gone."""
+        """Move as the base optimizer would, then return to the set by the map."""
         return MAPS[self.map](x, displacement)

@@ -48,7 +48,7 @@ class Riemannian(ManifoldMethod):
     name = "riemannian"
     summary = "geoopt's Riemannian SGD or Adam on a corrected Stiefel manifold"
     reference = "Bécigneul & Ganea, ICLR 2019; geoopt"
-    real_only = True  # geoopt's optimizers are
+    real_only = True  # geoopt's optimizers take real weights only
     tuning: ClassVar = {"metric": METRICS, "retraction": tuple(RETRACTIONS)}
 
     def __post_init__(self) -> None:

@@ -19,8 +19,8 @@ from stiefel.manifold.retractions import LONGEST
 class RSDM(StepMethod):
     """``X[:, I] ← X[:, I] Y``, ``Y = Cay(skew(X[:, I]ᵀ U[:, I]))``, I random columns, U the optimizer's displacement.
 
-    A rotation of r of the n coordinates, nothing larger than 2p×2p. Its mean over I is r(r−1)/(n(n−1))
-    times the step with all coordinates, of which (a, b) is (1, ½), so its rates are larger than others'. Draws from
+    It rotates r of the n coordinates and builds nothing larger than 2p×2p. Its mean over I is r(r−1)/(n(n−1)) times the
+    step with all coordinates, whose (a, b) is (1, ½), so it needs larger rates than other methods. It draws from
     torch's global generator, as dropout does.
 
     Args:
@@ -54,5 +54,6 @@ class RSDM(StepMethod):
         n = x.shape[-1]
         chosen = torch.randperm(n, device=x.device)[: max(min(2, n), round(self.share * n))]
         moved = x.clone()
+        # B = U/2 gives A = XᵀB − BᵀX = skew(XᵀU).
         moved[..., chosen] = cayley_step(x[..., chosen], limited(displacement[..., chosen] / 2, LONGEST))
         return newton_schulz(moved)

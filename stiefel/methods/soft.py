@@ -88,6 +88,7 @@ def _convolution_residual(kernels: Tensor, stride: tuple[int, ...]) -> Tensor:
     gram = gram.unflatten(1, (b, out)).movedim(1, 0)  # (b, out, out, *shifts)
     target = torch.zeros_like(gram)
     middle: Any = (slice(None), *(p // s for p, s in zip(padding, stride, strict=True)))
+    # The unshifted position is at padding/stride; there the target is I, and 0 at all other shifts.
     target.movedim((1, 2), (-2, -1))[middle] = torch.eye(out, dtype=gram.dtype, device=gram.device)
     return _square(gram - target)
 

@@ -17,8 +17,8 @@ from stiefel.linalg import unit_sized
 class SpectralNorm(Reparameterization):
     """``X = V / ‖V‖₂``: a layer that expands nothing, and may shrink anything.
 
-    The norm is exact, by singular values, where the usual implementation lets one power iteration per step follow it.
-    Where several are the largest, as at the orthonormal start, its gradient is the mean of theirs.
+    The norm is exact, by singular values, where the usual implementation tracks it by one power iteration per step.
+    Where several share the largest value, as at the orthonormal start, the gradient is the mean of their gradients.
 
     Source: Miyato, Kataoka, Koyama and Yoshida, ICLR 2018, eq. 8.
     """
@@ -32,5 +32,6 @@ class SpectralNorm(Reparameterization):
         """Divide by the largest singular value."""
         v = unit_sized(proxy)
         sigma = torch.linalg.svd(v, full_matrices=False).S
+        # Values that are equal to rounding count as tied.
         leads = sigma >= sigma[..., :1] * (1 - 1e3 * torch.finfo(sigma.dtype).eps)
         return v / ((sigma * leads).sum(-1) / leads.sum(-1))[..., None, None]

@@ -16,8 +16,8 @@ from stiefel.manifold.geometry import tangent_direction
 class SPEL(StepMethod):
     """``X ← polar(X − (lr/s) msign(P_X(D)))``, D the base optimizer's descent direction.
 
-    The cheap relative of manifold Muon: the matrix sign of a tangent is not quite tangent, and the polar factor takes
-    the rest away. A step is about lr long in the spectral norm of W (at most 2/√3 lr, measured; exactly lr for square
+    The cheap relative of manifold Muon: the matrix sign of a tangent is not quite tangent, and the polar factor removes
+    the rest. A step is about lr long in the spectral norm of W (at most 2/√3 lr, measured; exactly lr for square
     weights of full rank) whatever the gradient's size: let lr decay.
 
     Source: Yang and Lai, Manifold constrained steepest descent, ICML 2026 (arXiv 2601.21487), Algorithm 2.

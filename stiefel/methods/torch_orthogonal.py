@@ -24,9 +24,9 @@ MAPS = ("matrix_exp", "cayley", "householder")
 class TorchOrthogonal(Reparameterization):
     """``torch.nn.utils.parametrizations.orthogonal`` with a trivialization: ``Xᵀ = B · map(V)``, B orthogonal n×n.
 
-    Here to be compared with, and to compare the thin forms against. Every form builds n×n. A square weight is read as
-    its transpose, which torch on its own does not do: same set, same first step, another path. What is mended: a kernel
-    is one matrix instead of k×k slices, and the ±1 that torch keeps on the diagonal of the trained tensor and truncates
+    A baseline, and a reference for the thin forms. Every form builds n×n. A square weight is read as its transpose,
+    which torch on its own does not do: same set, same first step, another path. Two faults are corrected: a kernel is
+    one matrix instead of k×k slices, and the ±1 that torch keeps on the diagonal of the trained tensor and truncates
     with ``.int()`` are constants, so that weight decay and scales other than 1 do not turn the weight to zero.
 
     Args:
@@ -51,7 +51,7 @@ class TorchOrthogonal(Reparameterization):
 
     @property
     def caveat(self) -> str:  # type: ignore[override]
-        """Of the skew maps, and of reflections."""
+        """The caveat of reflections, or of the skew maps."""
         if self.map == "householder":
             return "reflections with a leading entry of 1 reach part of the set only at infinity"
         return "a map from a fixed start: its derivative degenerates at rotations by π, where training slows or stops"
@@ -62,8 +62,9 @@ class TorchOrthogonal(Reparameterization):
         return (8.0, 4.0) if self.map == "householder" else (2.0, 1.0)
 
     def start(self, x: Tensor, layout: Layout) -> tuple[Tensor, dict[str, Tensor]]:
-        """The zero proxy, at the completion of X to an n×n orthogonal matrix."""
+        """The zero proxy, with the completion of X to an n×n orthogonal matrix as its base."""
         q, r = torch.linalg.qr(x.mT, mode="complete")
+        # R is diag(±1) for orthonormal X: with these signs the first p columns of B are Xᵀ itself.
         signs = torch.sgn(r.diagonal(dim1=-2, dim2=-1)).unsqueeze(-2)
         base = torch.cat([q[..., : x.shape[-2]] * signs, q[..., x.shape[-2] :]], dim=-1)
         return torch.zeros_like(x), {"base": base}
@@ -73,7 +74,7 @@ class TorchOrthogonal(Reparameterization):
         dtype = proxy.dtype
         if not is_short(proxy):  # an exponential loses digits in proportion to the rotation
             proxy, base = in_double(proxy), in_double(base)
-        v = limited(proxy, LONGEST_GEODESIC).mT.tril(-1)  # more radians mean nothing, and overflow
+        v = limited(proxy, LONGEST_GEODESIC).mT.tril(-1)  # beyond, rounding decides the angles, and entries overflow
         v = v - torch.eye(*v.shape[-2:], dtype=v.dtype, device=v.device)
 
         def mapped(v: Tensor, base: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from stiefel.linalg import unit_sized
 @register
 @dataclass(frozen=True, kw_only=True)
 class WeightNorm(Reparameterization):
-    """``w_i = g_i v_i/‖v_i‖`` for the filter w_i of each output: what orthogonality adds to is what this lacks.
+    """``w_i = g_i v_i/‖v_i‖`` for the filter w_i of each output: learned lengths without orthogonality.
 
     It starts at the same orthonormal point as every method, and leaves the set from there.
 

@@ -37,7 +37,7 @@ def constrain(
 
     A weight of shape (out, in) gets orthonormal rows where out ≤ in and orthonormal columns otherwise; a convolution
     kernel is read as (out, in/groups · k…) per group, packed recurrent and attention weights per gate and per q, k, v.
-    Training starts at the nearest point of the set. Nothing is changed where an error is raised.
+    Training starts at the nearest point of the set. If an error is raised, nothing has been changed.
 
     Args:
         module: any module.
@@ -78,7 +78,7 @@ def _method(constraint: str | Constraint, options: dict[str, Any]) -> Constraint
 
 
 def _planned(target: Target, method: Constraint) -> Callable[[], None]:
-    """What puts a method on a tensor; all that can fail has been done by then, and nothing is changed yet."""
+    """Check a target, and return the function that attaches the method; all errors are raised before any change."""
     layout = layout_of(target, method)
     try:
         method.check(layout)
@@ -88,7 +88,7 @@ def _planned(target: Target, method: Constraint) -> Callable[[], None]:
     if not isinstance(method, Reparameterization):
         return partial(_attach_in_place, target, binding, binding.nearest(target.parameter))
     parametrization = Reparametrized(binding, target.parameter)
-    with torch.no_grad():
+    with torch.no_grad():  # a trial, so that a method that fails here fails before any layer is changed
         parametrization(parametrization.first)
     return partial(_attach_forward, target, binding, parametrization)
 
@@ -101,6 +101,7 @@ def release(module: nn.Module) -> nn.Module:
     """
     weights = list(constrained_weights(module, ties=True))
     values = {id(found.parameter): (found.parameter, found.value.detach().clone()) for found in weights}
+    # In reverse: each position was counted after the tensors attached before had left the list of parameters.
     for found in reversed(weights):
         owner, tensor = found.owner, found.tensor
         if isinstance(found.binding.constraint, Reparameterization):
@@ -114,7 +115,7 @@ def release(module: nn.Module) -> nn.Module:
     for each in module.modules():
         stop_prefetch(each)
     for parameter, value in values.values():
-        parameter.copy_(value)  # with tied layers, taking off the first has changed what the others computed
+        parameter.copy_(value)  # with tied layers, releasing the first has changed what the others compute
     return module
 
 
@@ -122,9 +123,10 @@ def release(module: nn.Module) -> nn.Module:
 def project(module: nn.Module) -> nn.Module:
     """Move each constrained weight to the nearest point of its method's set, in place.
 
-    For what leaves the set behind the library's back: averages of weights (SWA, EMA: call it on the averaged model), a
-    conversion to bfloat16 and back, an assignment to ``weight.data``. Weights that are on it to rounding are left as
-    they are, and so are functions of a proxy alone, which are where their method puts them. No optimizer needs this.
+    For changes that the library does not see: averages of weights (SWA, EMA: call it on the averaged model), a
+    conversion to bfloat16 and back, an assignment to ``weight.data``. Weights that are on the set to rounding are left
+    as they are. So are weights computed from a proxy alone: no change of the proxy takes them off. No optimizer needs
+    this.
 
     Args:
         module: a model with constraints, or a copy of one, as ``AveragedModel(model).module`` is.
@@ -150,8 +152,8 @@ def refresh(module: nn.Module) -> nn.Module:
     """Compute the weights of reparameterizations anew at their next use.
 
     Where no gradients are recorded a weight is computed once and kept until its proxy may have changed: after any
-    optimizer step, ``train()``, ``eval()``, ``to()``, loading, and in-place changes of the proxy. Changes that go by
-    ``proxy.data``, by numpy, or by a vector that the parameters are views of leave no trace: call this after them.
+    optimizer step, ``train()``, ``eval()``, ``to()``, loading, and in-place changes of the proxy. Changes through
+    ``proxy.data``, numpy, or a vector that the parameters are views of are not detected: call this after them.
 
     Returns:
         ``module``.
@@ -172,7 +174,7 @@ def _attach_forward(target: Target, binding: Binding, parametrization: Reparamet
         add_quick_access(each.owner, each.tensor)
         bind(each.owner, each.tensor, replace(binding, label=each.name, position=position))
         add_weight_hooks(each.owner, binding.constraint)
-    parametrization.first = parametrization.cached = None
+    parametrization.first = parametrization.cached = None  # from now on right_inverse starts from the assigned weight
     parameter.requires_grad_(trained)  # torch keeps the Parameter object as the proxy
     parametrization.requires_grad_(trained)
     for each in owners:
@@ -189,7 +191,7 @@ def _attach_in_place(target: Target, binding: Binding, start: torch.Tensor) -> N
 
 
 def _give_own_class(owner: nn.Module) -> None:
-    """Part a parametrized module's class from that of its deep copies.
+    """Give a parametrized module a class of its own, apart from that of its deep copies.
 
     torch keeps the tensor's property on a class that deep copies share, and removing a parametrization deletes it
     there: releasing a copy would take the weight away from the original.

@@ -1,6 +1,6 @@
-"""What keeps a constrained module in order between calls: parameter classes, and hooks for loading and saving.
+"""Hooks of constrained modules: they tag new parameters, check loaded weights, and save and load tallies.
 
-Hooks are functions of this file that look their module's bindings up, so that copies and pickles keep working.
+Each hook is a function of this file that looks up its module's bindings, so that copies and pickles keep working.
 Imports ``binding``, ``optim`` and below.
 """
 
@@ -34,7 +34,7 @@ def add_weight_hooks(owner: nn.Module, method: Constraint) -> None:
 
 
 def remove_weight_hooks(owner: nn.Module) -> None:
-    """Take all of them off a module that has no binding left."""
+    """Remove all these hooks from a module that has no binding left."""
     remove_hooks(owner, _after_load, _save_tally, _load_tally, retag, _drop_flat_weights)
     if isinstance(owner, nn.RNNBase):
         restore_flat_weights(owner)
@@ -42,9 +42,9 @@ def remove_weight_hooks(owner: nn.Module) -> None:
 
 @torch.no_grad()
 def _after_load(owner: nn.Module, incompatible_keys: Any) -> None:
-    """Tag loaded weights, and move those that are not where the method promises to the nearest point of its set.
+    """Tag loaded weights, and move those that break the method's claim to the nearest point of its set.
 
-    A proxy gives a weight of the set whatever was loaded; the point that a trivialization starts from does not.
+    With a proxy alone the weight is on the set whatever was loaded; a trivialization's base point may be off it.
     """
     for tensor, binding in bindings_of(owner).items():
         found = ConstrainedWeight(binding.label, owner, tensor, binding)
@@ -54,7 +54,7 @@ def _after_load(owner: nn.Module, incompatible_keys: Any) -> None:
         if binding.constraint.claim is None or not found.may_be_off_set:
             continue
         residual = found.residual()
-        if residual != residual:
+        if residual != residual:  # NaN: no point of the set is the nearest
             raise WeightError(f"weight '{binding.label}' was loaded with entries that are NaN or infinite")
         if not found.allows(residual):
             found.move_to_nearest()
@@ -66,9 +66,9 @@ def _after_load(owner: nn.Module, incompatible_keys: Any) -> None:
 
 
 def _drop_flat_weights(owner: nn.Module, *args: Any) -> None:
-    """Let go of the computed weights that a recurrent module keeps, which are no leaves and hold their graph.
+    """Drop the computed weights that a recurrent module keeps: they are not leaves, and hold their graph.
 
-    They are computed anew at the next forward pass anyway, but would make ``copy.deepcopy(model)`` fail.
+    The next forward pass computes them again; kept, they would make ``copy.deepcopy(model)`` fail.
     """
     assert isinstance(owner, nn.RNNBase)
     drop_flat_weights(owner)

@@ -18,7 +18,7 @@ from stiefel.optim.buckets import stack, unstack
 
 
 class CachedWeight:
-    """A weight computed where nothing needed its graph, and what it was computed from."""
+    """A weight computed without a graph, and a snapshot of the tensors that it was computed from."""
 
     def __init__(self, snapshot: Snapshot, weight: Tensor) -> None:
         self.snapshot, self.weight, self.version = snapshot, weight, version(weight)
@@ -32,7 +32,7 @@ class Reparametrized(Convertible):
     """torch's parametrization of a weight by a method: ``weight = gain · s · method(proxy / s)``.
 
     The proxy starts at s times the method's own start, so that one small step moves the weight as far at every scale.
-    What else the method needs beside the proxy is in ``parts``.
+    Other tensors that the method needs are in ``parts``.
     """
 
     cached: CachedWeight | None = None
@@ -93,17 +93,17 @@ class Reparametrized(Convertible):
         return cached.weight if cached is not None and cached.holds_for(tensors) else None
 
     def tensors(self, proxy: Tensor) -> tuple[Tensor, ...]:
-        """What the weight is a function of: the proxy, a learnable gain, and the method's parts, in this order."""
+        """The arguments of the weight: the proxy, a learnable gain, and the method's parts, in this order."""
         gains = () if self.gain is None else (self.gain,)
         return proxy, *gains, *(getattr(self.parts, name) for name in self.names)
 
     def train(self, mode: bool = True) -> Self:
-        """As for every module; a cached weight is dropped."""
+        """Set the mode as every module does, and drop the cached weight."""
         self.cached = None
         return super().train(mode)
 
     def before_conversion(self) -> None:
-        """As for :meth:`train`."""
+        """Drop the cached weight before the tensors are moved or converted."""
         self.cached = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -135,7 +135,7 @@ class Reparametrized(Convertible):
 
 
 def needs_graph(tensors: Sequence[Tensor]) -> bool:
-    """Whether what is computed from these tensors here and now is to be differentiated."""
+    """Whether autograd records what is computed from these tensors now."""
     return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
 
 
@@ -151,7 +151,7 @@ class Bucket:
         self.layouts = [p.binding.layout for p in parametrizations]
 
     def stack(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """What :meth:`Reparametrized.tensors` gives for each, one after the other, as one tensor per kind.
+        """Stack the :meth:`Reparametrized.tensors` of all, given one after the other: one tensor per kind.
 
         Raises:
             WeightError: the model was converted to a precision in which no weight is orthogonal.
@@ -172,7 +172,7 @@ class Bucket:
             return x if self.first.gain is None else x * stacked[1].reshape(*x.shape[:2], 1)
 
     def held(self, stacked: Sequence[Tensor]) -> Tensor:
-        """The same without gains: what the method holds on its set.
+        """The weights in units of X without gains: the points that the method keeps on its set.
 
         Raises:
             DivergenceError: a proxy is beyond what can be factorized.
@@ -191,5 +191,5 @@ class Bucket:
                 ) from error
 
     def weights(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """All in one: the weights in their own shapes."""
+        """Stack the tensors and compute the batch; returns the weights in their own shapes."""
         return unstack(self.layouts, self.points(self.stack(tensors)), scaled=True)

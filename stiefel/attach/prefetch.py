@@ -1,11 +1,11 @@
 """Equal-shaped reparameterized weights of a model, computed as one batch when its forward pass begins.
 
-Each parametrization can compute its own weight, and is always right: this only spares it work, since one batch of
-sixteen matrices takes less time than sixteen calls. A hook on the module that was constrained computes the weights
-ahead, keeps them for this pass and this thread, and a second one lets them go. A layer takes the weight computed ahead
-where that is what it would compute itself: gradients are recorded, its proxy and parts are the very tensors of then,
-unchanged since, and nothing takes what autograd saves elsewhere (gradient checkpointing runs a part of the pass again,
-where there is nothing ahead). Otherwise, under torch.compile and in torch.func it computes its own.
+This only saves time: each parametrization can compute its own weight, but one batch of sixteen matrices takes less
+time than sixteen calls. A forward pre-hook on the constrained module prefetches the weights for this pass and this
+thread; a forward hook drops them. A layer uses its prefetched weight only where it would compute the same: gradients
+are recorded, its proxy and parts are the same tensors, unchanged since, and no hook takes what autograd saves elsewhere
+(gradient checkpointing runs a part of the pass again, without prefetched weights). Otherwise, under torch.compile and
+in torch.func, it computes its own.
 
 Imports ``parametrization``, ``weights``, ``prefetched``, ``snapshot``, ``optim`` and below.
 """
@@ -29,6 +29,7 @@ from stiefel.constraint import Reparameterization
 from stiefel.linalg import full_precision, is_traced
 from stiefel.optim.buckets import bucket, stack, unstack
 
+# By module: the owner and the name of each reparameterized tensor below it, looked up once.
 _places: WeakKeyDictionary[nn.Module, list[tuple[ref[nn.Module], str]]] = WeakKeyDictionary()
 
 
@@ -76,9 +77,9 @@ def _after_forward(root: nn.Module, args: Any, output: Any) -> None:
 
 
 def _members(root: nn.Module) -> list[_Member]:
-    """What is constrained below ``root``, trains, and was not computed already by a pass around this one.
+    """The reparameterized weights below ``root`` that train, without those prefetched by an enclosing pass.
 
-    The places are looked for once. A module replaced since then is computed by itself, or for nothing.
+    Their places are looked up once. The weight of a module replaced later is not prefetched, or prefetched in vain.
     """
     if root not in _places:
         weights = [w for w in constrained_weights(root) if isinstance(w.binding.constraint, Reparameterization)]
@@ -100,23 +101,23 @@ def _computed_together(member: _Member) -> Hashable:
 
 
 class _Together(torch.autograd.Function):
-    """The weights of a bucket, whose gradients may be asked for in any number of backward passes.
+    """The weights of a bucket as one function, which any number of backward passes may differentiate.
 
-    Autograd would free a batch's graph with the first of them, where a weight by itself has a graph of its own; and it
-    would give the weights that were not used a gradient of zeros instead of None. So the graph of the batch is kept
-    here, until all of its weights have had a gradient; after that, and for second derivatives, it is built again.
+    Weights computed one by one have a graph each. The first backward pass would free the one graph of a batch, and
+    weights that were not used would get a gradient of zeros instead of None. So the graph of the batch is kept here
+    until a backward pass has reached all of its weights; after that, and for second derivatives, it is built again.
     """
 
     @staticmethod
     def forward(ctx: Any, bucket: Bucket, *tensors: Tensor) -> tuple[Tensor, ...]:
-        ctx.set_materialize_grads(False)
+        ctx.set_materialize_grads(False)  # None, not zeros, from weights that were not used
         ctx.bucket, ctx.tensors, ctx.snapshot = bucket, tensors, Snapshot(tensors)
         ctx.graph = _graph(bucket, tensors)
         return tuple(unstack(bucket.layouts, ctx.graph[1].detach(), scaled=True))
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        twice = torch.is_grad_enabled()
+        twice = torch.is_grad_enabled()  # as under create_graph=True
         if (twice or ctx.graph is None) and not ctx.snapshot.holds_for(ctx.tensors):
             raise RuntimeError(
                 "a proxy parameter was changed in place between a forward pass and a second backward pass through it; "
@@ -127,13 +128,13 @@ class _Together(torch.autograd.Function):
 
     @staticmethod
     def first(ctx: Any, gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
-        """Gradients of all tensors, None for those of weights that were not used, by one pass through the batch."""
+        """First derivatives for all tensors by one pass through the batch; None for those of unused weights."""
         bucket = ctx.bucket
         leaves, points = ctx.graph or _graph(bucket, ctx.tensors)
         shapes = [layout.shape for layout in bucket.layouts]
         filled = [points.new_zeros(s) if g is None else g for s, g in zip(shapes, gradients, strict=True)]
         wanted = [leaf for leaf in leaves if leaf.requires_grad]
-        # A weight is s·X and a point a proxy over s: of the matrices as they are, the two scales cancel ...
+        # W = s·X, and X is a function of V/s: for the proxy V the factors s and 1/s cancel, and no matrix is scaled ...
         g = stack(bucket.layouts, filled, scaled=False)
         found = iter(torch.autograd.grad(points, wanted, g, retain_graph=True, allow_unused=True))
         of_kind = [next(found) if leaf.requires_grad else None for leaf in leaves]
@@ -146,7 +147,7 @@ class _Together(torch.autograd.Function):
                 continue
             if kind == 0:
                 parts = unstack(bucket.layouts, gradient, scaled=False)
-            else:  # ... and for a gain or a part, one remains
+            else:  # ... but a gain or a part is not divided by s, and the factor s remains
                 whole = gradient * scale if scale != 1 else gradient
                 parts = list(whole.split([len(t) for t in ctx.tensors[kind::width]]))
             for i, part in enumerate(parts):
@@ -156,7 +157,7 @@ class _Together(torch.autograd.Function):
 
     @staticmethod
     def second(ctx: Any, gradients: Sequence[Tensor | None]) -> list[Tensor | None]:
-        """The same with a graph, by the weights that were used alone, so that the others have no part in it."""
+        """The same with a graph, from the weights that were used alone, so that the others are not in the graph."""
         used = [i for i, g in enumerate(gradients) if g is not None]
         width = len(ctx.tensors) // len(gradients)
         own = [k for i in used for k in range(i * width, (i + 1) * width)]
@@ -181,6 +182,7 @@ def _graph(bucket: Bucket, tensors: Sequence[Tensor]) -> tuple[list[Tensor], Ten
         stacked = bucket.stack(tensors)
     width = len(stacked)
     with torch.enable_grad():
+        # A kind (proxies, gains, one of the parts) gets gradients if any member's does.
         leaves = [
             t.detach().requires_grad_(any(u.requires_grad for u in tensors[kind::width]))
             for kind, t in enumerate(stacked)

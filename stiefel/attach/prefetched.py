@@ -45,7 +45,7 @@ def end(root: nn.Module) -> None:
 
 
 def forget(root: nn.Module) -> None:
-    """Withdraw what is left of a pass of ``root`` that was broken off, or of one that calls itself."""
+    """Withdraw the weights of passes of ``root`` that were interrupted, or that called ``root`` again."""
     if _passes.stack:
         _passes.stack = [entry for entry in _passes.stack if entry[0]() is not root]
 

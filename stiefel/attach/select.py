@@ -36,7 +36,7 @@ class Target:
 
     @property
     def key(self) -> tuple[int, str]:
-        """The tensor itself, under whatever name."""
+        """Identity of the tensor, whatever its name."""
         return id(self.owner), self.tensor
 
     @property
@@ -66,6 +66,7 @@ def select(module: nn.Module, layers: Layers, exclude: str | Iterable[str]) -> l
         targets = [target for name in names for target in _resolve(modules, name)]
     excluded = [exclude] if isinstance(exclude, str) else list(exclude)
     left_out = {target.key for name in excluded for target in _excluded(modules, name)}
+    # A shared layer has several names: found by default it is one target, named twice by the user an error.
     by_default = layers is None or callable(layers)
     targets = [t for t in _once(targets, by_default) if t.key not in left_out]
     if not targets:
@@ -107,10 +108,11 @@ def _read(target: Target) -> Layout:
         stride, dilation = (() if set(v) == {1} else tuple(v) for v in (owner.stride, owner.dilation))
         return replace(layout, blocks=owner.groups, transposed=owner.transposed, stride=stride, dilation=dilation)
     if isinstance(owner, (nn.RNNBase, nn.RNNCellBase)) and target.tensor.startswith(("weight_hh", "weight_ih")):
+        # Each gate has a block of rows, which is a matrix of its own; plain RNNs have one.
         gates = next((count for kind, count in GATES.items() if isinstance(owner, kind)), 1)
         return replace(layout, blocks=gates)
     if isinstance(owner, nn.MultiheadAttention) and target.tensor == "in_proj_weight":
-        return replace(layout, blocks=3)
+        return replace(layout, blocks=3)  # q, k and v
     return replace(layout, batched=parameter.ndim > 2)
 
 
@@ -202,6 +204,7 @@ def _check_free(target: Target) -> None:
 
 def _merge_ties(modules: dict[str, nn.Module], targets: list[Target], left_out: set[tuple[int, str]]) -> list[Target]:
     """Make each parameter one target, which knows the other layers that share it."""
+    # All places of each parameter, selected or not: whoever shares one gets the constraint too.
     places: dict[int, list[Target]] = {}
     for prefix, owner in modules.items():
         for tensor, p in parameters_of(owner).items():
@@ -224,6 +227,7 @@ def _merge_ties(modules: dict[str, nn.Module], targets: list[Target], left_out: 
 
 
 def _check_weight(name: str, parameter: torch.Tensor, constraint: Constraint) -> None:
+    # In this order: a lazy parameter has no shape to ask for, and one on the meta device no values.
     if is_lazy(parameter):
         raise WeightError(
             f"weight '{name}' has no shape yet (a lazy layer); run one forward pass before constraining it"

@@ -15,12 +15,12 @@ from stiefel.optim import steps_seen
 class Snapshot:
     """The state of some tensors at one moment.
 
-    In-place changes show in a tensor's version, but those of fused optimizers do not, so that the steps of all
-    optimizers are counted; those of ``weight.data`` show nowhere.
+    In-place changes advance a tensor's version. Those of fused optimizers do not, so the steps of all optimizers are
+    counted as well. Changes of ``weight.data`` are not detected.
 
     Args:
-        tensors: to be looked at.
-        hold: keep their storages alive, so that the address of one cannot be another's later.
+        tensors: whose state is recorded.
+        hold: keep their storages alive, so that no other tensor can get one of their addresses.
     """
 
     def __init__(self, tensors: Sequence[Tensor], *, hold: bool = False) -> None:
@@ -38,7 +38,7 @@ class Snapshot:
 
 
 def can_be_watched(tensors: Sequence[Tensor]) -> bool:
-    """Whether changes of these show at all: not those by another process, or of tensors made in inference mode."""
+    """Whether changes of these can be detected: not in memory shared with other processes, nor of inference tensors."""
     if any(t.is_inference() or (t.device.type == "cpu" and t.is_shared()) for t in tensors):
         return False
     return not is_capturing(tensors[0])

@@ -15,7 +15,7 @@ from stiefel.optim import SteppedParameter, is_watched, tag_stepped, untag, unwa
 
 
 def tag_weight(found: ConstrainedWeight) -> None:
-    """Make a weight's parameter known to optimizers, in place; again where a copy or a conversion has lost that."""
+    """Make a weight's parameter known to optimizers, in place; also after a copy or a conversion that lost the mark."""
     binding, parameter = found.binding, found.parameter
     method = binding.constraint
     if isinstance(method, ManifoldMethod) and not hasattr(parameter, "manifold"):
@@ -25,25 +25,25 @@ def tag_weight(found: ConstrainedWeight) -> None:
     elif method.lifts:
         tag_stepped(parameter, binding)
     marks = [watch(parameter, binding)]
-    if isinstance(method, Reparameterization):  # gains and other trained parts: they diverge too, and count no steps
+    # Gains and other trained parts are checked for divergence too, but count no steps.
+    if isinstance(method, Reparameterization):
         parts = found.owner.parametrizations[found.tensor].parameters()  # type: ignore[index, union-attr]
         marks += [watch(part, binding, part=True) for part in parts if part is not parameter]
     found.keep(marks)
 
 
 def retag(owner: nn.Module, args: Any = None) -> None:
-    """Notice parameters that are new, by a copy or a conversion (``torch.__future__``'s flags), before they train.
+    """Tag parameters that a copy or a conversion (``torch.__future__``'s flags) has made, before they train.
 
     A forward pre-hook of modules with constrained weights.
     """
-    if not torch.is_grad_enabled():  # nothing trains, and layers at rest should cost what plain ones do
+    if not torch.is_grad_enabled():  # nothing trains, and inference should cost what it does with plain layers
         return
     for tensor, binding in bindings_of(owner).items():
         found = ConstrainedWeight(binding.label, owner, tensor, binding)
         parameter = found.parameter
-        if isinstance(parameter, nn.Parameter) and not is_watched(
-            parameter
-        ):  # DataParallel's replicas hold plain tensors
+        # Replicas of a module (DataParallel) hold plain tensors.
+        if isinstance(parameter, nn.Parameter) and not is_watched(parameter):
             tag_weight(found)
 
 

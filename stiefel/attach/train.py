@@ -29,8 +29,8 @@ def optimizer(
     For reparameterizations, penalties and controls it is ``cls`` itself. Where a weight is on a geoopt manifold it is a
     subclass of geoopt's RiemannianSGD (for SGD) or RiemannianAdam (for Adam). Where a method acts on the step it is
     ``cls`` lifted: a subclass that feeds the base optimizer the tangent part of the gradient, and hands its
-    displacement to the method. Weights that decay would move along their set are in ``param_groups`` of their own
-    without it, which follow the groups given.
+    displacement to the method. Weights that weight decay would move along their set get
+    ``param_groups`` of their own without decay, after the groups given.
 
     Args:
         module: the model, constrained before.

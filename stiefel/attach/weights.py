@@ -31,14 +31,14 @@ class ConstrainedWeight:
 
     @property
     def value(self) -> Tensor:
-        """The weight as the layer uses it, computed anew: what is measured and saved must not rest on a kept one."""
+        """The weight as the layer uses it, computed anew: measurements and checkpoints must not depend on a cache."""
         if self.parametrization is not None:
             self.parametrization.cached = None
         return getattr(self.owner, self.tensor)
 
     @property
     def parametrization(self) -> Reparametrized | None:
-        """What computes the weight from its proxy; None where nothing does."""
+        """The module that computes the weight from its proxy; None for a weight without a proxy."""
         if not isinstance(self.binding.constraint, Reparameterization):
             return None
         return self.owner.parametrizations[self.tensor][0]  # type: ignore[index, return-value]
@@ -52,19 +52,19 @@ class ConstrainedWeight:
 
     @property
     def gains(self) -> Tensor | None:
-        """The learnable factors of its rows, ``(b, p, 1)``, where its scale is learnable: what points are without."""
+        """The learnable factors of its rows, ``(b, p, 1)``, None without a learnable scale; points are without them."""
         gain = None if self.parametrization is None else self.parametrization.gain
         return None if gain is None else gain.reshape(*self.binding.layout.matrix_shape[:2], 1)
 
     @property
     def may_be_off_set(self) -> bool:
-        """Whether values written from outside can put the weight off its set: a proxy alone cannot."""
+        """Whether values written from outside can put the weight off its set: with a proxy alone they cannot."""
         if isinstance(self.binding.constraint, Reparameterization):
             return any(True for _ in self.owner.parametrizations[self.tensor].buffers())  # type: ignore[index, union-attr]
         return True
 
     def keep(self, marks: list[Mark]) -> None:
-        """Keep with the module what lets optimizers know the weight's parameters, so that copies of both have it."""
+        """Keep on the module the marks by which optimizers know the weight's parameters, so that copies have them."""
         self.owner.__dict__.setdefault(_MARKS, {})[self.tensor] = marks
 
     @torch.no_grad()
@@ -91,19 +91,19 @@ class ConstrainedWeight:
         parametrization = self.parametrization
         if parametrization is None or parametrization.gain is None:
             return self.binding.layout.points(self.value)
-        bucket = Bucket([parametrization])  # a value cannot be divided by a gain that has become 0
+        bucket = Bucket([parametrization])  # before the gain: a weight cannot be divided by a gain that has become 0
         return bucket.held(bucket.stack(parametrization.tensors(self.parameter)))
 
 
 def first_parametrization(
     owner: nn.Module | None, tensor: str, *, only: bool = False
 ) -> tuple[nn.Module | None, Tensor | None]:
-    """The first parametrization of ``owner.tensor`` and its proxy, past torch's containers, which take their time.
+    """The first parametrization of ``owner.tensor`` and its proxy, read past torch's containers, which are slow.
 
     Args:
         owner: the module; None gives None.
         tensor: the weight's name.
-        only: none where there is a second one.
+        only: give None where there is a second parametrization.
     """
     group: Any = None if owner is None else submodules_of(owner).get("parametrizations")
     listed = None if group is None else submodules_of(group).get(tensor)
@@ -114,11 +114,11 @@ def first_parametrization(
 
 
 def add_quick_access(owner: nn.Module, tensor: str) -> None:
-    """Put a short way to a weight that is ready before torch's property, which calls two modules at each access."""
+    """Wrap torch's property, which calls two modules at each access, in one that first asks for a ready weight."""
     torchs = vars(type(owner))[tensor]
 
     def weight(self: nn.Module) -> Tensor:
-        """The weight that is ready, or what torch's property gives."""
+        """The prefetched or cached weight, or else the one that torch's property computes."""
         if not is_traced():
             parametrization, proxy = first_parametrization(self, tensor, only=True)
             if parametrization is not None and proxy is not None:
@@ -154,7 +154,7 @@ def constrained_weights(module: nn.Module, *, ties: bool = False) -> Iterator[Co
 
     Args:
         module: where to look.
-        ties: whether a parameter that several layers share comes once for each of them, or only once.
+        ties: whether a parameter that several layers share comes once per layer; by default it comes once.
     """
     seen = set()
     for prefix, owner in module.named_modules():

@@ -1,4 +1,4 @@
-"""What a base optimizer becomes for weights that a method moves itself. Imports ``constraint`` and ``manifold``."""
+"""Optimizers of constrained weights: lifted steps, checks, weight decay. Imports ``constraint`` and ``manifold``."""
 
 from stiefel.optim.decay import keep_decay_off
 from stiefel.optim.guard import Mark, is_watched, steps_seen, unwatch, watch

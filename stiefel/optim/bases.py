@@ -1,8 +1,8 @@
-"""All that is known of single optimizer classes. Imports torch and the errors.
+"""Facts about single optimizer classes. Imports torch and the errors.
 
 Nothing else in the library names one: what a class can serve, what it keeps of a gradient, and what its weight decay
-does. A class that is not known here is dense and first-order, remembers gradients, and mixes decay into what it
-remembers.
+does. A class that is not named here is taken to be dense and first-order, to keep state from gradients, and to
+mix decay into that state.
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ IGNORED_BY_GEOOPT = ("maximize", "fused", "capturable", "differentiable", "decou
 
 
 def _of_torch(*names: str) -> tuple[type[torch.optim.Optimizer], ...]:
-    """Those that this version of torch has: Muon is not in every one."""
+    """The classes of these names that this version of torch has: Muon is not in every one."""
     return tuple(getattr(torch.optim, name) for name in names if hasattr(torch.optim, name))
 
 
 LINEAR_DECAY = _of_torch("SGD", "AdamW", "Adafactor", "Muon")
 """Classes whose decay multiplies a parameter of zero gradient by a number, or a sum of such steps (SGD's momentum).
 
-ASGD's does too, and is not among them: the shorter a proxy, the higher the rate of its weight, until that is unstable.
-SGD's decay is how the papers set that rate.
+ASGD's does too, but is left out: the shorter a proxy, the higher the effective rate of its weight, until training is
+unstable. SGD's stays, since the papers set that rate by it.
 """
 
 ADDITIVE = _of_torch("SGD", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop", "Adagrad", "Adadelta", "Muon")
-"""Classes whose step, but for decay, is added to a parameter whatever the parameter is; a subclass may differ."""
+"""Classes whose step, apart from decay, does not depend on the parameter's value; a subclass may differ."""
 
 
 def refuse(cls: type[torch.optim.Optimizer]) -> None:
@@ -82,11 +82,11 @@ def decays(group: dict[str, Any]) -> list[str]:
 
 
 def decay_only_rescales(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> bool:
-    """Whether decay leaves a parameter of zero gradient on the ray on which it is.
+    """Whether decay leaves a parameter of zero gradient on its ray from the origin.
 
-    A decoupled one does (Loshchilov and Hutter, ICLR 2019), and SGD's. The L2 term of Adam and its relatives does not:
-    it is divided entry by entry. Where a rate and a decay λ are so large that lr·λ ≥ (1 − √μ)², with momentum μ, the
-    parameter swings through zero (a heavy ball beyond critical damping), and what is left of it points the other way.
+    Decoupled decay does (Loshchilov and Hutter, ICLR 2019), and so does SGD's. The L2 term of Adam and its relatives
+    does not: it is divided entry by entry. With momentum μ and a decay λ so large that lr·λ ≥ (1 − √μ)², the parameter
+    swings through zero (a heavy ball beyond critical damping), and then points the other way.
     """
     if not isinstance(optimizer, LINEAR_DECAY) and not group.get("decoupled_weight_decay"):
         return False
@@ -95,7 +95,7 @@ def decay_only_rescales(optimizer: torch.optim.Optimizer, group: dict[str, Any])
 
 
 def make(cls: type[torch.optim.Optimizer], params: Any, hyper: dict[str, Any]) -> torch.optim.Optimizer:
-    """An optimizer, of a class as it is or lifted.
+    """Make an optimizer of a class, plain or lifted, and try it out on small parameters if the class is torch's.
 
     Raises:
         OptimizerError: the class refuses its options or the parameters, now or at its first step.
@@ -103,7 +103,7 @@ def make(cls: type[torch.optim.Optimizer], params: Any, hyper: dict[str, Any]) -
     name = own_class(cls).__name__
     try:
         made = cls(params, **hyper)
-        if own_class(cls).__module__.startswith("torch.optim"):  # a user's own may count its steps, or write them down
+        if own_class(cls).__module__.startswith("torch.optim"):  # a user's own may count or log its steps
             _try_out(made, hyper)
     except OptimizerError:
         raise
@@ -126,7 +126,7 @@ def own_class(cls: type[torch.optim.Optimizer]) -> type[torch.optim.Optimizer]:
 
 
 def _try_out(optimizer: torch.optim.Optimizer, hyper: dict[str, Any]) -> None:
-    """One step of a small parameter for each group, dtype and device: what a class refuses at a step is refused now."""
+    """Step a small parameter per group, dtype and device: options that fail only at a step then fail now."""
     cls: Any = own_class(type(optimizer))
     for group in optimizer.param_groups:
         options = {key: value for key, value in group.items() if key not in ("params", "param_names")}

@@ -29,6 +29,7 @@ def stack(layouts: Sequence[Layout], tensors: Sequence[Tensor], *, scaled: bool,
     if len(tensors) == 1:
         part = layouts[0].points(tensors[0]) if scaled else layouts[0].matrices(tensors[0])
         return part.clone(memory_format=torch.contiguous_format) if copy else part
+    # Alike, all are stacked and scaled at once; otherwise each is read by its own layout.
     if _alike(layouts):
         batch = torch.stack(list(tensors)).reshape(-1, *layouts[0].matrix_shape[1:])
         return batch / layouts[0].scale if scaled and layouts[0].scale != 1 else batch

@@ -1,7 +1,7 @@
 """Weight decay kept off the weights that it would move along their set. Imports ``constraint``, ``bases``, the errors.
 
-Decay is normal to the set {W : W Wᵀ = s² I}: it means nothing there, and where an optimizer mixes it with gradients it
-moves weights that are at rest. Such weights go to parameter groups of their own, in which it is off.
+The decay term λW is normal to the set {W : W Wᵀ = s² I}: it has no meaning there, and an optimizer that mixes it with
+gradients moves weights that are at rest. Such weights go to parameter groups of their own without decay.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def unwelcome(optimizer: torch.optim.Optimizer, group: dict[str, Any], decay: De
 
 
 def keep_decay_off(optimizer: torch.optim.Optimizer, kind: Mapping[Tensor, Decay]) -> None:
-    """Part each group in one with decay and one without, in place, where some of its parameters must not decay.
+    """Split each group in which some parameters must not decay into one with decay and one without, in place.
 
     The new groups follow those that the user gave, with the same settings.
 
@@ -44,7 +44,7 @@ def keep_decay_off(optimizer: torch.optim.Optimizer, kind: Mapping[Tensor, Decay
         if all(off):
             group.update(none)
             continue
-        # A rate that is a tensor is each group's own: a loop that changes each in place would change one of both twice.
+        # A tensor lr is copied: a loop that changes each group's lr in place would change a shared one twice.
         without = {key: value.clone() if isinstance(value, Tensor) else value for key, value in group.items()} | none
         for key in ("params", *([NAMES] if NAMES in group else [])):
             without[key] = [value for value, apart in zip(group[key], off, strict=True) if apart]

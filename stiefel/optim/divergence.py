@@ -1,4 +1,4 @@
-"""Telling of NaN and infinite steps without making the host wait for a device. Imports torch and the errors."""
+"""Errors for NaN and infinite steps that do not make the host wait for a device. Imports torch and the errors."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from stiefel.errors import DivergenceError
 
 @dataclass(frozen=True, eq=False)
 class _Flag:
-    """A flag on its way from a device, true where all is well, and what to say where it is not."""
+    """A flag on its way from a device, true if all values are finite, and the error message for a false one."""
 
     value: Tensor
     arrived: torch.cuda.Event
@@ -30,11 +30,12 @@ _flags = _Flags()
 
 
 def raise_later(finite: Tensor, message: Callable[[], str]) -> None:
-    """Have :func:`raise_pending` raise a :class:`DivergenceError` with that message, made then, if the flag is false.
+    """Register a flag for :func:`raise_pending`, which raises a :class:`DivergenceError` if the flag is false.
 
-    Reading a flag at once would make the host wait for everything that the device still has to do. It is copied while
-    both go on, and looked at before the next step, or one of those after it.
+    Reading a flag at once would make the host wait for all work queued on the device. It is copied asynchronously and
+    read before the next step, or one of those after it; the message is made only if it is false.
     """
+    # Pinned, because a copy to pageable memory would make the host wait after all.
     value = torch.empty((), dtype=torch.bool, pin_memory=True)
     value.copy_(finite, non_blocking=True)
     arrived = torch.cuda.Event()

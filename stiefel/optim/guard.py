@@ -30,7 +30,7 @@ from stiefel.optim.stepped_parameter import SteppedParameter
 
 @dataclass(frozen=True)
 class Watched:
-    """What a step looks up of a constrained parameter.
+    """What the step hooks need to know of a constrained parameter.
 
     Args:
         binding: of its weight.
@@ -55,7 +55,7 @@ _ATTRIBUTE = "_stiefel_watched"  # on the parameter itself: a weak reference to 
 
 
 class Mark:
-    """Keeps a parameter watched through copies and pickles of what holds this: they drop a parameter's attributes."""
+    """Keeps a parameter watched through copies and pickles of its holder, which drop a parameter's attributes."""
 
     def __init__(self, parameter: Tensor, watched: Watched) -> None:
         self.parameter, self.watched = parameter, watched
@@ -74,21 +74,20 @@ def _watch_again(parameter: Tensor, watched: Watched) -> Mark:
 
 
 def watch(parameter: Tensor, binding: Binding, *, part: bool = False) -> Mark:
-    """From now on, look at every optimizer step that has ``parameter``.
+    """From now on, check every optimizer step of ``parameter``.
 
-    A step with a gradient that is NaN or infinite raises before anything is changed. So does one of a plain optimizer
-    on a weight that a method moves; geoopt's own Riemannian optimizers may step a manifold's weights, which stay on it.
-    So does weight decay of such a weight; decay of a proxy that would turn its weight warns once. Every other
-    step advances the tally's steps.
+    A step raises before anything is changed if a gradient is NaN or infinite, if a plain optimizer steps a weight that
+    a method moves (geoopt's Riemannian optimizers may, for weights on a manifold stay on it), or if such a weight has
+    weight decay. Decay of a proxy that would turn its weight warns once. Each step taken advances the tally's steps.
 
     Returns:
-        What to keep beside the parameter's module, so that the copies of both belong together.
+        A mark to keep on the parameter's module, so that in a copy of the module the parameter's copy is watched.
     """
     return _watch_again(parameter, Watched(binding, part))
 
 
 def unwatch(parameter: Tensor) -> None:
-    """Look at it no longer."""
+    """Check the parameter's steps no longer."""
     if hasattr(parameter, _ATTRIBUTE):
         delattr(parameter, _ATTRIBUTE)
 
@@ -105,7 +104,7 @@ def is_watched(parameter: Tensor) -> bool:
 
 
 def _watched(parameter: Tensor) -> Watched | None:
-    if isinstance(parameter, SteppedParameter):  # which keeps this also through copies and pickles
+    if isinstance(parameter, SteppedParameter):  # it keeps its binding through copies and pickles
         return Watched(parameter.binding)
     return getattr(parameter, _ATTRIBUTE, None)
 
@@ -115,7 +114,7 @@ _told_of_decay: WeakKeyDictionary[torch.optim.Optimizer, set[str]] = WeakKeyDict
 
 
 def steps_seen() -> int:
-    """A count that every optimizer step advances, any optimizer's, since the first weight was constrained."""
+    """A counter that each step of any optimizer advances, from the first constrained weight on."""
     return _steps_seen
 
 
@@ -131,7 +130,7 @@ def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> An
 
     @wraps(closure)
     def checked() -> Any:
-        """The closure, and then the checks: it is what computes the gradients."""
+        """The closure, then the checks, since the closure computes the gradients."""
         loss = closure()
         _check(optimizer)
         return loss
@@ -169,6 +168,7 @@ def _refuse_plain_step(optimizer: torch.optim.Optimizer, members: list[tuple[Ten
                 f"{name} is about to step weight '{label}' off its constraint's set; create the optimizer with "
                 f"stiefel.optimizer(model, torch.optim.{name}, ...), or stiefel.release(model) first"
             )
+        # A copy or a conversion may have lost the class; the step would then be a Euclidean one.
         if (
             watched is not None
             and watched.binding.constraint.moves
@@ -203,21 +203,21 @@ def _refuse_decay(optimizer: torch.optim.Optimizer) -> None:
 
 def _refuse_divergence(optimizer: torch.optim.Optimizer, members: list[tuple[Tensor, Watched]]) -> None:
     if not members or getattr(optimizer, "found_inf", None) is not None:
-        return  # torch.amp.GradScaler hands the decision to a fused optimizer
+        return  # under torch.amp.GradScaler a fused optimizer itself skips steps that are not finite
     if torch.compiler.is_compiling() or is_capturing(members[0][0]):
         return  # nothing may be read back here
     raise_pending()
     gradients = [
         (g.coalesce().values() if g.is_sparse else g, w.label) for p, w in members if (g := p.grad) is not None
     ]
-    # Entries overflow, if the loss does not depend on them much; a lifted step looks at those that it writes.
+    # Entries may overflow with finite gradients, if the loss hardly depends on them; a lifted step checks its own.
     entries = [(p.detach(), w.label) for p, w in members if not isinstance(p, SteppedParameter)]
     values = [value for value, _ in gradients + entries]
     if not values:
         return
     on_device = not any(may_wait(v) for v in values)
-    # Infinite or NaN where an entry is, or where entries are enormous: of order 2 from 1e19 on, at a quarter of the
-    # time on a CPU, which then looks again.
+    # A norm is infinite or NaN if an entry is, or if it overflows. Order 2 overflows for entries from 1e19 on, but
+    # takes a quarter of the time on a CPU, where the entries themselves are checked then.
     sizes = norms_of_all(values, 1 if on_device else 2)
     if on_device:
         finite = torch.stack([v.to(sizes[0].device, non_blocking=True) for v in sizes]).isfinite().all()

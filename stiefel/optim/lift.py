@@ -2,14 +2,14 @@
 
     T = P_X(G),   U = the base optimizer's displacement for the gradient T,   X ← method(X, U)
 
-Why a subclass of the base, made when it is needed, and neither a wrapper nor hooks. Learning-rate schedulers,
-GradScaler, checkpoints and users' code ask for a ``torch.optim.Optimizer`` with ``param_groups`` of its own: a subclass
-is one, and leaves all of it to torch. Hooks of an optimizer vanish when it is copied or pickled, without a word, and
-what is left takes Euclidean steps off the set; a class does not vanish. What marks a weight as one to be moved is a
-class too (``SteppedParameter``).
+The lifted form is a subclass of the base, made on demand, not a wrapper or a set of hooks. Learning-rate schedulers,
+GradScaler, checkpoints and users' code expect a ``torch.optim.Optimizer`` with ``param_groups`` of its own: a subclass
+is one, and leaves all of that to torch. Hooks of an optimizer are lost silently when it is copied or pickled, and its
+steps would then be Euclidean and leave the set; a class is not lost. For the same reason a class (``SteppedParameter``)
+marks the weights that a method moves.
 
-A step goes: closure; tangent gradients in place of the user's; the base step; the method's own, from where the weight
-was; the user's gradients back. Whatever raises on the way, weights are where they were.
+A step evaluates the closure, replaces gradients by their tangent parts, takes the base step, lets the method step from
+the old weight by the base's displacement, and restores the user's gradients. If anything raises, the weights are reset.
 
 Imports ``constraint``, ``geometry``, ``linalg``, ``bases``, ``buckets``, ``stepped_parameter`` and the errors.
 """
@@ -73,10 +73,10 @@ class Lift(_Base):
             else:
                 for move in moves:
                     move.finish()
-                for move in moves:  # when no step can be taken back any more
+                for move in moves:  # once no step can be undone any more
                     move.count()
         except BaseException:
-            for move in moves:  # half a step would leave weights off their sets
+            for move in moves:  # a base step without the method's own would leave weights off their sets
                 move.undo()
             raise
         finally:
@@ -110,7 +110,7 @@ class Lift(_Base):
 
 
 def skipped(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether torch.amp.GradScaler has told a fused optimizer to leave out this step."""
+    """Whether a fused optimizer skips this step, because torch.amp.GradScaler found infinities or NaN."""
     found = getattr(optimizer, "found_inf", None)
     return found is not None and bool(found)
 
@@ -139,7 +139,7 @@ class _Gradients:
 
 @dataclass(frozen=True)
 class _Owned:
-    """A parameter that a method moves, its rate, whether the base gets its tangent gradient, and only adds to it."""
+    """A parameter that a method moves, its lr, and whether its base gets the tangent gradient and is additive."""
 
     parameter: SteppedParameter
     lr: float
@@ -148,7 +148,7 @@ class _Owned:
 
 
 class _Move:
-    """One step of a bucket's weights: where they are before the base step, and what their method makes of it."""
+    """One step of a bucket's weights: their values before the base step, and their method's step from there."""
 
     def __init__(self, members: list[_Owned]) -> None:
         self.parameters = [m.parameter for m in members]
@@ -174,12 +174,12 @@ class _Move:
             handed.replace(p, tangent if alike else torch.empty_like(gradient).copy_(tangent))
 
     def free(self) -> None:
-        """Let an additive base step from 0: a displacement that is short beside a weight then keeps all its digits."""
+        """Let an additive base step from 0: a displacement much smaller than the weight keeps all its digits."""
         if self.additive:
             zero_all_(self.parameters)
 
     def finish(self) -> None:
-        """Let the method move the weights, from where they were and by what the base step did."""
+        """Let the method move the weights from their old values by the base step's displacement."""
         scale = self.layouts[0].scale
         with full_precision(self.before.device):
             displacement = stack(self.layouts, self.parameters, scaled=False, copy=True)
@@ -190,7 +190,7 @@ class _Move:
             if scale != 1:
                 before, displacement = before / scale, displacement.div_(scale)
             x, shortened = _moved(self.parameters[0].binding, before, displacement, self.lr)
-            x = self._finite(x, before)  # where numbers end, or a penalty's pull is too strong
+            x = self._finite(x, before)  # it may overflow, or a penalty be too strong
         self._write(unstack(self.layouts, x, scaled=True))
         self.shortened = shortened
 
@@ -202,7 +202,7 @@ class _Move:
         if may_wait(self.shortened):
             each = iter(self.shortened.tolist())
             flags = [any(list(islice(each, count))) for count in counts]
-        else:
+        else:  # stays on the GPU, and is read when the tally is
             flags = [flag.any() for flag in self.shortened.split(counts)]
         for p, flag in zip(self.parameters, flags, strict=True):
             tally = p.binding.tally
@@ -216,14 +216,14 @@ class _Move:
         copy_all_(self.parameters, weights)
 
     def _finite(self, value: Tensor, otherwise: Tensor | float) -> Tensor:
-        """A displacement or a result; where numbers end, an error now, or later on a GPU, where no host need wait."""
+        """The value if finite, else an error: on a CPU now; on a GPU later, with ``otherwise`` in its place."""
         finite = torch.isfinite(value.sum())  # a NaN or an infinity anywhere shows in the sum
         if is_capturing(value):
             return value
         if not may_wait(value):
             raise_later(finite, self._divergence)
             return torch.where(finite, value, otherwise)
-        if not finite and not value.isfinite().all():
+        if not finite and not value.isfinite().all():  # a sum of finite entries may overflow
             raise DivergenceError(self._divergence())
         return value
 
@@ -235,12 +235,12 @@ class _Move:
 
 
 def _wants_tangent(method: Constraint, forgets: bool) -> bool:
-    """Whether the base gets P_X(G); where it ``forgets``, a method that projects its step makes the same of G."""
+    """Whether the base gets P_X(G): where it ``forgets``, a method that projects its step gets the same from G."""
     return isinstance(method, StepMethod) and method.tangent and not (forgets and method.projects)
 
 
 def _moved(binding: Binding, x: Tensor, displacement: Tensor, lr: float) -> tuple[Tensor, Tensor | None]:
-    """Where the method goes from X, and which matrices' steps it shortened, if it is one that does."""
+    """The method's step from X, and which matrices' steps it shortened; None for a method that shortens none."""
     method = binding.constraint
     if isinstance(method, Penalty):
         return method.step(x, displacement, lr * method.strength_at(binding.tally.steps), binding.layout), None

@@ -34,7 +34,7 @@ class _Batched:
 
     def __init__(self, params: Any, lr: float = 1e-3, **hyper: Any) -> None:
         self._refuse(hyper)
-        # What is left of these is off; foreach asks for batches, which these optimizers always use.
+        # The ignored options that are left are off; foreach asks for batches, which these optimizers always use.
         hyper = {option: value for option, value in hyper.items() if option not in (*IGNORED_BY_GEOOPT, "foreach")}
         try:
             super().__init__(params, lr=lr, **hyper)  # type: ignore[call-arg]
@@ -49,7 +49,7 @@ class _Batched:
                     "leave it out, or use a reparameterization with torch's optimizer"
                 )
         dampening = options.get("dampening", 0)
-        if not is_number(dampening):  # which geoopt looks at in the second step only
+        if not is_number(dampening):  # geoopt uses it from the second step on only
             raise OptimizerError(f"{type(self).__name__} refuses dampening={dampening!r}: expected a number")
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -76,6 +76,7 @@ class _Batched:
             m = _manifold(p)
             if m is None:
                 return id(p)
+            # Adam's bias corrections are one number per bucket, so its members have taken equally many steps.
             steps = int(self.state[p].get("step", 0))
             return m.metric, m.retraction, m.layout.matrix_shape[1:], m.layout.scale, p.dtype, p.device, steps
 
@@ -120,6 +121,7 @@ class _Point:
         return [vectors] if self.manifold is None else unstack(self.layouts, vectors, scaled=False)
 
     def gradient(self, weight_decay: float) -> Tensor:
+        """``grad(G + λW)``, the Riemannian gradient at the point, in the weights' units."""
         grads = [p.grad for p in self.members if p.grad is not None]
         if weight_decay:
             grads = [g.add(p, alpha=weight_decay) for g, p in zip(grads, self.members, strict=True)]
@@ -127,6 +129,7 @@ class _Point:
         return g if self.manifold is None else self.manifold.gradient(self.x, g)
 
     def second_moment(self, r: Tensor) -> Tensor:
+        """r² entry by entry; on the manifold ⟨r, r⟩/(pn), one number per matrix, at each of its entries."""
         if self.manifold is None:
             return r * r
         return (self.manifold.inner_points(self.x, r, r) / r[0].numel())[:, None, None].expand_as(r)

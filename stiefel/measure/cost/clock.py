@@ -68,14 +68,14 @@ class StepClock:
         """Durations of the steps that have ended on the device, oldest first, which the clock then forgets.
 
         Args:
-            wait: for the device, so that no step is left.
+            wait: whether to wait for the device, so that no step is left.
         """
         if self.device.type != "cuda":
             ended, self._cpu = self._cpu, []
             return ended
         if wait:
             torch.cuda.synchronize(self.device)
-        ready = 0
+        ready = 0  # events are reached in their order
         while ready < len(self._events) and self._events[ready][1].query():
             ready += 1
         ended, self._events = [_elapsed(pair) for pair in self._events[:ready]], self._events[ready:]

@@ -16,7 +16,7 @@ class CompileClock:
     clock.seconds
 
     A model that is compiled compiles in its first step, and again where shapes change. Where nothing is compiled it
-    costs next to nothing. Torch before 2.7 does not tell of a backward pass that is compiled late.
+    costs next to nothing. Torch before 2.7 does not report a backward pass that is compiled late.
     """
 
     def __init__(self) -> None:

@@ -46,6 +46,6 @@ def _energy_counter(device: torch.device) -> Callable[[], int]:
     import pynvml
 
     pynvml.nvmlInit()
-    # By UUID: NVML's numbers are those of the machine, torch's those that CUDA_VISIBLE_DEVICES leaves.
+    # By UUID: NVML numbers all GPUs of the machine, torch only those in CUDA_VISIBLE_DEVICES.
     handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
     return lambda: pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)

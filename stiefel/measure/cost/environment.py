@@ -63,7 +63,8 @@ def _commit() -> str | None:
     git = ["git", "-C", str(Path(__file__).parent)]
     how: dict[str, Any] = {"capture_output": True, "text": True, "check": True, "timeout": 5}
     try:
-        subprocess.run([*git, "ls-files", "--error-unmatch", Path(__file__).name], **how)  # not the user's own checkout
+        # Fails in a checkout that is not of this code, such as the user's own.
+        subprocess.run([*git, "ls-files", "--error-unmatch", Path(__file__).name], **how)
         describe = [*git, "describe", "--always", "--abbrev=12", "--dirty=+", "--exclude=*"]
         return subprocess.run(describe, **how).stdout.strip() or None
     except (OSError, subprocess.SubprocessError):

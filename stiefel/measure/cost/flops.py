@@ -82,6 +82,7 @@ class _Counting(TorchDispatchMode):
         from torch.utils.flop_counter import flop_registry  # here, for it imports triton where there is a GPU
 
         known = {**flop_registry, **PRODUCTS, **FACTORIZATIONS}
+        # Products in place, such as addmm_, are operators of their own.
         in_place = {getattr(aten, f"{op.__name__}_"): f for op, f in known.items() if hasattr(aten, f"{op.__name__}_")}
         self.formulas = {**in_place, **known}
         self.flops: Counter[Any] = Counter()
@@ -104,7 +105,7 @@ class _Counting(TorchDispatchMode):
             if self.values_only:
                 formula = OF_VALUES.get(op, formula)
             real = formula(*args, **kwargs, out_val=out)
-            self.flops[op] += round(real * (4 if _is_complex(args) else 1))
+            self.flops[op] += round(real * (4 if _is_complex(args) else 1))  # 8 real operations instead of 2
         elif op not in _FREE and _LINEAR_ALGEBRA & set(op.__name__.split("_")):
             self.uncovered.add(f"{func.namespace}.{op.__name__}")
         return out
@@ -120,9 +121,9 @@ _LINEAR_ALGEBRA = {
 
 
 class _Values(TorchFunctionMode):
-    """Sees who asks for eigenvalues or singular values alone, without a gradient.
+    """Notes calls for eigenvalues or singular values alone, without a gradient.
 
-    While anything watches the dispatcher, torch computes the vectors with them, as it does for a gradient.
+    Under any dispatch mode torch computes the vectors too, as it does for a gradient; those are not to be counted.
     """
 
     def __init__(self, counting: _Counting) -> None:
@@ -146,7 +147,7 @@ _ASK_FOR_VALUES = {
 
 
 def _operators(*names: str) -> set[Any]:
-    """Those that this version of torch has."""
+    """The operators of these names that this version of torch has."""
     return {getattr(aten, name) for name in names if hasattr(aten, name)}
 
 

@@ -21,7 +21,7 @@ from stiefel.compat.torch_private import takes_tensors
 aten = torch.ops.aten
 
 Formula = Callable[..., float]
-"""Takes what the operator took, and ``out_val``, what it returned; returns the FLOPs as if all were real."""
+"""Takes the operator's arguments and its result ``out_val``; returns the FLOPs as if all numbers were real."""
 
 
 # --- operations on one matrix, m×n with k reflectors or k = min(m, n) ---
@@ -71,6 +71,7 @@ def eig_flops(n: int, vectors: bool) -> float:
     return (25 + 4 / 3) * n**3 if vectors else 10 * n**3
 
 
+# θ of the degrees 1, 2, 4, 8, 12, 18: up to this ‖A‖₁ the polynomial is exact to rounding.
 _THETA = {
     torch.float32: (1.192092800768788e-07, 5.978858893805233e-04, 5.116619363445086e-02, 5.800524627688768e-01,
                     1.461661507209034e00, 3.010066362817634e00),
@@ -83,7 +84,7 @@ def exponential_products(a: Tensor) -> int:
     """Products of n×n matrices that torch takes for ``exp(A)`` of all matrices of ``a``.
 
     Taylor polynomials of degree 1, 2, 4, 8, 12, 18 take 0 to 5 products, up to ‖A‖₁ ≤ θ of the degree, beyond which
-    the last is squared ⌈log₂(‖A‖₁/θ₁₈)⌉ times. Of a batch torch computes every matrix by the last.
+    the last is squared ⌈log₂(‖A‖₁/θ₁₈)⌉ times. In a batch torch uses the last degree for every matrix.
 
     Source: Bader, Blanes & Casas, *Computing the matrix exponential with an optimized Taylor polynomial approximation*,
     Mathematics 7(12), 2019, sections 3–4, as in torch's ``linalg_matrix_exp``.
@@ -209,7 +210,7 @@ def _rnn(inputs: Tensor, weights: list[Tensor], passes: int) -> float:
 def _convolution_backward(
     grad: Tensor, x: Tensor, weight: Tensor, *args: Any, out_val: Any = None, **kwargs: Any
 ) -> float:
-    """As many products as forward for each gradient wanted; torch's own formula forgets the groups of the weight's."""
+    """As many products as forward for each gradient wanted; torch's own formula ignores groups in the weight's."""
     transposed, mask = args[4], args[7]
     positions = prod((x if transposed else grad).shape[2:]) * x.shape[0]
     return 2 * positions * weight.numel() * (bool(mask[0]) + bool(mask[1]))
@@ -265,7 +266,7 @@ OF_VALUES = _by_operator(
         "linalg_eig": _of_square(lambda n: eig_flops(n, False)),
     }
 )
-"""The same for values alone."""
+"""Formulas of the operators that compute values and vectors, for the values alone."""
 
 FACTORIZATIONS = _by_operator(_FACTORIZATIONS)
 """Formula of each operator that factorizes or solves; fits ``FlopCounterMode(custom_mapping=FACTORIZATIONS)``."""

@@ -26,5 +26,5 @@ def peak_allocated_bytes(device: torch.device) -> int | None:
 
 
 def peak_reserved_bytes(device: torch.device) -> int | None:
-    """Peak memory that torch reserved on a GPU for this process, what must fit; None for other devices."""
+    """Peak memory that torch reserved on a GPU for this process, and that must fit there; None for other devices."""
     return torch.cuda.max_memory_reserved(device) if device.type == "cuda" else None

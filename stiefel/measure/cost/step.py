@@ -21,7 +21,7 @@ def gpu_cost(device: torch.device, step: Callable[[], object], *, seconds: float
     """Peak memory and energy per step on a GPU; nulls with the reason where there is none.
 
     Args:
-        device: where the step runs, the device exclusive.
+        device: where the step runs; no other process may use it.
         step: the training step.
         seconds: window over which the energy is read.
 
@@ -32,7 +32,7 @@ def gpu_cost(device: torch.device, step: Callable[[], object], *, seconds: float
     fields: dict[str, Any] = {"gpu_peak_bytes": None, "gpu_reserved_bytes": None, "gpu_energy_joules": None}
     if device.type != "cuda":
         return fields | {"gpu_reason": no_gpu_reason(device)}
-    step()  # state of the optimizer and workspaces are there from now on
+    step()  # allocates the optimizer's state and workspaces
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
     step()

@@ -37,10 +37,10 @@ class Dependence:
 
         turn[l, m] = ∠(ξ_l before, ξ_l after) / t  →  ‖W_m‖ ‖Q_l P_l H_lm ξ_m‖ / (‖ξ_l‖ ‖ξ_m‖)  for t → 0,
 
-    in radians per relative length, with H_lm = ∂²L/∂W_l∂W_m the Hessian's block of both layers, and Q_l what takes the
-    part along ξ_l off. On the diagonal P_l H_ll is the Riemannian Hessian, since ξ_l after the step is projected onto
-    the tangent space before it: that is what a step does to the gradient that it follows. Off the diagonal it is what
-    is left out where every manifold is treated as if it were alone; 0 where L is a sum of functions of one layer each.
+    in radians per relative length, with H_lm = ∂²L/∂W_l∂W_m the Hessian's block of both layers, and Q_l the projection
+    that removes the part along ξ_l. On the diagonal P_l H_ll is the Riemannian Hessian, since ξ_l after the step is
+    projected onto the tangent space before it: how a step changes the gradient that it follows. Off the diagonal are
+    the terms ignored by methods that treat each manifold alone; 0 where L is a sum of functions of one layer each.
 
     Args:
         layers: names of the weights, in the model's order.
@@ -73,10 +73,10 @@ def dependence(model: nn.Module, loss: Loss, *, length: float = 0.01, most: int 
 
     ``dependence(model, lambda model: F.cross_entropy(model(x), y))``
 
-    One gradient for each layer and one more, of a copy: the model keeps its weights, gradients, statistics and mode
-    (BatchNorm and dropout act as in that mode, with the same random numbers each time), and the random state stays.
-    A step is one along the manifold through the nearest orthogonal point for every method, also for those whose
-    weights have left it, so that methods differ by where they are and not by how they step. Gradients have the
+    It takes one gradient for each layer and one more, of a copy: the model keeps its weights, gradients, statistics and
+    mode (BatchNorm and dropout act as in that mode, with the same random numbers each time); the random state stays.
+    For every method a step goes along the manifold through the nearest orthogonal point, even where the weights are
+    off it, so that methods differ by where their weights are and not by how they step. Gradients have the
     model's precision: in float32 a turn below about 1e-4 is rounding at the default length.
 
     Args:
@@ -110,6 +110,7 @@ def dependence(model: nn.Module, loss: Loss, *, length: float = 0.01, most: int 
         x = retract_polar(point.x, -length * point.norm / norm * own)
         with plain.moved(m, x):
             after = plain.tangents({m: x})
+        # Onto the tangent space before the step, so that the diagonal is the Riemannian Hessian.
         after[m] = project_tangent(point.x, after[m])
         for n, (a, b) in enumerate(zip(before, after, strict=True)):
             turn[n, m] = _angle(a, b) / length
@@ -167,7 +168,7 @@ class PlainCopy:
         self.weights = [self.model.get_parameter(point.name).requires_grad_() for point in points]
 
     def gradients(self) -> list[Tensor | None]:
-        """∂L/∂W of each, None where the loss does not depend on it; always with the random state that is now."""
+        """∂L/∂W of each, None where the loss does not depend on it; from the current random state."""
         if not self.weights:
             return []
         with frozen_random_state(self.model), torch.enable_grad():

@@ -1,4 +1,4 @@
-"""The effective learning rate of a weight: how far a step takes it, beside the projected step. Imports ``attach``."""
+"""The effective learning rate of a weight: a step's length relative to the projected step's. Imports ``attach``."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from stiefel.measure.model.dependence import Loss, PlainCopy, Point, frozen_rand
 
 
 def effective_rates(model: nn.Module, loss: Loss) -> dict[str, float | None]:
-    """How far one small plain SGD step takes each constrained weight along its manifold, beside the projected step.
+    """How far one small plain SGD step takes each weight along its manifold, relative to the projected step.
 
     ``effective_rates(model, lambda model: F.cross_entropy(model(x), y))``
 
@@ -23,14 +23,14 @@ def effective_rates(model: nn.Module, loss: Loss) -> dict[str, float | None]:
     with G = ∂L/∂W, P the projection onto the tangent space at the nearest orthogonal point, and ΔW what a step of
     torch.optim.SGD without momentum, through the method, does to the weight. The first-order step of a method with
     coefficients (a, b) has a rate between them (where they are 1, exactly 1), at the common start for all methods.
-    A reparameterization ``W = φ(V)`` has ΔW = −lr J Jᵀ G with J = ∂φ/∂V, which depends on where the proxy V is: of a
-    function of its direction alone, as the polar factor or v/‖v‖, the rate falls with the square of the proxy's norm,
-    and SGD, whose steps are orthogonal to V, lets that norm only grow. So the learning rate decays by itself, layer by
-    layer; measured for every method alike, it says by how much.
+    A reparameterization ``W = φ(V)`` has ΔW = −lr J Jᵀ G with J = ∂φ/∂V, which depends on where the proxy V is. For a
+    function of its direction alone, as the polar factor or v/‖v‖, the rate falls with the square of the proxy's norm.
+    SGD's steps are orthogonal to V, so that norm only grows, and the effective learning rate decays by itself, layer by
+    layer; measured alike for every method, the rate says by how much.
 
-    One gradient, of a copy of the model, and two steps of another copy in double precision, along G and −G, whose
-    difference is ΔW to second order and leaves out what the step does without a gradient (penalties, attraction).
-    Random methods draw alike in both. The model and the random state stay as they are.
+    It takes one gradient, of a copy of the model, and two steps of another copy in double precision, along G and −G.
+    Half their difference is ΔW to second order, without what a step does at zero gradient (penalties, attraction).
+    Random methods draw the same numbers in both. The model and the random state stay as they are.
 
     Args:
         model: with constrained weights. It must be one that can be copied.
@@ -38,7 +38,7 @@ def effective_rates(model: nn.Module, loss: Loss) -> dict[str, float | None]:
 
     Returns:
         By the weights' names; None where the tangent gradient is zero or the weight is not trained, and for methods
-        whose steps are as long whatever the gradient's length, which have no such rate.
+        whose step length does not depend on the gradient's, which have no such rate.
 
     Source: for weight normalization, Salimans and Kingma, NeurIPS 2016, section 2.1 (the norm grows, the rate falls);
     van Laarhoven, *L2 Regularization versus Batch and Weight Normalization*, 2017 (1/‖v‖²).
@@ -75,7 +75,7 @@ def _difference(weights: Iterable[ConstrainedWeight]) -> float:
 
 
 def _after(model: nn.Module, directions: list[Tensor | None], size: float) -> list[Tensor]:
-    """The weights after a plain SGD step of that rate, or against it where it is negative, down some gradients."""
+    """The weights after a plain SGD step of rate ``|size|`` down the given gradients, or up where it is negative."""
     stepped = copy.deepcopy(model).double()
     weights = list(constrained_weights(stepped))
     sgd = optimizer(stepped, torch.optim.SGD, lr=abs(size))
@@ -85,7 +85,7 @@ def _after(model: nn.Module, directions: list[Tensor | None], size: float) -> li
         terms = []
         for weight, direction in zip(weights, directions, strict=True):
             if direction is not None:
-                now = _fresh(weight)
+                now = _fresh(weight)  # Re⟨W, direction⟩ has the direction as its gradient everywhere
                 terms.append((now * (sign * direction).to(now.dtype).conj()).real.sum())
         torch.stack([t.to(terms[0]) for t in terms]).sum().backward()
         sgd.step()

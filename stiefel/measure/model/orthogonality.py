@@ -104,6 +104,7 @@ def report(module: nn.Module) -> OrthogonalityReport:
     for weight in constrained_weights(module):
         x = in_double(weight.points())
         relative = weight.residual()
+        # A matrix with NaN (the only number unequal to itself) cannot be decomposed.
         sigma = torch.linalg.svdvals(x) if relative == relative else torch.full(x.shape[:2], float("nan"))
         high, low = sigma[:, 0], sigma[:, -1]
         method, tally = weight.binding.constraint, weight.binding.tally

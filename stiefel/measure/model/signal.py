@@ -26,7 +26,7 @@ class LayerSignal:
     ``forward`` is ‖y‖/‖x‖ for y = W x, ``backward`` ‖∂L/∂x‖/‖∂L/∂y‖, where the gradient with respect to x is that
     through this layer alone; norms are over the batch, all positions and all calls, so that each is a root of a ratio
     of mean squares. ``forward_total`` is ‖y‖ over ‖x‖ of the first layer called and ``backward_total`` ‖∂L/∂x‖ over
-    ‖∂L/∂y‖ of the last, both per call: what has become of the signal on its way there, activations and all between
+    ‖∂L/∂y‖ of the last, both per call: how the signal has changed over the whole way, activations and all between
     included. ``calls`` are the calls seen. A ratio that was not measured is None, with the ``reason``.
     """
 
@@ -141,7 +141,7 @@ class Probe:
         for weight in self._weights:
             if _is_linear_map(weight.owner, weight.tensor):
                 before, after = self._hooks(weight.name)
-                # Ours next to the layer: other hooks may change what enters or leaves it.
+                # Our hooks run next to the layer, since other hooks may change its input or output.
                 self._handles += [
                     weight.owner.register_forward_pre_hook(before, with_kwargs=True),
                     weight.owner.register_forward_hook(after, with_kwargs=True, prepend=True),
@@ -155,7 +155,7 @@ class Probe:
 
     def layers(self) -> dict[str, LayerSignal]:
         """What was seen so far; waits for the device."""
-        rows = list(self._sums.values())
+        rows = list(self._sums.values())  # in the order of first calls
         first = rows[0].norm("x") if rows else None
         last = next((s.norm("dy") for s in reversed(rows) if "dy" in s.squares), None)
         found = {}
@@ -183,6 +183,7 @@ class Probe:
             sums.add("x", x)
             if not torch.is_grad_enabled() or x.is_inference():
                 return None
+            # A hook on x itself would see the gradients through all layers that x enters.
             seen = x.view_as(x) if x.requires_grad else x.detach().requires_grad_()
             seen.register_hook(lambda gradient: sums.add("dx", gradient))
             self.inputs.append(seen)

@@ -1,4 +1,4 @@
-"""How much of their input layers still tell apart: the variance of activations through depth. Imports ``attach``."""
+"""How well layers still distinguish their inputs: the variance of activations through depth. Imports ``attach``."""
 
 from __future__ import annotations
 
@@ -21,9 +21,10 @@ def activation_variance(model: nn.Module, run: Callable[[], Any]) -> dict[str, f
         v = mean over units of  mean |y − mean y|²,
 
     where a unit is an output of a Linear or a channel of a convolution, and its means are over the examples, all
-    positions and all calls, as in BatchNorm. The energy of a signal (:func:`stiefel.measure.preservation`) counts what
-    all examples have in common; the variance is what tells them apart. Both shrink or grow by the same factor in each
-    layer where signals die or explode, and the variance alone goes to zero where the layers map all inputs to one.
+    positions and all calls, as in BatchNorm. The energy of a signal (:func:`stiefel.measure.preservation`) includes
+    the mean that all examples share; the variance is only the part by which they differ. Where signals die or explode,
+    both shrink or grow by the same factor in each layer; where layers map all inputs to one, only the variance goes to
+    zero.
 
     Args:
         model: with constrained weights.

@@ -1,4 +1,4 @@
-"""What is due at a step: densely at first, then within a share of the training time. Imports the standard library."""
+"""When to measure and write: densely at first, then within a share of training time. Imports the standard library."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from enum import Enum
 SHARE = 0.006
 """Most that monitoring takes of the training time: half for rows that are measured, half for the others.
 
-It leaves room below 1 % for what a monitor cannot see of itself: the caches that it has emptied. On two busy cores that
+It leaves room below 1 % for a cost that a monitor cannot time: the caches that it has evicted. On two busy cores that
 was 0.2 to 0.9 % of steps of 17 ms, measured against the same loop without a monitor. What every step takes, 5 to 10 µs
 of a loop on a CPU, is counted in the second half, and leads beyond 1 % where steps are shorter than some 1.5 ms.
 """
@@ -33,7 +33,7 @@ class TimeShare:
 
     @property
     def next(self) -> float:
-        """Seconds of training from which on it does."""
+        """Seconds of training from which on one more fits."""
         return self.start + (self.spent + self.expected) / self.share
 
     @property
@@ -42,12 +42,13 @@ class TimeShare:
         return self.before + self.spent
 
     def spend(self, seconds: float) -> None:
-        """Account for one that was done."""
+        """Account for one measurement or row."""
         self.spent += seconds
+        # The cost of the next: a running mean in which each older cost counts half as much.
         self.expected = (self.expected + seconds) / 2 if self.expected else seconds
 
     def restart(self, trained: float) -> None:
-        """Owe nothing for what was spent before ``trained`` seconds of training."""
+        """Start a new account at ``trained`` seconds of training, in which nothing has been spent."""
         self.start, self.before, self.spent = trained, self.total, 0.0
 
 
@@ -63,11 +64,11 @@ class Opening:
         self.taken, self.first, self.due, self.due_step = 0, 0, 0.0, 0
 
     def allows(self, trained: float, step: int) -> bool:
-        """Whether one is due, at this step, after ``trained`` seconds of training."""
+        """Whether a measurement is due, at this step, after ``trained`` seconds of training."""
         return trained >= self.due or step >= self.due_step
 
     def take(self, trained: float, step: int) -> None:
-        """Account for one that was done."""
+        """Account for one measurement."""
         self.first = self.first or step
         self.taken += 1
         # Half the even spacing of those that are left: waiting for a step to end at most doubles it.
@@ -97,10 +98,10 @@ class Cadence:
         self.measuring, self.writing = TimeShare(SHARE / 2), TimeShare(SHARE / 2)
         self.opening = Opening() if every is None else None  # until it is over
         self.measured_at: int | None = None
-        self.shown = 0.0  # when the live line was
-        self._names: frozenset[str] = frozenset()  # that the last step had
+        self.shown = 0.0  # when the live line was last shown
+        self._names: frozenset[str] = frozenset()  # of the numbers of the last step
         self._names_step = step
-        self._names_at: dict[str, int] = {}  # the step that had each name last, those of _names left out
+        self._names_at: dict[str, int] = {}  # the last step with each name, those of _names left out
         self._due_trained = self._due_step = self._due_clock = 0.0
 
     # --- what is due ---
@@ -120,8 +121,8 @@ class Cadence:
         Args:
             step: the one just taken.
             names: of its numbers.
-            looked: whether the step was looked at, and so has to be measured.
-            ahead: whether steps to look at are chosen before they begin: by default no other is measured then.
+            looked: whether the step was probed, and so has to be measured.
+            ahead: whether steps to probe are chosen before they begin: then no other is measured, unless by ``every``.
         """
         measure = looked or (self.measures(step) and (self.every is not None or not ahead))
         new = self._has_new(step, names)
@@ -143,7 +144,7 @@ class Cadence:
         return dense or self.measuring.allows(self.trained)
 
     def looks(self, step: int) -> bool:
-        """Whether to look at the step after this one, which then is not timed: never two in a row, unless asked for."""
+        """Whether to probe the next step, which then is not timed: never two in a row, unless ``every`` asks for it."""
         return self.measures(step + 1) and (self.every is not None or self.measured_at != step)
 
     def shows(self, now: float) -> bool:
@@ -151,11 +152,11 @@ class Cadence:
         return now >= self.shown + REFRESH and (self.every is not None or self.writing.allows(self.trained))
 
     def sends(self, waiting: int) -> bool:
-        """Whether so many numbers that wait on a device are enough to be brought here though no row asks for them."""
+        """Whether enough numbers wait on a device to be transferred although no row needs them."""
         return waiting >= MOST_WAITING
 
     def plan(self, step: int, now: float) -> None:
-        """Work out until when nothing is due."""
+        """Determine until when nothing is due."""
         if self.opening is not None and self.trained >= Opening.SECONDS:
             self.opening = None
             self.measuring.restart(self.trained)
@@ -168,7 +169,7 @@ class Cadence:
             self._due_step = min(self._due_step, (step // self.every + 1) * self.every)
         self._due_clock = now + REFRESH if self._by_clock else math.inf
         if self.opening is not None:
-            self._due_clock = now
+            self._due_clock = now  # each step is checked
 
     def _has_new(self, step: int, names: Collection[str]) -> bool:
         self._names_at |= dict.fromkeys(self._names, self._names_step)
@@ -204,7 +205,7 @@ class Cadence:
 
     @property
     def overhead(self) -> float:
-        """They as a share of the time in steps; 0 before the first."""
+        """The seconds spent as a share of the time in steps; 0 before the first."""
         return self.spent / self.trained if self.trained else 0.0
 
     @property

@@ -39,7 +39,7 @@ def table(summary: dict[str, Any], *, opening: bool = False) -> str:
 
     Args:
         summary: of the monitor.
-        opening: whether it is still in the first second, of which monitoring takes more.
+        opening: whether training is in its first second, of which monitoring takes a larger share.
     """
     spread = summary["seconds_per_step"]
     step = "—"
@@ -165,7 +165,7 @@ def _plot(ax: Axes, points: Iterable[tuple[int, Any]], **style: Any) -> None:
 
 
 def _each_and_mean(ax: Axes, points: Sequence[tuple[int, float]], *, label: str, color: str) -> None:
-    """Every number; of many, pale, with the means of blocks, which the noise of batches would hide."""
+    """Plot every number; many are pale, under the means of blocks, which the noise of batches would hide."""
     size = max(5, len(points) // 50)
     if len(points) < 60:
         _plot(ax, points, label=label, color=color)
@@ -184,7 +184,7 @@ def _mean(values: Iterable[float]) -> float:
 def _logged(ax: Axes, history: History) -> None:
     names = list(history)
     ax.set_title(", ".join(names[:_MOST_LINES]) if names else "nothing was logged")
-    other = ax.twinx() if len(names) > 1 else None  # an accuracy and a loss have nothing in common
+    other = ax.twinx() if len(names) > 1 else None  # an accuracy and a loss differ in scale
     for name, colour in zip(names, _COLOURS, strict=False):
         _each_and_mean(ax if other is None or name == names[0] else other, history[name], label=name, color=colour)
     if other is None and len(ax.lines) > 1:
@@ -208,7 +208,7 @@ def _orthogonality(ax: Axes, rows: list[Row]) -> None:
         for name, colour in zip(names, _COLOURS, strict=False):
             points = ((r["step"], r["orthogonality"].get(name)) for r in measured)
             _plot(ax, points, label=name, color=colour)
-    else:  # a band says more than a tangle
+    else:  # so many lines would hide each other
         steps = [r["step"] for r in measured]
         values = [[v for v in r["orthogonality"].values() if math.isfinite(v)] or [math.nan] for r in measured]
         low, high = [min(v) for v in values], [max(v) for v in values]
@@ -221,6 +221,7 @@ def _orthogonality(ax: Axes, rows: list[Row]) -> None:
     ax.legend()
 
 
+# A fifth of a decade between the curves and the edges of the panel.
 def _floor(x: float) -> int:
     return math.floor(x - 0.2)
 

@@ -1,4 +1,4 @@
-"""What a measured row says of a model and its machine. Imports ``measure.model``, ``measure.cost`` and ``attach``."""
+"""The fields of a measured row. Imports ``measure.model``, ``measure.cost`` and ``attach``."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class Gauge:
     """
 
     def __init__(self, model: nn.Module, device: torch.device, *, energy: bool) -> None:
-        self.weights: dict[str, dict[str, Any]] = {}  # what was found of each so far, by name
+        self.weights: dict[str, dict[str, Any]] = {}  # by name, the measurements of each so far
         self._model, self._device = weakref.ref(model), device
         self._meter = EnergyMeter(device) if energy else None
         self._joules = 0.0  # until the last measured row
@@ -39,11 +39,11 @@ class Gauge:
 
     @property
     def worst(self) -> float | None:
-        """The largest of the last measurement."""
+        """The largest residual of the last measurement."""
         return _worst(weight["last"] for weight in self.weights.values())
 
     def measure(self, row: Row, probe: Probe | None) -> None:
-        """Put into a row what there is now, and what a probe saw of the step."""
+        """Add the current measurements to a row, and the signals that a probe saw in the step."""
         model = self.model
         if model is not None:
             layers = errors(model)
@@ -56,6 +56,7 @@ class Gauge:
             seen = probe.layers().items()
             row["signal"] = {name: {"forward": s.forward, "backward": s.backward} for name, s in seen}
         row |= self.costs()
+        # The meter counts from the start, a row from the last measured one.
         joules = row["gpu_energy_joules"]
         if joules is not None:
             row["gpu_energy_joules"], self._joules = joules - self._joules, joules

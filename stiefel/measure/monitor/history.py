@@ -60,7 +60,7 @@ def check(names: Iterable[str]) -> None:
 
 
 def taken(values: dict[str, Any]) -> dict[str, Any]:
-    """The same dict with numbers as they are now: tensors only where they are on a GPU, which is not waited for.
+    """Replace values by their current numbers, in place; those on a GPU are copied there, so that no host waits.
 
     Raises:
         OptionError: a value is not a single real number.
@@ -91,6 +91,7 @@ class Transfer:
     def __init__(self, entries: list[tuple[str, int, Tensor]]) -> None:
         self.entries = [(name, step) for name, step, _ in entries]
         there = torch.stack([value.reshape(()) for *_, value in entries])
+        # Pinned, because a copy to pageable memory would make the host wait.
         self._here = torch.empty(there.shape, dtype=there.dtype, pin_memory=True).copy_(there, non_blocking=True)
         self._ready = torch.cuda.Event()
         self._ready.record(torch.cuda.current_stream(there.device))
@@ -108,7 +109,7 @@ class Transfer:
 class History:
     """Every number that was logged, by name, with its step; of more than ``limit`` of a name an evenly spread part.
 
-    A number on a GPU is copied where it is, and brought to the host with many others, so that nobody waits for it.
+    A number on a GPU is copied there, and transferred with many others later, so that the host does not wait for it.
     """
 
     def __init__(self, limit: int = 1_000_000) -> None:
@@ -118,7 +119,7 @@ class History:
         self._far: dict[str, int] = {}  # the step at which a name was logged last from a GPU
 
     def add(self, step: int, values: dict[str, Any]) -> None:
-        """Keep the numbers of a step, which :func:`taken` has made, and the dict."""
+        """Keep the numbers of a step, as :func:`taken` returns them, in that very dict."""
         self._recent.append((step, values))
 
     def _sort(self) -> None:
@@ -132,13 +133,13 @@ class History:
                     self._series[name].add(step, value)
 
     def names(self, step: int) -> list[str]:
-        """What was logged at a step, the last one."""
+        """Names logged at a step, which must be the last one."""
         self._sort()
         far = [name for name, at in self._far.items() if at == step]
         return far + [name for name, series in self._series.items() if series.step == step and name not in far]
 
     def numbers(self, step: int, names: Iterable[str]) -> dict[str, Any]:
-        """The newest numbers of these names that are of this step and here."""
+        """The newest numbers of these names, where they are of this step and on the host."""
         self._sort()
         found = {name: self._series[name] for name in names if name in self._series}
         return {name: series.newest for name, series in found.items() if series.step == step}
@@ -150,8 +151,9 @@ class History:
         return len(self._waiting)
 
     def send(self) -> list[Transfer]:
-        """Start bringing here what waits on a GPU."""
+        """Start transferring the numbers that wait on a GPU."""
         self._sort()
+        # One transfer for each device and dtype, since stacked tensors share both.
         kinds: dict[Any, list[tuple[str, int, Tensor]]] = {}
         for entry in self._waiting:
             kinds.setdefault((entry[2].device, entry[2].dtype), []).append(entry)
@@ -169,9 +171,9 @@ class History:
         return found
 
     def series(self) -> dict[str, list[tuple[int, float]]]:
-        """By name, the steps and numbers that are here, in the order of steps."""
+        """By name, the steps and numbers that are on the host, in the order of steps."""
         self._sort()
-        # A name that is logged now from a GPU and now from the host arrives out of order.
+        # A name logged sometimes from a GPU and sometimes from the host arrives out of order.
         return {
             name: sorted(zip(series.steps, series.values, strict=True), key=itemgetter(0))
             for name, series in self._series.items()

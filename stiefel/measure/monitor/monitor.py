@@ -106,7 +106,7 @@ class Monitor:
         if self.signal and self._cadence.looks(self.step) and (model := self._gauge.model) is not None:
             self._probe = Probe(model)
             self._probe.__enter__()
-        if not self._used:  # what was logged before the first is a step that nobody timed
+        if not self._used:  # what was logged before the first `with` is an untimed step
             self._rows.durations.told = self.step
         self._inside = self._used = True
         self._cadence.writing.spent += time.perf_counter() - start
@@ -147,6 +147,7 @@ class Monitor:
             OptionError: a value is not a single number, or its name is one of the monitor's own.
         """
         start, cadence = time.perf_counter(), self._cadence
+        # The fast path of most steps: nothing is due.
         if self._unlogged and cadence.idle(self.step, start, values.keys()):
             self._rows.history.add(self.step, taken(values))
             self._unlogged = False
@@ -163,7 +164,7 @@ class Monitor:
             cadence.trained += start - self._left
         self._log(values, start)
         self._left = time.perf_counter()
-        cadence.writing.spent += self._left - start - (cadence.spent - spent)
+        cadence.writing.spent += self._left - start - (cadence.spent - spent)  # rows account for their own
 
     def _log(self, values: dict[str, Any], now: float) -> None:
         self._unlogged = False
@@ -270,7 +271,7 @@ class Monitor:
         return figure(self.history, self.rows, self._rows.durations.entries)
 
     def _catch_up(self) -> None:
-        """Measure the last step, if it is not, unless one is under way."""
+        """Measure the last step if it was not measured, unless a step is under way."""
         at = self._cadence.measured_at
         if not self._inside and at != self.step and (self._unlogged or at is not None):
             self._record(self._rows.history.names(self.step), Due.MEASURED)

@@ -12,7 +12,7 @@ from stiefel.measure.monitor.history import EvenSample, History, Transfer
 from stiefel.measure.monitor.sinks import Row, Sink
 
 FLUSH = 1.0
-"""Seconds of rows, at most, that a process that is killed takes with it; marked rows are out of its reach at once."""
+"""At most so many seconds of rows are lost if the process is killed; marked rows are flushed at once."""
 
 
 @dataclass
@@ -30,12 +30,12 @@ class Durations:
 
     def __init__(self, step: int) -> None:
         self.told = step  # the last step whose duration is known
-        self.looked: set[int] = set()  # steps that were looked at, and so not timed
+        self.looked: set[int] = set()  # steps that were probed, and so not timed
         self._sample = EvenSample(5_000)
         self._recent: dict[int, float] = {}  # what a row may still ask for
 
     def add(self, seconds: float) -> bool:
-        """Take the duration of the next step, and say whether it is kept: not of a step that was looked at."""
+        """Take the duration of the next step; returns whether it is kept, as it is unless the step was probed."""
         self.told += 1
         if self.told in self.looked:
             self.looked.remove(self.told)
@@ -65,7 +65,7 @@ class Durations:
 
 
 class Rows:
-    """Rows wait for the device in their order, go to the sinks, and are kept: of many an evenly spread part.
+    """Rows that wait for the device in order, go to the sinks, and are kept: of many an even sample.
 
     A *marked* row is one that has to be seen: it is flushed at once, and not thinned together with the others.
 
@@ -84,7 +84,7 @@ class Rows:
         self._flushed = 0.0
 
     def begin(self, row: Row, names: Collection[str], *, marked: bool) -> Pending:
-        """Complete a row by the numbers of these names at its step, and start bringing those that wait on a device."""
+        """Add the numbers of these names at its step to a row, and start transferring those that wait on a device."""
         row |= dict.fromkeys(names)
         pending = Pending(self.history.send(), row, tuple(names), marked)
         row |= self.history.numbers(row["step"], names)
@@ -95,7 +95,7 @@ class Rows:
         self._pending.append(pending)
 
     def send(self) -> None:
-        """Start bringing the numbers that wait on a device, for no row."""
+        """Start transferring the numbers that wait on a device, though no row needs them."""
         self.add(Pending(self.history.send()))
 
     def deliver(self, step: int, *, timed: bool, wait: bool = False) -> None:
@@ -103,12 +103,13 @@ class Rows:
 
         Args:
             step: the one just taken.
-            timed: whether steps are, so that a row waits for the duration of its own.
-            wait: for the numbers.
+            timed: whether steps are timed, so that a row waits for its step's duration.
+            wait: whether to wait for the numbers.
         """
         while self._pending:
             pending = self._pending[0]
             arrived = wait or all(transfer.arrived for transfer in pending.transfers)
+            # In order: a row that is not complete holds back those behind it.
             if not arrived or (pending.row and timed and self.durations.told < pending.row["step"]):
                 return
             self._pending.popleft()

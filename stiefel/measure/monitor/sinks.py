@@ -23,10 +23,10 @@ class Sink(Protocol):
         """Take a row."""
 
     def flush(self) -> None:
-        """Put the rows taken out of reach of a crash of this process."""
+        """Write out the rows taken, so that a crash of this process does not lose them."""
 
     def close(self) -> None:
-        """Let go of what is open."""
+        """Close what is open."""
 
 
 def sink_of(target: Any) -> Sink:
@@ -88,7 +88,7 @@ class _File(ABC):
             self._file.flush()
 
     def _ends_torn(self) -> bool:
-        """Whether the process that wrote the last line died while it did."""
+        """Whether the last line is incomplete, since the process died while writing it."""
         if not self.path.exists() or not self.path.stat().st_size:
             return False
         with self.path.open("rb") as file:
@@ -120,8 +120,8 @@ def _finite(row: Mapping[str, Any]) -> Row:
 class Table(_File):
     """A CSV file with a column per entry. A row with a new entry rewrites the file with one column more.
 
-    The rewritten file replaces the old one in one step, so that a crash leaves one of the two. Empty is None or absent;
-    numbers that are not finite are ``nan``, ``inf``, ``-inf``.
+    The rewritten file replaces the old one in one step, so that a crash leaves one of the two. An empty cell is None or
+    absent; numbers that are not finite are ``nan``, ``inf``, ``-inf``.
     """
 
     def __init__(self, path: Path) -> None:
@@ -161,7 +161,7 @@ def _line(cells: Any) -> str:
 
 
 class Scalars:
-    """TensorBoard's SummaryWriter, or what looks like one: a tag per number. Closing it is left to its owner."""
+    """A SummaryWriter of TensorBoard, or an object like it: a tag per number. Its owner closes it."""
 
     def __init__(self, writer: Any) -> None:
         self.writer = writer
@@ -173,7 +173,7 @@ class Scalars:
                 self.writer.add_scalar(tag, value, row["step"])
 
     def flush(self) -> None:
-        """Left to the writer, which has a rhythm of its own."""
+        """Left to the writer, which flushes by itself."""
 
     def close(self) -> None:
         """Flush, if it can."""

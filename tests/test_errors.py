@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
-from common import Projection, registered
+from common import Projection
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
@@ -351,11 +351,6 @@ def test_a_fault_in_the_last_weight_leaves_the_first_alone() -> None:
 
 
 # --- optimizers ---
-
-
-@pytest.fixture
-def projection() -> Iterator[str]:
-    yield from registered(Projection)
 
 
 STEPPED = ["riemannian", Projection.name]

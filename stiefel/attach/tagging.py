@@ -32,7 +32,7 @@ def tag_weight(found: ConstrainedWeight) -> None:
     found.keep(marks)
 
 
-def retag(owner: nn.Module, args: Any = None) -> None:
+def retag(owner: nn.Module, args: Any) -> None:
     """Tag parameters that a copy or a conversion (``torch.__future__``'s flags) has made, before they train.
 
     A forward pre-hook of modules with constrained weights.

@@ -23,7 +23,7 @@ _HOME = {
     "Data": "problem.problem",
     "Problem": "problem.problem",
     "Regression": "problem.problem",
-    "datasets": "problem",
+    "datasets": "problem.datasets",
     "load_problem": "problem.load",
     "where": "problem.problem",
 }
@@ -32,9 +32,8 @@ _HOME = {
 def __getattr__(name: str) -> Any:
     if name not in _HOME:  # the import system asks for modules of this folder here first
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    if name == "datasets":
-        return import_module(f"{__name__}.problem.datasets")
-    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    module = import_module(f"{__name__}.{_HOME[name]}")
+    return module if name == "datasets" else getattr(module, name)
 
 
 def __dir__() -> list[str]:

@@ -197,7 +197,7 @@ def _compare(args: argparse.Namespace, problem: Any) -> int:
     )
     cores = available_cores()
     jobs = args.jobs or (max(1, torch.cuda.device_count()) if args.device == "cuda" else cores)
-    means = ExecutionOptions(
+    execution = ExecutionOptions(
         file=str(Path(args.file).resolve()),
         root=args.out.resolve(),
         jobs=jobs,
@@ -210,7 +210,7 @@ def _compare(args: argparse.Namespace, problem: Any) -> int:
         executor_options=_executor_options(args.executor_options),
         retry_failed=args.retry_failed,
     )
-    comparison = Comparison(plan, settings, means, cost=not args.no_cost, extend=args.extend)
+    comparison = Comparison(plan, settings, execution, cost=not args.no_cost, extend=args.extend)
     print(comparison.describe(args.out))
     if args.dry_run:
         print(comparison.estimate())

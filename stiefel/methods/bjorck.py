@@ -27,7 +27,7 @@ class Bjorck(Reparameterization):
 
     Args:
         iterations: a number, or ``"auto"``: until the rows are orthonormal to rounding, so that V's condition number
-            determines it (:func:`stiefel.linalg.iterated`, also for the fixed number on GPUs, up to condition 1e6). A
+            determines it (:func:`stiefel.linalg.iterated`, also for the fixed number on GPUs, up to condition 1e5). A
             given number guarantees nothing; 20 suffice at condition numbers below about 30 (order 1).
         order: terms of the series, 1 to 4.
 

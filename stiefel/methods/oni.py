@@ -29,7 +29,7 @@ class ONI(Centred):
         iterations: T; the paper trains with 5 (convolutions) and 4 (linear layers). A given number guarantees nothing:
             singular values below c · 1.5^{-T} stay below 1. ``"auto"``: until the rows are orthonormal to rounding, so
             that V's condition number determines T: 2 at the start, 6 at condition 2, 29 at 1e4
-            (:func:`stiefel.linalg.iterated`, also for the fixed number on GPUs, up to condition 1e6).
+            (:func:`stiefel.linalg.iterated`, also for the fixed number on GPUs, up to condition 1e5).
         bound: c. ``"frobenius"``, the paper's ``√‖V_c V_cᵀ‖_F``, gives X₀ singular values p^{-1/4} even where V is
             orthonormal, so that small T do not start at the common point. ``"spectral"``, an estimate of ``‖V_c‖₂``,
             does.

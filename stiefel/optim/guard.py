@@ -79,6 +79,7 @@ def watch(parameter: Tensor, binding: Binding, *, part: bool = False) -> Mark:
     A step raises before anything is changed if a gradient is NaN or infinite, if a plain optimizer steps a weight that
     a method moves (geoopt's Riemannian optimizers may, for weights on a manifold stay on it), or if such a weight has
     weight decay. Decay of a proxy that would turn its weight warns once. Each step taken advances the tally's steps.
+    On a GPU, where the host need not wait for numbers, NaN and infinities raise a few steps later.
 
     Returns:
         A mark to keep on the parameter's module, so that in a copy of the module the parameter's copy is watched.

@@ -42,10 +42,7 @@ else:
 
 
 class Lift(_Base):
-    """Mixin before an optimizer class: the base steps, then each owned weight's method gets the displacement.
-
-    A dynamic subclass rather than hooks: hooks vanish on deepcopy and pickle, silently leaving Euclidean steps.
-    """
+    """Mixin before an optimizer class: the base steps, then each owned weight's method gets the displacement."""
 
     base: type[torch.optim.Optimizer]
     stepping = False  # true inside the base step, where torch may run the global hooks again

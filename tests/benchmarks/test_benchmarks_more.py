@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
+from common import gaussian
+from stability import Stability, stability
 from torch import nn
 
 import stiefel
@@ -22,10 +24,6 @@ FOLDER = Path(__file__).parents[2] / "benchmarks"
 RNN, GAN, CLOSED_FORM = (load_problem(FOLDER / f"{name}.py") for name in ("rnn", "gan", "closed_form"))
 rnn, gan, closed_form = (sys.modules[cls.__module__] for cls in (RNN, GAN, CLOSED_FORM))
 frechet = gan.frechet
-
-
-def gaussian(*shape, seed=0):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 # --- end to end ---
@@ -272,8 +270,6 @@ def test_a_change_of_the_features_makes_other_runs(monkeypatch):
 
 
 def test_stability_counts_the_rates_that_end_near_the_best():
-    from stability import Stability, stability
-
     def record(method, lr, final, status="done", **changes):
         base = {"kind": "quality", "phase": "tuning", "problem": "p", "digest": "d", "fields": {"depth": 2}, "seed": 0}
         spec = RunSpec(**{**base, "method": method, "options": {"scale": 1.0}, "lr": lr, **changes})

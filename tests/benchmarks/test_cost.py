@@ -11,18 +11,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from costs import nets, rounds, sections
+from costs.cases import Candidate, Case, Work
+from costs.maps import PRODUCT, REFERENCE, maps
+from costs.rounds import Effort, in_rounds
+from costs.steps import OURS, steps
+from costs.tables import markdown
+from costs.targets import Results, faster, targets, within
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
-sys.path.insert(0, str(BENCHMARKS))
-
-from costs import nets, rounds, sections  # noqa: E402
-from costs.cases import Candidate, Case, Work  # noqa: E402
-from costs.maps import PRODUCT, REFERENCE, maps  # noqa: E402
-from costs.rounds import Effort, in_rounds  # noqa: E402
-from costs.steps import OURS, steps  # noqa: E402
-from costs.tables import markdown  # noqa: E402
-from costs.targets import Results, faster, targets, within  # noqa: E402
-
 CPU = torch.device("cpu")
 CASE = Case(3, 4, 9, dtype=torch.float64)
 QUICK = Effort(rounds=6, seconds=0.001, longest=60.0)

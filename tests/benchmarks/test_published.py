@@ -1,19 +1,16 @@
 """The published comparisons: their commands are plans, their files give their README, a rerun is set beside them."""
 
 import re
-import sys
 from pathlib import Path
 
+import published
 import pytest
+import tables
 from records import CPU, comparison
 
 from stiefel.compare import cli, read_report
 
 ROOT = Path(__file__).parents[2]
-sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "benchmarks" / "publish")]
-
-import published  # noqa: E402
-import tables  # noqa: E402
 
 LEVELS = {"own": (0.9, 1e-8), "soft": (0.95, 1e-2), "released": (0.7, 1e-8), "unconstrained": (0.97, 1.0)}
 

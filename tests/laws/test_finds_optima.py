@@ -11,6 +11,7 @@ import conformance
 import pytest
 import torch
 from _pytest.mark import ParameterSet
+from common import gaussian
 from torch import Tensor, nn
 
 import stiefel
@@ -33,10 +34,6 @@ def cases(shapes: list[tuple[int, int]]) -> list[ParameterSet]:
 
 def spectrum(p: int, condition: float) -> Tensor:
     return torch.logspace(0, -torch.log10(torch.tensor(condition)).item(), p, dtype=torch.float64)
-
-
-def gaussian(*shape: int, seed: int) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def shortfalls(method: stiefel.Constraint, start: Tensor, value, best: Tensor, steps: int) -> tuple[Tensor, Tensor]:

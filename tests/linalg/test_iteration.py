@@ -5,6 +5,7 @@ import sys
 
 import pytest
 import torch
+from common import gaussian
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
@@ -27,10 +28,6 @@ def second_order(gram: Tensor) -> Tensor:
 
 STEPS = {"newton": newton, "second order": second_order}
 every_step = pytest.mark.parametrize("step", STEPS.values(), ids=STEPS)
-
-
-def gaussian(*shape: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
 def with_singular_values(p: int, n: int, s: Tensor, dtype: torch.dtype) -> Tensor:

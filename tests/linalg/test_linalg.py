@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
+from common import gaussian
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd import gradcheck, gradgradcheck
 
@@ -29,10 +30,6 @@ SHAPES = [(1, 1), (1, 5), (3, 8), (4, 4), (5, 6)]
 
 def generator(seed):
     return torch.Generator().manual_seed(seed)
-
-
-def gaussian(*shape, seed=0):
-    return torch.randn(*shape, generator=generator(seed), dtype=torch.float64)
 
 
 def orthonormal(*shape, seed=0):

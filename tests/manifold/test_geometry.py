@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from common import gaussian
 
 from stiefel.compat.geoopt import geoopt
 from stiefel.linalg import cayley_along, gram_residual, skew, sym
@@ -38,10 +39,6 @@ EXPONENTIALS = {"euclidean": exp_euclidean, "canonical": exp_canonical}
 
 every_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
 every_retraction = pytest.mark.parametrize("retract", RETRACTIONS, ids=lambda f: f.__name__)
-
-
-def gaussian(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def point(*shape, seed=10):

@@ -20,6 +20,7 @@ from typing import Any
 
 import pytest
 import torch
+from common import training_step
 from documents import TRAINING, snippet
 from torch import Tensor, nn
 
@@ -46,17 +47,8 @@ def network(method: str | None = "own", width: int = 8) -> nn.Module:
 
 
 def training(model: nn.Module, batch: int = 16) -> Callable[[], Tensor]:
-    optimizer = stiefel.optimizer(model, torch.optim.SGD, lr=0.1)
     x = torch.randn(batch, model[0].in_features, generator=torch.Generator().manual_seed(1))
-
-    def step() -> Tensor:
-        optimizer.zero_grad()
-        loss = model(x).square().mean() + stiefel.penalty(model)
-        loss.backward()
-        optimizer.step()
-        return loss
-
-    return step
+    return training_step(model, stiefel.optimizer(model, torch.optim.SGD, lr=0.1), x)
 
 
 def wait(seconds: float) -> None:

@@ -5,7 +5,7 @@ import math
 import pytest
 import scipy.linalg
 import torch
-from common import LAYERS
+from common import LAYERS, gaussian
 from torch import nn
 
 import stiefel
@@ -19,10 +19,6 @@ def _seed():
 
 
 every_layer = pytest.mark.parametrize("name", LAYERS)
-
-
-def gaussian(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def layer_of(name, seed=0, **options):

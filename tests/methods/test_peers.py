@@ -13,6 +13,7 @@ import pymanopt
 import pytest
 import scipy.linalg
 import torch
+from common import gaussian
 from geotorch.sphere import Sphere, SphereEmbedded
 from pogo.base import SGD as PogoSGD
 from pymanopt.manifolds import Stiefel, UnitaryGroup
@@ -30,10 +31,6 @@ WIDTHS = [(2, 9), (3, 7), (3, 6), (4, 5), (4, 4), (1, 6), (1, 2)]
 """4p < n, 2p < n, 2p = n, near-square, square, one row: every branch of the low-rank maps, and its borders."""
 
 every_width = pytest.mark.parametrize("shape", WIDTHS, ids=str)
-
-
-def gaussian(*shape, seed=0, dtype=torch.float64):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
 def orthonormal(*shape, seed=10, dtype=torch.float64):

@@ -7,7 +7,7 @@ import pickle
 
 import pytest
 import torch
-from common import LAYERS
+from common import LAYERS, gaussian
 from torch import nn
 
 import stiefel
@@ -23,10 +23,6 @@ SCALES = [0.5, 1.0, math.sqrt(2), 3.0]
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(0)  # for the layers' own initialization, which takes no generator
-
-
-def gaussian(*shape, seed=0):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 class Bare(nn.Module):

@@ -1,11 +1,12 @@
 """What several test files share: layers with their layouts, the forms of a method, and one of a user's own."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
 from itertools import product
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -150,3 +151,21 @@ class PeakMemory(TorchDispatchMode):
         self.bytes = max(self.bytes, sum(size for size, _ in self._alive.values()))
         self.entries = max(self.entries, sum(entries for _, entries in self._alive.values()))
         return result
+
+
+def gaussian(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Standard normal entries, the same for a seed in every test."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def training_step(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor) -> Callable[[], Tensor]:
+    """One step of training towards outputs of 0, as a function of nothing; returns the loss."""
+
+    def step() -> Tensor:
+        optimizer.zero_grad()
+        loss = model(x).square().mean() + stiefel.penalty(model)
+        loss.backward()
+        optimizer.step()
+        return loss
+
+    return step

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from common import gaussian
 from torch import nn
 
 import stiefel
@@ -20,10 +21,6 @@ every_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
 
 
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=["float32", "float64"])
-
-
-def gaussian(*shape, seed=0, dtype=torch.float64):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
 def orthonormal(*shape, seed=10, dtype=torch.float64):

@@ -54,19 +54,19 @@ class ExecutionOptions:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A plan, and the means to carry it out.
+    """A plan, and how it is carried out.
 
     Args:
         plan: what is run.
         settings: the problem's objects, by the ``repr`` of their sorted identity.
-        means: where and how.
+        execution: where and how.
         cost: whether the cost of a step is measured.
         extend: whether grids on whose edge a winner lies are continued.
     """
 
     plan: Plan
     settings: Mapping[str, Problem]
-    means: ExecutionOptions
+    execution: ExecutionOptions
     cost: bool = True
     extend: bool = False
 
@@ -79,63 +79,63 @@ class Comparison:
 
     def describe(self, out: Path) -> str:
         """The plan in words."""
-        plan, means = self.plan, self.means
+        plan, execution = self.plan, self.execution
         cells = len(list(plan.cells()))
         trials = cells * (plan.trials or len(plan.rates)) * plan.tuning_seeds
         finals, costs = cells * plan.seeds, len(plan.timed()) if self.cost else 0
         beyond = ", and what the grid is continued by" if self.extend else ""
-        where = "" if executors.engine(means.executor).here else f" by {means.executor}"
-        threads = f"{means.threads} {'thread' if means.threads == 1 else 'threads'}"
+        where = "" if executors.engine(execution.executor).here else f" by {execution.executor}"
+        threads = f"{execution.threads} {'thread' if execution.threads == 1 else 'threads'}"
         lines = [
             f"{plan.problem}: methods {len(plan.variants)} × settings {len(plan.settings)} × scales {len(plan.scales)}",
             f"{trials} tuning runs ({len(plan.rates)} learning rates, {plan.trials or len(plan.rates)} trials each)"
             f"{beyond}, then {finals} with fresh seeds, {costs} for cost",
-            f"{means.jobs} at a time{where}, {threads} each; records in {out}/",
+            f"{execution.jobs} at a time{where}, {threads} each; records in {out}/",
         ]
         return "\n".join(lines)
 
     def estimate(self) -> str:
         """How long the whole may take, and what is left of it, where runs of this problem have ended before."""
-        plan, means = self.plan, self.means
+        plan, execution = self.plan, self.execution
         records = {
             record.spec.hash: record
-            for record in (read_all([means.root])[0] if means.root.is_dir() else [])
+            for record in (read_all([execution.root])[0] if execution.root.is_dir() else [])
             if (record.spec.problem, record.spec.digest, record.spec.device) == (plan.problem, plan.digest, plan.device)
         }
         pace = estimate.Pace(records.values())
         if not pace.quality:
             return "no run of this problem has ended here, so there is no estimate yet: it appears with the first runs"
-        valid = {k: r for k, r in records.items() if not (means.retry_failed and r.status in BROKEN)}
+        valid = {k: r for k, r in records.items() if not (execution.retry_failed and r.status in BROKEN)}
         left = estimate.left(plan, valid, cost=self.cost, extend=self.extend)
-        whole = pace.seconds(estimate.whole(plan, cost=self.cost), means.jobs)
-        rest = f"about {duration(pace.seconds(left, means.jobs))} of it left" if left else "nothing of it left"
+        whole = pace.seconds(estimate.whole(plan, cost=self.cost), execution.jobs)
+        rest = f"about {duration(pace.seconds(left, execution.jobs))} of it left" if left else "nothing of it left"
         return f"from nothing about {duration(whole)}, {rest}; judged by {pace.ended} training runs that have ended"
 
     def run(self) -> list[Record]:
         """Run what is missing, stage by stage; returns the records of all."""
-        plan, means = self.plan, self.means
-        if plan.device == "cpu" and executors.engine(means.executor).here:
+        plan, execution = self.plan, self.execution
+        if plan.device == "cpu" and executors.engine(execution.executor).here:
             start_server()
         start = time.monotonic()
         with (
             executors.make(
-                means.executor,
-                means.jobs,
-                threads=means.threads,
-                folder=means.root,
+                execution.executor,
+                execution.jobs,
+                threads=execution.threads,
+                folder=execution.root,
                 device=plan.device,
-                options=means.executor_options,
+                options=execution.executor_options,
             ) as executor,
             Progress() as progress,
         ):
 
             def stage(name: str, specs: Sequence[RunSpec], *, alone: bool = False) -> list[Record]:
-                jobs = [self._job(spec, means.cores if alone else means.threads) for spec in specs]
+                jobs = [self._job(spec, execution.cores if alone else execution.threads) for spec in specs]
                 advance = progress.stage(name, len(jobs))
                 found = []
                 # Cost runs go one by one: each has the machine to itself.
                 for batch in [[job] for job in jobs] if alone else [jobs]:
-                    found += runner.run_all(batch, executor, advance, retry_failed=means.retry_failed)
+                    found += runner.run_all(batch, executor, advance, retry_failed=execution.retry_failed)
                 return found
 
             tuned = plan.tuned(stage("tuning", plan.tuning()))
@@ -151,16 +151,16 @@ class Comparison:
         return records
 
     def _job(self, spec: RunSpec, threads: int) -> Job:
-        means = self.means
+        execution = self.execution
         return Job(
             spec=spec,
-            file=means.file,
+            file=execution.file,
             settings=self.settings[repr(sorted(spec.fields.items()))].settings(),
-            root=means.root,
+            root=execution.root,
             threads=threads,
-            timeout=means.timeout,
-            memory=means.memory,
-            processes=means.processes,
+            timeout=execution.timeout,
+            memory=execution.memory,
+            processes=execution.processes,
             label=label_of(spec),
             control=spec.method == control(),
         )

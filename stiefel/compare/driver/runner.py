@@ -141,7 +141,6 @@ def run_all(
         StorageError: the folder of the records cannot be written.
     """
     jobs = list(jobs)
-    known = [_known(job) for job in jobs]
     missing: list[tuple[Job, float | None]] = []
     records: dict[str, Record] = {}
 
@@ -149,7 +148,8 @@ def run_all(
         records[record.spec.hash] = record
         on_done(record)
 
-    for job, record in zip(jobs, known, strict=True):
+    for job in jobs:
+        record = _known(job)
         if record is None or (retry_failed and record.status in BROKEN):
             missing.append((job, record.written if record else None))
         else:

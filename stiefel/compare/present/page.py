@@ -13,7 +13,7 @@ import jinja2
 
 from stiefel import __version__
 from stiefel.compare.analyse.layers import Why
-from stiefel.compare.analyse.notes import notes, skips
+from stiefel.compare.analyse.notes import few, notes, skips
 from stiefel.compare.analyse.recommend import Candidate, Recommendation, candidates, in_setting, overall, reference
 from stiefel.compare.analyse.summary import Setting, Summary
 from stiefel.compare.analyse.values import Line
@@ -46,8 +46,7 @@ class Failure:
     @property
     def folders(self) -> str:
         """The first three folders, and the number of the others."""
-        names = [run.path.name for run in self.runs]
-        return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        return few((run.path.name for run in self.runs), 3)
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,40 @@ from stiefel.compare.analyse.summary import Setting, Summary
 
 PERCENT = 0.01 * 180 / math.pi
 """Converts radians per relative length of a step to degrees for a step of 1 %."""
-SIGNALS = ("forward", "backward", "forward_total", "backward_total", "variance", "redundancy", "effective_rate")
+
+
+@dataclass(frozen=True)
+class Signal:
+    """A measurement of single layers.
+
+    Args:
+        name: its column in :attr:`Why.layers`.
+        title: of its panel in the figure by depth; empty where it has none.
+        among: the measurement whose layers hold it by ``name``; without one it is a measurement itself.
+        least: values below are rounding, and drawn as this one.
+    """
+
+    name: str
+    title: str = ""
+    among: str = ""
+    least: float = 0.0
+
+    def of(self, measured: dict[str, Any], layer: str) -> float:
+        """Its value in a row of measurements; NaN where that has none."""
+        if self.among:
+            return number((measured.get(self.among) or {}).get(layer, {}).get(self.name))
+        return number((measured.get(self.name) or {}).get(layer))
+
+
+SIGNALS = (
+    Signal("forward", "energy kept forward, ‖Wx‖/‖x‖", among="energy"),
+    Signal("backward", "energy kept backward", among="energy"),
+    Signal("forward_total", among="energy"),
+    Signal("backward_total", among="energy"),
+    Signal("variance", "variance of activations"),
+    Signal("redundancy", "redundancy, mean |cos| of filters", least=1e-7),
+    Signal("effective_rate", "effective rate, at the end"),
+)
 
 
 @dataclass(frozen=True)
@@ -33,11 +66,11 @@ class Why:
         """A row per method, moment (start, end) and layer, in the network's order (``depth``), with its signals."""
         rows = [
             {"method": row.label, "moment": moment, "depth": depth, "layer": layer}
-            | {name: _of_layer(measured, name, layer) for name in SIGNALS}
+            | {signal.name: signal.of(measured, layer) for signal in SIGNALS}
             for row, moment, measured in self._moments
             for depth, layer in enumerate(_layers(measured), 1)
         ]
-        return _medians(rows, ["method", "moment", "depth", "layer"], SIGNALS)
+        return _medians(rows, ["method", "moment", "depth", "layer"], tuple(signal.name for signal in SIGNALS))
 
     @cached_property
     def dependence(self) -> pd.DataFrame:
@@ -162,12 +195,6 @@ def line(summary: Summary) -> Iterator[str]:
 def _layers(measured: dict[str, Any]) -> list[str]:
     """Names in the order of the forward pass, those with gradients alone last."""
     return list(dict.fromkeys([*measured["energy"], *(measured.get("effective_rate") or {})]))
-
-
-def _of_layer(measured: dict[str, Any], name: str, layer: str) -> float:
-    if name in ("variance", "redundancy", "effective_rate"):
-        return number((measured.get(name) or {}).get(layer))
-    return number(measured["energy"].get(layer, {}).get(name))
 
 
 def _failed(measured: dict[str, Any]) -> bool:

@@ -11,7 +11,7 @@ from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
-from stiefel.compare.analyse.layers import Why
+from stiefel.compare.analyse.layers import SIGNALS, Why
 from stiefel.compare.analyse.summary import Summary
 from stiefel.compare.present.figures.style import (
     INK,
@@ -30,8 +30,6 @@ MAPS = 10
 """Heat maps of a figure at most."""
 FAR = 10.0
 """Effective rates above this are printed as text instead of drawn, where others are lower."""
-ROUNDING = 1e-7
-"""Redundancy below this, which is rounding, is drawn at this value."""
 
 
 def depth(summary: Summary, why: Why) -> Figure | None:
@@ -41,34 +39,28 @@ def depth(summary: Summary, why: Why) -> Figure | None:
     """
     if why.layers.empty:
         return None
-    panels = {
-        "forward": "energy kept forward, ‖Wx‖/‖x‖",
-        "backward": "energy kept backward",
-        "variance": "variance of activations",
-        "redundancy": "redundancy, mean |cos| of filters",
-        "effective_rate": "effective rate, at the end",
-    }
-    floor = dict.fromkeys(panels, 0.0) | {"redundancy": ROUNDING}
+    shown = [signal for signal in SIGNALS if signal.title]
     styles = method_styles(summary)
-    starts = why.layers[why.layers.moment == "start"].groupby("depth")[list(panels)].median()
+    starts = why.layers[why.layers.moment == "start"].groupby("depth")[[signal.name for signal in shown]].median()
     with mpl.rc_context(STYLE):
-        made, axes = grid(2, 3, (3.6, 2.3), legend=[*legend_of(styles), START["label"]])
-        for ax, (what, title) in zip(axes.flat, panels.items(), strict=False):
+        made, axes = grid(len(shown) // 3 + 1, 3, (3.6, 2.3), legend=[*legend_of(styles), START["label"]])
+        *panels, last = axes.flat[: len(shown) + 1]
+        for ax, signal in zip(panels, shown, strict=True):
             for label, rows in why.layers[why.layers.moment == "end"].groupby("method", sort=False):
-                _points(ax, rows.depth, rows[what], styles[str(label)], floor[what])
-            if what in starts:
-                _points(ax, starts.index, starts[what], START, floor[what])
-            label_axis(ax, title, "constrained layer", log=True)
+                _points(ax, rows.depth, rows[signal.name], styles[str(label)], signal.least)
+            _points(ax, starts.index, starts[signal.name], START, signal.least)
+            label_axis(ax, signal.title, "constrained layer", log=True)
             ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
-        ax = axes[1, 2]
         for label, rows in why.rates.groupby("method", sort=False):
             middle = rows.groupby("step").effective_rate.median().dropna()
-            _points(ax, middle.index, middle, styles[str(label)])
-        label_axis(ax, "effective rate, median layer", "training steps", log=True)
-        for panel in (axes[1, 1], ax):
+            _points(last, middle.index, middle, styles[str(label)])
+        label_axis(last, "effective rate, median layer", "training steps", log=True)
+        for panel in (panels[-1], last):  # the effective rate comes last among the signals
             _leave_out(panel)
-        for panel in axes.flat:
+        for panel in (*panels, last):
             _say_nothing(panel)
+        for ax in axes.flat[len(shown) + 1 :]:
+            ax.set_visible(False)
         draw_legend(made, styles | {START["label"]: START})
     return made
 

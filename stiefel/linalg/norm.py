@@ -34,7 +34,7 @@ def spectral_radius(h: Float[Tensor, "*batch p p"], iterations: int = 40) -> Flo
 
 
 def _leading(h: Tensor, iterations: int) -> Tensor:
-    # The longest column (*batch, p, 1): H times the unit vector that H lengthens most.
+    # The longest column of H, (*batch, p, 1).
     lengths = torch.linalg.vector_norm(h.detach(), dim=-2, keepdim=True)
     v = torch.take_along_dim(h, lengths.argmax(dim=-1, keepdim=True), dim=-1)
     v = _normalized(v) + _normalized(fill_like(v)) / 2  # half, so that the sum is not 0 at p = 1

@@ -52,7 +52,9 @@ class Layout:
     def __post_init__(self) -> None:
         if self.blocks < 1 or (not self.batched and self.shape[0] % self.blocks):
             side = "inputs" if self.transposed else "outputs"
-            raise LayoutError(f"{self.shape[0]} {side} do not split into {self.blocks} equal blocks")
+            raise LayoutError(
+                f"{self.shape[0]} {side} do not split into {self.blocks} equal blocks; use a positive divisor"
+            )
         if self.group_size is None:
             return
         if self.group_size < 1 or self.out % self.group_size:
@@ -69,6 +71,7 @@ class Layout:
 
     @property
     def _output_dimension(self) -> int:
+        # The second dimension of a transposed kernel counts the outputs of one block.
         return self.shape[1] * self.blocks if self.transposed else self.shape[0]
 
     @cached_property
@@ -111,11 +114,13 @@ class Layout:
             # (blocks · in, out, *k) → (blocks, in, out, k) → (blocks, out, in, k): the order of an ordinary kernel
             split = weight.reshape(self.blocks, self.shape[0] // self.blocks, self.out, k)
             weight = split.transpose(1, 2)
+        # With more outputs than inputs the weight's own rows are the n: it is read as (b, n, p) and transposed.
         b, p, n = self.matrix_shape
         return weight.reshape(b, n, p).mT if self.columns else weight.reshape(b, p, n)
 
     def tensor(self, matrices: Float[Tensor, "b p n"]) -> Tensor:
         """Inverse of :meth:`matrices`; contiguous, so that the weight is an ordinary one to kernels and exporters."""
+        # (b, outputs, inputs), as in the weight
         rows = (matrices.mT if self.columns else matrices).contiguous()
         if self.transposed:
             k = prod(self.shape[2:])
@@ -125,6 +130,7 @@ class Layout:
 
     def points(self, weight: Tensor) -> Float[Tensor, "b p n"]:
         """Read a weight, or a displacement of it, as points with X Xᵀ = I: divided by the scale."""
+        # The usual scale 1 costs no pass over the weight.
         return self.matrices(weight) / self.scale if self.scale != 1 else self.matrices(weight)
 
     def weight(self, points: Float[Tensor, "b p n"]) -> Tensor:

@@ -20,6 +20,7 @@ __all__ = ["geoopt", "is_on_manifold", "is_riemannian", "tag", "untag"]
 
 
 def __getattr__(name: str) -> Any:
+    # PEP 562: called whenever the name is taken from this module, which never binds it.
     if name != "geoopt":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     with warnings.catch_warnings():

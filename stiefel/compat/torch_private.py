@@ -97,14 +97,16 @@ def saves_tensors_elsewhere() -> bool:
     """Whether saved-tensor hooks are active, as they are under gradient checkpointing.
 
     Checkpointing counts the tensors that a segment saves and runs the segment again in the backward pass: both runs
-    have to do the same operations. True where torch cannot tell (2.6 and 2.7).
+    have to do the same operations. True where this torch cannot tell.
     """
+    # The argument True: see the hooks while a compiler traces too.
     top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
     return top is None or top(True) is not None
 
 
 def compiler_callbacks() -> Any:
     """The handler called when ``torch.compile`` begins and ends compiling; None before the compiler is imported."""
+    # Looked up, not imported: the compiler is slow to import, and compiles nothing before something else imports it.
     return getattr(sys.modules.get("torch._dynamo.callback"), "callback_handler", None)
 
 
@@ -176,6 +178,7 @@ def remove_hooks(module: nn.Module, *functions: Callable[..., Any]) -> None:
             # torch wraps some hooks and keeps the function itself in their attribute ``hook``.
             if getattr(hook, "hook", hook) in functions:
                 del hooks[key]
+                # A forward hook made with always_call=True has its key here too.
                 module._forward_hooks_always_called.pop(key, None)
 
 

@@ -1,4 +1,4 @@
-"""Batched matrix functions and their gradients. Every function takes ``(*batch, p, n)`` and imports only torch."""
+"""Functions of matrices ``(*batch, p, n)`` and their gradients. Imports torch, numpy, the errors and ``compat``."""
 
 from stiefel.linalg.cayley import cayley_along, cayley_step, limited
 from stiefel.linalg.devices import is_capturing, may_wait

@@ -48,8 +48,9 @@ def cayley_step(x: Float[Tensor, "*batch p n"], b: Float[Tensor, "*batch p n"]) 
     """
     p, n = x.shape[-2:]
     b = limited(b, LONGEST)
-    c = balance(b)
+    c = balance(b)  # (*batch, 1, 1)
     short = readable(c) and float(c.max() if c.numel() else 0) <= 1
+    # The low-rank system is 2p×2p: where 2p ≥ n, A itself (n×n) is no larger.
     if 2 * p >= n:
         wide = x if short else in_double(x)
         a = 2 * skew(wide.mH @ b.to(wide.dtype))
@@ -57,7 +58,7 @@ def cayley_step(x: Float[Tensor, "*batch p n"], b: Float[Tensor, "*batch p n"]) 
         return x + solve_from_the_right(wide @ a, _identity(n, a) - 0.5 * a).to(x.dtype)
     b = b / c
     xu, zu = low_rank_blocks(x, b) if short else low_rank_blocks(in_double(x), in_double(b))
-    # w is (b, p, 2p) and multiplies Z = [B̂; −X] block by block in the last line.
+    # w = c XU (I − (c/2)ZU)⁻¹ is (*batch, p, 2p); its halves multiply the two blocks of Z = [B̂; −X].
     w = (c * solve_from_the_right(xu, _identity(2 * p, xu) - (0.5 * c) * zu)).to(x.dtype)
     return x + w[..., :p] @ b - w[..., p:] @ x
 
@@ -81,13 +82,17 @@ def cayley_along(x: Float[Tensor, "*batch p n"], u: Float[Tensor, "*batch p n"])
     if p == n:  # V = 0
         u = limited(u, LONGEST)
         wide = x if short else in_double(x)
+        # S = UXᴴ, skew by construction: then the result is a rotation of X even if U is tangent only to rounding.
         turn = skew(u.to(wide.dtype) @ wide.mH)
         return x + solve(_identity(p, turn) - 0.5 * turn, turn @ wide).to(x.dtype)
     s = u @ x.mH
-    off_set = torch.is_grad_enabled() and x.requires_grad  # off the set the two are different functions
+    # The short form assumes XXᴴ = I. Off the set it is another function of X than cayley_step, so that derivatives with
+    # respect to X must not use it.
+    off_set = torch.is_grad_enabled() and x.requires_grad
     if off_set or not short:
         return cayley_step(x, u - 0.5 * s @ x)
-    # ½VVᴴ without V; sym(S), which is 0 for a tangent U, removes U's rounding off the tangent space.
+    # ½VVᴴ = ½(UUᴴ − SSᴴ), without V. sym(S) is 0 for a tangent U; it takes out what rounding has moved off the tangent
+    # space.
     half = 0.5 * (u @ u.mH - s @ s.mH)
     inverse = inverse_of(_identity(p, s) + 0.5 * half - 0.5 * skew(s))
     return add_product(x, inverse, add_product(u, half + sym(s), x, alpha=-1))
@@ -96,8 +101,9 @@ def cayley_along(x: Float[Tensor, "*batch p n"], u: Float[Tensor, "*batch p n"])
 def limited(b: Float[Tensor, "*batch p n"], longest: float) -> Float[Tensor, "*batch p n"]:
     """B, shortened to ``‖B‖_F = longest`` where it is longer, without an overflow."""
     size = frobenius(b)
-    if readable(b) and (not b.numel() or float(size.detach().max()) <= longest):  # false for NaN, which stays
+    if readable(b) and (not b.numel() or float(size.detach().max()) <= longest):
         return b
+    # A NaN norm fails the test above and stays NaN here.
     return b * (longest / size.clamp_min(longest))
 
 
@@ -109,4 +115,5 @@ def low_rank_blocks(x: Float[Tensor, "*batch p n"], b: Float[Tensor, "*batch p n
     """``XU`` (p×2p) and ``ZU`` (2p×2p) for ``U = [Xᴴ, Bᴴ]`` and ``Z = [B; −X]``, in three products."""
     xx, xb, bb = x @ x.mH, x @ b.mH, b @ b.mH
     xu = torch.cat([xx, xb], dim=-1)
+    # ZU = [[BXᴴ, BBᴴ], [−XXᴴ, −XBᴴ]]: the lower half is −XU.
     return xu, torch.cat([torch.cat([xb.mH, bb], dim=-1), -xu], dim=-2)

@@ -36,11 +36,12 @@ def exponential_step(x: Float[Tensor, "*batch p n"], b: Float[Tensor, "*batch p 
     p, n = x.shape[-2:]
     if not is_short(b) and x.dtype != in_double(x).dtype:
         return exponential_step(in_double(x), in_double(b)).to(x.dtype)
-    if 2 * p >= n:
+    if 2 * p >= n:  # A = XᴴB − BᴴX itself
         return x @ torch.linalg.matrix_exp(2 * skew(x.mH @ b))
     c = balance(b)
     b = b / c
     _, zu = low_rank_blocks(x, b)
-    # I is subtracted before Z is applied, so that X's own digits are not rounded again.
+    # The last p rows of expm(c ZU) − I, (*batch, p, 2p). I is subtracted before Z is applied: the step is then added
+    # to X, whose own digits are not rounded again.
     turned = torch.linalg.matrix_exp(c * zu)[..., p:, :] - torch.eye(2 * p, dtype=x.dtype, device=x.device)[p:]
     return x - turned[..., :p] @ b + turned[..., p:] @ x

@@ -20,5 +20,6 @@ def fill_like(x: Float[Tensor, "*batch p n"]) -> Float[Tensor, "p n"]:
     state, no memory between calls and nothing from the host.
     """
     p, n = x.shape[-2:]
+    # In double: √2 k² exceeds 2²⁴ from about k = 3400 on, where float32 has no digits after the point.
     k = torch.arange(1, p * n + 1, dtype=torch.float64, device=x.device)
     return ((2 / n) ** 0.5 * torch.cos(2**0.5 * k.square())).reshape(p, n).to(x.dtype)

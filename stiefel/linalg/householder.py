@@ -40,8 +40,10 @@ def householder_vectors(
     The inverse of :func:`householder_rows` up to the signs of rows, by LAPACK's QR decomposition.
     """
     p, n = x.shape[-2:]
+    # Xᵀ = QR with Qᵀ = householder_rows(V); for orthonormal X, R is diagonal with entries ±1: the signs.
     packed, tau = torch.geqrf(x.mT)
     signs = torch.sgn(packed.diagonal(dim1=-2, dim2=-1))
+    # geqrf stores v_i below R's diagonal, without its leading 1.
     vectors = packed.mT.triu(1) + torch.eye(p, n, dtype=x.dtype, device=x.device)
     # LAPACK's tau = 0 stands for no reflection; householder_rows reflects along e_i, which changes the row's sign.
     return vectors, torch.where(tau == 0, -signs, signs)

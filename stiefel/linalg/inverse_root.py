@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 NEAR = 0.8
 """Largest ‖E‖₂ for which (I + E)^{-1/2} is evaluated at once: by 24 terms, whose coefficients are all below 3."""
 SPREAD = 40.0
-"""Ratio of extreme eigenvalues that one coarse step brings well within NEAR of 1; it ends at about 100."""
+"""Ratio of extreme eigenvalues that the coarse polynomial is made for: residual below 0.1; at a ratio of 100, 0.5."""
 ITERATIONS, SMALLEST_ROOT = 12, 1e-5
 """Steps where nothing is read back, and the smallest singular value they are made for, relative to ‖VVᴴ‖_F^{1/2}."""
 SMALLEST_MEAN = 1e-28
@@ -65,12 +65,12 @@ def inverse_root_of_gram(v: Float[Tensor, "b p n"]) -> tuple[Float[Tensor, "b p 
     if not v.numel():
         return None
     gram = gram_matrix(v)
-    middle = _mean_eigenvalue(gram)
+    middle = _mean_eigenvalue(gram)  # the first choice of c, which makes tr E = 0
     # With NaN every test of ρ below is false, and the result is None.
     middle = torch.where(middle > SMALLEST_MEAN, middle, math.nan)
     e = _add_identity(gram / middle, -1)
     square = torch.bmm(e, e)
-    rho = _largest(square) ** 0.5
+    rho = _largest(square) ** 0.5  # ‖E‖₂ ≤ ‖E²‖_F^½
     if rho > 0.25:
         # A centre near the middle of the spectrum makes ρ smaller than the mean does.
         shift = _middle(e, square)
@@ -79,6 +79,7 @@ def inverse_root_of_gram(v: Float[Tensor, "b p n"]) -> tuple[Float[Tensor, "b p 
         rho = _largest(square) ** 0.5
     powers, rho = _powers(e, square, rho)
     if rho <= NEAR:
+        # M^{-1/2} = c^{-1/2} (I + E)^{-1/2}
         return _add_identity(_series(powers, rho)).mul_(middle.rsqrt()), gram
     return _far_root(v, middle, rho)
 
@@ -97,6 +98,7 @@ def _far_root(v: Tensor, middle: Tensor, rho: float) -> tuple[Tensor, Tensor] | 
     powers, rho = _powers(e, square, _largest(square) ** 0.5)
     if not rho <= NEAR:
         return None
+    # M^{-1/2} = c^{-1/2} (I + E)^{-1/2} Z₀, as all three commute.
     z = torch.bmm(_add_identity(_series(powers, rho)), first.to(v.dtype))
     return z.mul_(middle.rsqrt()), gram.to(v.dtype)
 
@@ -161,10 +163,11 @@ def _middle(e: Tensor, square: Tensor) -> Tensor:
 
 
 def _shifted(e: Tensor, square: Tensor, d: Tensor) -> tuple[Tensor, Tensor]:
-    """``(E − d)/(1 + d)`` and its square."""
+    """``(E − d)/(1 + d)`` and its square: E for the centre c(1 + d) instead of c."""
     scale = 1 / (1 + d)
     moved = e * scale
     moved.diagonal(dim1=-2, dim2=-1).sub_((d * scale)[..., 0])
+    # (E − d)² = E² − 2dE + d²
     square = torch.addcmul(square, e, d, value=-2) * scale.square()
     square.diagonal(dim1=-2, dim2=-1).add_((d * scale).square()[..., 0])
     return moved, square
@@ -189,6 +192,7 @@ def _powers(e: Tensor, square: Tensor, rho: float) -> tuple[list[Tensor], float]
         rho = min(rho, _largest(power) ** (1 / exponent))
         if rho > 1.2 * NEAR:  # further squarings would not bring it below NEAR
             break
+    # E³ is one more product, and with E⁴ each further product sums four terms instead of two.
     return [e, square, torch.bmm(square, e), fourth], rho
 
 
@@ -206,6 +210,7 @@ def _polynomial(coefficients: tuple[float, ...], powers: list[Tensor]) -> Tensor
     """``Σ_{j ≥ 1} a_j E^j`` in Horner's form over the highest power given; each step is one product."""
     width, degree = len(powers), len(coefficients)
     total: Tensor | None = None
+    # From the highest block down; a block is a_{low+1} E + … + a_{low+width} E^width, the highest may be shorter.
     for low in range((degree - 1) // width * width, -1, -width):
         block = coefficients[low] * powers[0]
         for a, power in zip(coefficients[low + 1 : low + width], powers[1:], strict=False):
@@ -222,11 +227,13 @@ def _series_coefficients(rho: float) -> tuple[float, ...]:
     The constant term of the Chebyshev fit is replaced by 1: the difference is within the truncation error.
     """
     rho = max(rho, 0.02)
+    # 64 nodes and degree 63: an interpolation, whose coefficients decay geometrically for ρ < 1.
     nodes = np.polynomial.chebyshev.chebpts1(64)
     terms = np.polynomial.chebyshev.chebfit(nodes, (1 + rho * nodes) ** -0.5, 63)
     # The sum of the dropped coefficients bounds the error, since Chebyshev polynomials are at most 1.
     tails = np.cumsum(np.abs(terms[::-1]))[::-1]
     degree = int(np.argmax(tails < TRUNCATION)) - 1
+    # From Chebyshev polynomials of e/ρ to powers of e.
     powers = np.polynomial.chebyshev.cheb2poly(terms[: degree + 1]) / rho ** np.arange(degree + 1)
     return tuple(float(a) for a in powers[1:])
 
@@ -255,7 +262,8 @@ def _coarse_coefficients() -> tuple[float, ...]:
     t = np.polynomial.chebyshev.chebpts1(400)
     root = np.sqrt(middle + half * t)
     weights, basis = np.ones_like(t), np.vander(t, 8, increasing=True)
-    for _ in range(200):  # Lawson's iteration: reweighted least squares
+    # Lawson's iteration: weighted least squares, whose weights grow where the error is large, tends to the minimax fit.
+    for _ in range(200):
         scale = np.sqrt(weights)
         a = np.linalg.lstsq(basis * (root * scale)[:, None], scale, rcond=None)[0]
         weights *= np.abs(1 - basis @ a * root)

@@ -56,6 +56,7 @@ def _run(polynomial: Map, count: int | None, x: Tensor) -> tuple[Tensor, Map]:
     if count is None and readable(x):
         y, before, after = _until_orthonormal(polynomial, x)
         return y, partial(_along, polynomial, before, after)
+    # Nothing can be read, or the number is given: it does not depend on X.
     before, after = (_most(polynomial), POLISH) if count is None else (count, 0)
     repeated = partial(_along, polynomial, *((before, after) if _on_gram(x) else (0, before + after)))
     return repeated(x), repeated
@@ -66,6 +67,7 @@ def _along(polynomial: Map, before: int, after: int, x: Tensor) -> Tensor:
     if before:
         wide = in_double(x)
         x = (gram_factor(before * [polynomial], _shifted_gram(wide)) @ wide).to(x.dtype)
+    # Only the last step needs a Gram matrix with an exact diagonal: later steps remove the rounding of earlier ones.
     for _ in range(after - 1):
         x = polynomial(x @ x.mH) @ x
     return polynomial(gram_matrix(x)) @ x if after else x
@@ -74,6 +76,7 @@ def _along(polynomial: Map, before: int, after: int, x: Tensor) -> Tensor:
 def _until_orthonormal(polynomial: Map, x: Tensor) -> tuple[Tensor, int, int]:
     """The limit, and the numbers of steps on the Gram matrix and on X itself."""
     most, before = _most(polynomial), 0
+    # On the p×p Gram matrix while the smallest singular values grow.
     if _on_gram(x):
         wide = in_double(x)
         gram, before = _shifted_gram(wide), 1
@@ -84,12 +87,14 @@ def _until_orthonormal(polynomial: Map, x: Tensor) -> tuple[Tensor, int, int]:
             t = polynomial(gram)
             z, before = t @ z, before + 1
         x = (z @ wide).to(x.dtype)
+    # On X itself, which removes what the Gram matrix has lost.
     for after in range(1, most - before + 2 * POLISH):
         gram = gram_matrix(x)
         x = polynomial(gram) @ x
         # At least two steps: one alone has another second derivative than the limit.
         if before + after > 1 and _is_near(gram, x.dtype):
             return x, before, after
+    # Too many steps: a singular value is 0, or below SMALLEST.
     return _completed(x), before, after
 
 

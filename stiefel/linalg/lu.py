@@ -27,6 +27,7 @@ def one_by_one(function: Callable[..., Tensor], *batches: Tensor) -> Tensor:
     outer = first.shape[:-2]
     if first.device.type != "cpu" or max(first.shape[-2:]) <= TOGETHER or outer.numel() < 2:
         return function(*batches)
+    # One tuple for each matrix of the batch, with its counterpart of every argument.
     matrices = zip(*(b.reshape(-1, *b.shape[-2:]).unbind() for b in batches), strict=True)
     results = torch.stack([function(*m) for m in matrices])
     return results.reshape(*outer, *results.shape[1:])
@@ -62,6 +63,7 @@ class _Solve(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor]:
+        # With Y = ∂L/∂X: ∂L/∂B = A⁻ᴴ Y and ∂L/∂A = −(∂L/∂B) Xᴴ.
         a, x = ctx.saved_tensors
         b = solve(a.mH, gradients[0])
         return -b @ x.mH, b
@@ -76,5 +78,6 @@ class _Solve(torch.autograd.Function):
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[int | None, int | None], a: Tensor, b: Tensor) -> tuple[Tensor, int]:
+        # Added in front, the new dimension is one more of the batch; an argument without it is broadcast by solve.
         a, b = (t if d is None else t.movedim(d, 0) for t, d in zip((a, b), in_dims, strict=True))
         return solve(a, b), 0

@@ -1,6 +1,6 @@
 """The Lyapunov equation: with a given eigendecomposition, differentiable to any order; and by products alone.
 
-Imports ``products``.
+Imports ``lu`` and ``products``.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ class _Lyapunov(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
         h, d, s, omega = ctx.saved_tensors
+        # Ω ↦ HΩ + ΩH is self-adjoint: Z = ∂L/∂C solves the same equation with ∂L/∂Ω on the right.
         z = lyapunov(h, grads[0], d, s)
         return -(z @ omega.mH + omega.mH @ z), z, None, None
 
@@ -78,7 +79,7 @@ def lyapunov_by_products(
     """
     scale = c.abs().amax(dim=(-2, -1), keepdim=True)
     c = c / torch.where(scale > 0, scale, 1)  # otherwise squares of small gradients would vanish
-    tiny = torch.finfo(h.dtype).tiny  # avoids 0/0: a converged matrix has direction 0, and stays
+    tiny = torch.finfo(h.dtype).tiny  # a matrix with C = 0 has direction 0: 0/tiny instead of 0/0
     # Start at the solution for H = (tr H/p) I, which is exact at condition number 1.
     omega = c / (2 * h.diagonal(dim1=-2, dim2=-1).real.mean(-1)[:, None, None])
     product = torch.bmm(h, omega)
@@ -93,6 +94,7 @@ def lyapunov_by_products(
         torch.sub(product, product.mH, out=image)
         omega.addcmul_(length, direction)
         residual.addcmul_(length, image, value=-1)
+        # The next direction: the residual + (size / before) · direction.
         before, size = size, inner(residual, residual)
         direction.mul_(size / (before + tiny)).add_(residual)
     return omega.mul_(scale)
@@ -116,6 +118,7 @@ def lyapunov_by_doubling(
 
     Source: Smith (1968), Matrix equation XA + BX = C, for the squared form.
     """
+    # μ lies between the extreme eigenvalues of H, near their geometric mean.
     mu = (torch.linalg.matrix_norm(h, keepdim=True) / torch.linalg.matrix_norm(z, keepdim=True)).sqrt()
     shift = mu * torch.eye(h.shape[-1], dtype=h.dtype, device=h.device)
     inverse = inverse_of(h + shift)

@@ -33,6 +33,7 @@ def msign(m: Float[Tensor, "*batch p n"], steps: int = 12) -> Float[Tensor, "*ba
 
     Source: Amsel, Persson, Musco and Gower, The Polar Express, 2025 (arXiv 2505.16932), Algorithm 1.
     """
+    # balance(M)·√p is ‖M‖_F, or √p for M = 0; 1.01 leaves room for rounding, since the first interval ends at 1.
     x = (m / (1.01 * m.shape[-2] ** 0.5 * balance(m))).reshape(-1, *m.shape[-2:])
     for a, b, c in quintics(steps, SMALLEST):
         gram = x @ x.mH
@@ -53,6 +54,7 @@ def quintics(steps: int, smallest: float) -> tuple[tuple[float, float, float], .
     for _ in range(steps):
         coefficients, error = _minimax_quintic(low, high)
         found.append(coefficients)
+        # The step maps [low, high] into this interval, for which the next polynomial is made.
         low, high = 1 - error, 1 + error
     return tuple(found)
 
@@ -64,6 +66,7 @@ def _minimax_quintic(low: float, high: float) -> tuple[tuple[float, float, float
     """
     if low > (1 - 1e-4) * high:  # the exchange is at rounding level; the limit is the quintic Newton-Schulz step
         u = (low + high) / 2
+        # p(u(1 + δ)) = 1 + 2.5δ³ + O(δ⁴), bounded here by 3|δ|³.
         return (15 / (8 * u), -10 / (8 * u**3), 3 / (8 * u**5)), max(abs(1 - low / u), abs(1 - high / u)) ** 3 * 3
     inner = np.array([(3 * low + high) / 4, (low + 3 * high) / 4])
     signs = np.array([1.0, -1.0, 1.0, -1.0])

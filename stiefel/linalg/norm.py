@@ -34,6 +34,7 @@ def spectral_radius(h: Float[Tensor, "*batch p p"], iterations: int = 40) -> Flo
 
 
 def _leading(h: Tensor, iterations: int) -> Tensor:
+    # The longest column of H, (*batch, p, 1).
     lengths = torch.linalg.vector_norm(h.detach(), dim=-2, keepdim=True)
     v = torch.take_along_dim(h, lengths.argmax(dim=-1, keepdim=True), dim=-1)
     v = _normalized(v) + _normalized(fill_like(v)) / 2  # half, so that the sum is not 0 at p = 1
@@ -58,6 +59,7 @@ class _SpectralRadius(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         (h,), scale = ctx.saved_tensors, gradients[0][..., None, None]
         if not torch.is_grad_enabled():
+            # ∂‖Hv‖/∂H = (Hv/‖Hv‖) vᴴ
             v = _leading(h, ctx.iterations)
             return scale * _normalized(h @ v) @ v.mH, None
         # For a second derivative the whole iteration is differentiated, not v as a constant.

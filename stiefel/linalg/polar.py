@@ -1,4 +1,4 @@
-"""The polar factor with a gradient that is finite and exact where singular values repeat. Imports ``linalg``."""
+"""The polar factor, whose gradient is finite and exact where singular values repeat. Imports ``linalg``, ``compat``."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def polar(
 def _fastest(v: Tensor) -> str:
     if v.dtype in _DOUBLE or is_traced():
         return "eigen"
-    if not may_wait(v):
+    if not may_wait(v):  # eigh and svd would make the host wait
         return "iteration"
     if v.dtype not in (torch.float32, torch.complex64):
         return "eigen"
@@ -112,7 +112,7 @@ def _decompose(v: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
             s = _floor(s, eps)
             return ((d / s.unsqueeze(-2)) @ d.mH) @ wide, d, s
     d, s, wh = torch.linalg.svd(wide, full_matrices=False)
-    # The factor is 0 only where the largest singular value is 0: V = 0 gives X = 0.
+    # D is kept unless s_max = 0: V = 0 gives X = 0 instead of whatever vectors LAPACK returns.
     x = (d * (s[..., None, :1] > 0)) @ wh
     return newton_schulz(x), d, _floor(s, eps)  # long rows of an SVD are orthonormal to 1e-13 only
 
@@ -129,6 +129,7 @@ class _Polar(torch.autograd.Function):
     def forward(v: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
         with full_precision(v.device):
             x, d, s = _decompose(v, eps)
+        # D and s are stored for the gradient: in V's precision, but not below float32.
         work = torch.promote_types(v.dtype, torch.float32)
         return x.to(v.dtype), d.to(work), s.to(work.to_real())
 
@@ -144,7 +145,7 @@ class _Polar(torch.autograd.Function):
         v, x, d, s = ctx.saved_tensors
         with full_precision(v.device):
             g = grads[0].to(d.dtype)
-            if torch.is_grad_enabled():
+            if torch.is_grad_enabled():  # under create_graph
                 gradient = _differentiable_gradient(v.to(d.dtype), g, d, s, ctx.eps)
             else:
                 rows = s.unsqueeze(-1)
@@ -178,7 +179,7 @@ class _PolarOfRoot(torch.autograd.Function):
         with full_precision(v.device):
             g, x = grads[0].to(z.dtype), x.to(z.dtype)
             a = g @ x.mH
-            c = a - a.mH
+            c = a - a.mH  # HΩ + ΩH = C
             # A batch of gradients (is_grads_batched) has no single number to read.
             waits = ctx.waits and not is_traced() and not is_batched_gradient(g)
             omega = lyapunov_by_products(h, c) if waits else lyapunov_by_doubling(h, z, c)
@@ -198,6 +199,7 @@ def _gradient_by_eigenvalues(v: Tensor, g: Tensor, eps: float) -> Tensor:
 
 def _differentiable_gradient(v: Tensor, g: Tensor, d: Tensor, s: Tensor, eps: float) -> Tensor:
     """The gradient as a function of V and G, for ``create_graph``: ``Ω X + H⁻¹ G (I − XᴴX)``, HΩ + ΩH = GXᴴ − XGᴴ."""
+    # X anew, as a function of V whose own gradient is this one: so derivatives of any order are exact.
     x = polar(v, eps)
     a = g @ x.mH
     h = _hermitian_factor(v, x, d, s)
@@ -208,4 +210,5 @@ def _hermitian_factor(v: Tensor, x: Tensor, d: Tensor, s: Tensor) -> Tensor:
     """``H = V Xᴴ`` with its derivative, and with the floored value ``D diag(s) Dᴴ`` that the plain gradient uses."""
     h = v @ x.mH
     h = (h + h.mH) / 2
+    # h − h.detach() has the value 0 and the derivative of H.
     return h + ((d * s.unsqueeze(-2)) @ d.mH - h).detach()

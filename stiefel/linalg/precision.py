@@ -36,6 +36,7 @@ def full_precision(device: torch.device) -> Iterator[None]:
     Autocast and TF32 leave an "orthonormal" matrix with a residual of 0.01 to 0.07 (bfloat16) or 3e-4 (TF32), and a
     dtype check cannot see it: a product under autocast can come back as float32 with bfloat16 accuracy.
     """
+    # The setting is global to the process: it is written only where it has to change.
     owner, attribute, exact = _switch(device)
     before = getattr(owner, attribute)
     if before != exact:

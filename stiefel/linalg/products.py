@@ -48,6 +48,7 @@ def gram_matrix(x: Float[Tensor, "*batch p n"]) -> Float[Tensor, "*batch p p"]:
 
 def _squared_lengths(x: Tensor) -> Tensor:
     """``‖xᵢ‖²`` of each row in double, added up block by block."""
+    # Blocks are (*batch, p, whole // BLOCK, BLOCK); the last n % BLOCK entries are a shorter block.
     whole = x.shape[-1] - x.shape[-1] % BLOCK
     blocks = torch.linalg.vector_norm(x[..., :whole].unflatten(-1, (whole // BLOCK, BLOCK)), dim=-1)
     rest = torch.linalg.vector_norm(x[..., whole:], dim=-1)
@@ -57,6 +58,7 @@ def _squared_lengths(x: Tensor) -> Tensor:
 def _set_diagonal(a: Tensor, values: Tensor) -> Tensor:
     """Replace A's diagonal in place; the gradient stays that of A."""
     diagonal = a.diagonal(dim1=-2, dim2=-1)
+    # The correction, a rounding error, is added as a constant.
     diagonal.add_((values - diagonal.real).to(a.dtype).detach())
     return a
 
@@ -128,7 +130,9 @@ def frobenius(b: Float[Tensor, "*batch p n"]) -> Float[Tensor, "*batch 1 1"]:
         smallest, largest = plain.detach().aminmax()
         if smallest > PLAIN[0] and largest < PLAIN[1]:  # one pass, and no tensor of B's size
             return plain
-    sizes = b.abs()  # which also spares a division of complex numbers, inaccurate at the ends of the range
+    # Divided by the largest entry, so that no square overflows; by absolute values, since a division of complex numbers
+    # is inaccurate at the ends of the range.
+    sizes = b.abs()
     largest = sizes.amax(dim=(-2, -1), keepdim=True)
     return largest * torch.linalg.matrix_norm(sizes / torch.where(largest > 0, largest, 1.0), keepdim=True)
 
@@ -161,7 +165,8 @@ def unit_sized(v: Float[Tensor, "*batch p n"]) -> Float[Tensor, "*batch p n"]:
             return v
     sizes = torch.maximum(fixed.real.abs(), fixed.imag.abs()) if fixed.is_complex() else fixed.abs()
     largest = sizes.amax(dim=(-2, -1), keepdim=True)
-    exponent = -torch.frexp(largest).exponent  # up to 149, and 2^149 overflows float32: two factors
+    # k can be 148 for the smallest float32, and 2^148 overflows: V is multiplied by two factors, one after the other.
+    exponent = -torch.frexp(largest).exponent
     half = exponent.div(2, rounding_mode="floor")
     instead = torch.eye(*v.shape[-2:], dtype=v.dtype, device=v.device) * (largest == 0)
     return v * torch.exp2(half.to(largest.dtype)) * torch.exp2((exponent - half).to(largest.dtype)) + instead

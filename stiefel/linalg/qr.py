@@ -55,7 +55,7 @@ def _near(a: Tensor) -> Tensor:
     """A series where A is almost orthonormal, Cholesky passes for thin A, as long as they hold, LAPACK otherwise."""
     p, n = a.shape[-2:]
     gram = gram_matrix(a)
-    # Not where derivatives are taken: a truncated series has another second derivative.
+    # A truncated series has another second derivative than the factor, so it is not used where derivatives are taken.
     if a.numel() and not (torch.is_grad_enabled() and a.requires_grad):
         e = gram - torch.eye(p, dtype=a.dtype, device=a.device)
         size, rounding = float(torch.linalg.vector_norm(e, dim=(-2, -1)).max()), torch.finfo(a.dtype).eps / 8
@@ -67,12 +67,14 @@ def _near(a: Tensor) -> Tensor:
     if failed.any():
         return _by_reflections(a)
     inverse = _inverse(factor)
+    # ‖L‖_F² ‖L⁻¹‖_F², which is p² for orthonormal rows and bounds κ² from above.
     squares = factor.detach().abs().square().sum((-2, -1)) * inverse.detach().abs().square().sum((-2, -1))
     spread = float(squares.max()) / p**2 if squares.numel() else 1.0
     if not spread <= MOST:
         return _by_reflections(a)
     q = inverse @ a
-    return q if spread <= 1 + (WELL_CONDITIONED - 1) / p else _pass(q)  # the mean may hide a small singular value
+    # A single singular value of 1/κ beside p − 1 of 1 gives a spread of only about 1 + (κ² − 1)/p.
+    return q if spread <= 1 + (WELL_CONDITIONED - 1) / p else _pass(q)
 
 
 def _series(e: Tensor, short: bool) -> Tensor:
@@ -128,6 +130,7 @@ def _without_waiting(a: Tensor) -> Tensor:
 def _shifted(a: Tensor) -> tuple[Tensor, Tensor]:
     """L⁻¹ and s, of the Cholesky factorization ``L Lᴴ = AAᴴ + sI`` that rounding cannot break."""
     gram = a @ a.mH
+    # (p + n) ε tr(AAᴴ) is above the rounding errors of the product and of the factorization.
     size = gram.diagonal(dim1=-2, dim2=-1).real.sum(-1)[..., None, None]
     shift = sum(a.shape[-2:]) * torch.finfo(a.dtype).eps * torch.where(size > 0, size, 1)
     eye = torch.eye(a.shape[-2], dtype=a.dtype, device=a.device)
@@ -135,6 +138,7 @@ def _shifted(a: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _by_reflections(a: Tensor) -> Tensor:
+    # Aᴴ = QR, so that A = RᴴQᴴ with L = Rᴴ.
     q, r = torch.linalg.qr(a.mH, mode="reduced")
     if a.is_complex() and readable(q) and not q.isfinite().all():  # LAPACK may give NaN for dependent rows
         sizes = a.detach().abs().amax(-1, keepdim=True)

@@ -1,4 +1,4 @@
-"""Maps that act on singular values alone, differentiated without storing intermediate results. Imports ``linalg``."""
+"""Maps that act on singular values alone, differentiated without storing steps. Imports ``linalg`` and ``compat``."""
 
 from __future__ import annotations
 
@@ -60,6 +60,7 @@ def gram_factor(polynomials: Iterable[Map], gram: Float[Tensor, "*batch p p"]) -
 class _SpectralMap(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, f: Callable[[Tensor], tuple[Tensor, Map]], x: Tensor) -> Tensor:
+        # The map of the backward pass must take the same number of steps as this one, and decide nothing anew.
         y, ctx.repeated = f(x)
         ctx.save_for_backward(x)
         return y
@@ -68,4 +69,5 @@ class _SpectralMap(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[None, Tensor]:
         (x,) = ctx.saved_tensors
         with full_precision(x.device):
+            # Self-adjoint: the vector-Jacobian product is a Jacobian-vector product.
             return None, torch.func.jvp(ctx.repeated, (x,), (gradients[0],))[1]

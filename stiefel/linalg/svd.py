@@ -77,6 +77,7 @@ def nearest_where(
     mask = lost[..., None, None]
     if may_wait(x):
         return torch.where(mask, nearest_orthonormal(x), otherwise) if lost.any() else otherwise
+    # ‖X‖₂² ≤ 1 + residual: divided by the root, singular values are in [0, 1], where the step raises them towards 1.
     return torch.where(mask, newton_schulz(x / (1 + residual[..., None, None]).sqrt()), otherwise)
 
 
@@ -90,7 +91,8 @@ def _by_products(v: Tensor) -> Tensor | None:
     e = gram_residual(v)
     size = float(torch.linalg.vector_norm(e, dim=(-2, -1)).max())
     for terms in (1, 2, 4):
-        if size <= (eps / 8 / abs(SERIES[terms])) ** (1 / (terms + 1)):  # not sizeᵏ ≤ …, which may overflow
+        # The first term left out, |c| sizeᵏ⁺¹, is to be below ε/8; solved for the size, since its power may overflow.
+        if size <= (eps / 8 / abs(SERIES[terms])) ** (1 / (terms + 1)):
             return torch.baddbmm(v, _series(e, terms), v)
     if v.dtype in (torch.float32, torch.complex64):
         root = inverse_root_of_gram(v)
@@ -122,7 +124,7 @@ def _by_iteration(v: Tensor) -> Tensor:
     Source: :func:`inverse_root_by_iteration`.
     """
     wide = in_double(v)
-    wide = wide / (balance(wide) * v.shape[-2] ** 0.5)
+    wide = wide / (balance(wide) * v.shape[-2] ** 0.5)  # ‖V‖_F = 1, so that eigenvalues of VVᴴ are at most 1
     x = iterated_inverse_root(wide @ wide.mH, 1.01, ITERATIONS, SMALLEST_ROOT) @ wide
-    x = x - gram_residual(x) @ fill_like(x)
+    x = x - gram_residual(x) @ fill_like(x)  # X₂ = X₁ + (I − X₁X₁ᴴ) F
     return (iterated_inverse_root(x @ x.mH, LARGEST, ITERATIONS + 2, SMALLEST_ROOT / 16) @ x).to(v.dtype)

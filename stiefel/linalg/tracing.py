@@ -1,4 +1,4 @@
-"""Whether code runs on ordinary tensors, or is being traced or transformed. Imports only torch."""
+"""Whether code runs on ordinary tensors, or is being traced or transformed. Imports ``compat``."""
 
 from __future__ import annotations
 

@@ -40,6 +40,7 @@ class _Whitened(torch.autograd.Function):
             d, s, x = torch.linalg.svd(in_double(v), full_matrices=False)
             # torch's singular values descend; PCA's eigenvalues ascend here, as eigh returns them.
             d, s, x = d.flip(-1), s.flip(-1), x.flip(-2)
+            # The sign of each column's entry of largest size, (*batch, 1, p).
             signs = torch.sgn(torch.take_along_dim(d, d.abs().argmax(dim=-2, keepdim=True), dim=-2))
             d, x = d * signs, newton_schulz(x * signs.mT)  # long rows of an SVD are orthonormal to 1e-13 only
             s = s.clamp_min(eps * s[..., -1:]).clamp_min(torch.finfo(s.dtype).tiny)
@@ -66,7 +67,10 @@ class _Once(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        raise RuntimeError("PCA whitening is differentiable once: its second derivative is unbounded near ties")
+        raise RuntimeError(
+            "PCA whitening is differentiable once: its second derivative is unbounded where eigenvalues meet; avoid "
+            "create_graph=True, or use another method"
+        )
 
 
 @torch.no_grad()
@@ -80,8 +84,10 @@ def _gradient(x: Tensor, d: Tensor, s: Tensor, gradient: Tensor, eps: float) -> 
         g = gradient.to(x.dtype)
         values = s.square()
         gaps = values.unsqueeze(-2) - values.unsqueeze(-1)
+        # 1/δ, bounded; values ascend, so the last is λ_max.
         k = gaps / (gaps.square() + (eps * values[..., -1:, None]).square())
         a = g @ x.mT
+        # ⟨G, −S⁻¹ (K∘E) S X⟩ = ⟨H, E⟩ with H_ij = −K_ij (GXᵀ)_ij s_j/s_i; then the part of d(S²) on the diagonal.
         h = -(a * s.unsqueeze(-2) / s.unsqueeze(-1)) * k
         h = sym(h - torch.diag_embed(a.diagonal(dim1=-2, dim2=-1) / (2 * values)))  # E is symmetric
         return d @ (2 * (h * s.unsqueeze(-2)) @ x + g / s.unsqueeze(-1))  # E = Dᵀ dV XᵀS + its transpose

@@ -41,10 +41,11 @@ class StepClock:
     def __enter__(self) -> StepClock:
         if self.device.type == "cuda":
             pair = (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
+            # The stream records the time when it gets there, so the host need not wait for the step to end.
             pair[0].record(torch.cuda.current_stream(self.device))
             self._events.append(pair)
         else:
-            self._cpu.append(-time.perf_counter())
+            self._cpu.append(-time.perf_counter())  # __exit__ adds the end
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -91,7 +92,7 @@ class StepClock:
 
 
 def _elapsed(pair: tuple[torch.cuda.Event, torch.cuda.Event]) -> float:
-    return pair[0].elapsed_time(pair[1]) / 1e3
+    return pair[0].elapsed_time(pair[1]) / 1e3  # milliseconds
 
 
 def interleaved(

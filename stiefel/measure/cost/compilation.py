@@ -1,4 +1,4 @@
-"""How long torch's compiler takes inside training steps, so that it can be subtracted. Imports torch."""
+"""How long torch's compiler takes inside training steps, so that it can be subtracted. Imports ``compat``."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class CompileClock:
     clock.seconds
 
     A model that is compiled compiles in its first step, and again where shapes change. Where nothing is compiled it
-    costs next to nothing. Torch before 2.7 does not report a backward pass that is compiled late.
+    costs next to nothing.
     """
 
     def __init__(self) -> None:

@@ -33,7 +33,7 @@ class EnergyMeter:
         if self._read is None:
             return None
         try:
-            return (self._read() - self._start) / 1e3
+            return (self._read() - self._start) / 1e3  # mJ to J
         except Exception as error:
             self._fail(error)
             return None

@@ -18,7 +18,7 @@ def no_gpu_reason(device: torch.device) -> str:
     """Why GPU fields are null for a run on ``device``."""
     if not torch.cuda.is_available():
         return "no CUDA device: torch.cuda.is_available() is False on this machine"
-    return f"the run was asked for on {device.type}, not on the GPU of this machine"
+    return f"the run was on {device.type}, not on this machine's GPU; choose the device cuda to measure it"
 
 
 def environment(device: torch.device) -> dict[str, Any]:
@@ -42,6 +42,7 @@ def environment(device: torch.device) -> dict[str, Any]:
 @cache
 def cpu_name() -> str:
     """The processor's model."""
+    # The file is Linux's, where platform.processor() is often empty.
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
@@ -65,6 +66,7 @@ def _commit() -> str | None:
     try:
         # Fails in a checkout that is not of this code, such as the user's own.
         subprocess.run([*git, "ls-files", "--error-unmatch", Path(__file__).name], **how)
+        # No tags: always the hash, so that records of one commit agree.
         describe = [*git, "describe", "--always", "--abbrev=12", "--dirty=+", "--exclude=*"]
         return subprocess.run(describe, **how).stdout.strip() or None
     except (OSError, subprocess.SubprocessError):

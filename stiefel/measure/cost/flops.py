@@ -1,4 +1,4 @@
-"""What one step computes: FLOPs of products and of factorizations, and dispatched operators. Imports ``formulas``.
+"""What a step computes: FLOPs of products and factorizations, dispatched operators. Imports ``formulas``, ``compat``.
 
 The numbers depend on shapes (and, for the matrix exponential, on the norm), not on the device or its load, so that two
 machines agree on them. Products are counted by the formulas of :mod:`torch.utils.flop_counter`, which counts zero for
@@ -62,8 +62,8 @@ def count(step: Callable[[], object]) -> StepCount:
         step()
     if counting.uncovered:
         raise UncountedOperatorError(
-            f"no count of FLOPs is known for {', '.join(sorted(counting.uncovered))}, and zero would be wrong; "
-            "register one with torch.utils.flop_counter.register_flop_formula, or compute it with another operator"
+            f"no FLOP formula is known for {', '.join(sorted(counting.uncovered))}; zero would be wrong. Register "
+            "one with torch.utils.flop_counter.register_flop_formula, or compute it with another operator"
         )
     return StepCount(
         matmul_flops=sum(n for op, n in counting.flops.items() if op not in FACTORIZATIONS),
@@ -93,8 +93,9 @@ class _Counting(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs, op = kwargs or {}, operator_of(func)
         formula = self.formulas.get(op)
+        # Composite operators, which arrive whole under inference_mode, are taken apart and their parts counted.
         if formula is None and func.namespace != "prim":
-            with self:  # under inference_mode composite operators arrive whole
+            with self:  # on again: inside this method the mode is off
                 out = func.decompose(*args, **kwargs)
             if out is not NotImplemented:
                 return out
@@ -107,6 +108,7 @@ class _Counting(TorchDispatchMode):
             real = formula(*args, **kwargs, out_val=out)
             self.flops[op] += round(real * (4 if _is_complex(args) else 1))  # 8 real operations instead of 2
         elif op not in _FREE and _LINEAR_ALGEBRA & set(op.__name__.split("_")):
+            # Collected rather than raised, so that the step runs to its end.
             self.uncovered.add(f"{func.namespace}.{op.__name__}")
         return out
 

@@ -1,4 +1,4 @@
-"""Floating-point operations of factorizations, and of the products that torch does not count. Imports only torch.
+"""Floating-point operations of factorizations, and of the products that torch does not count. Imports ``compat``.
 
 To leading order, from
 
@@ -49,6 +49,7 @@ def svd_flops(m: int, n: int, vectors: str | None) -> float:
         n: columns.
         vectors: None for singular values alone, ``"one side"``, ``"thin"`` (U₁ and V), or ``"full"``.
     """
+    # Of the matrix itself, and of its R factor after a QR, which pays for tall matrices.
     m, n = max(m, n), min(m, n)
     full = (4 * m**2 * n + 8 * m * n**2 + 9 * n**3, 4 * m**2 * n + 22 * n**3)
     return min(
@@ -93,6 +94,7 @@ def exponential_products(a: Tensor) -> int:
     if n <= 1 or a.numel() == 0:
         return 0
     theta = _THETA[torch.float64 if a.dtype in (torch.float64, torch.complex128) else torch.float32]
+    # ‖A‖₁, the largest column sum, of each matrix.
     norms = a.detach().abs().sum(-2).amax(-1).flatten().tolist()
     if len(norms) == 1 and norms[0] <= theta[-1]:
         return next(products for products, bound in enumerate(theta) if norms[0] <= bound)
@@ -124,10 +126,12 @@ def _lu(a: Tensor, *_: Any, **__: Any) -> float:
 
 
 def _solve(a: Tensor, *_: Any, out_val: Any, **__: Any) -> float:
+    # Two triangular solves, n² each for a right-hand side of length n.
     return _lu(a) + 2 * a.shape[-1] * out_val[0].numel()
 
 
 def _qr(a: Tensor, mode: str = "reduced", *_: Any, **__: Any) -> float:
+    # R alone, or also the first k columns of Q ("reduced"), or all m of them ("complete").
     (m, n), k = a.shape[-2:], min(a.shape[-2:])
     factor = reflections_flops(m, n, k)
     return _batch(a) * (factor + {"r": 0, "reduced": reflections_flops(m, k, k)}.get(mode, reflections_flops(m, m, k)))
@@ -156,6 +160,7 @@ def _multiply_reflectors(a: Tensor, tau: Tensor, c: Tensor, left: bool = True, *
 def _least_squares(a: Tensor, b: Tensor, rcond: Any = None, *, driver: str | None = None, out_val: Any) -> float:
     """QR, Qᴴb and a triangular solve (GVL 5.3.2); or, by the SVD drivers, Σ and V with Uᴴb as it goes (GVL 5.5.4)."""
     m, n = max(a.shape[-2:]), min(a.shape[-2:])
+    # Right-hand sides of each system: the solution is (*batch, n, columns).
     columns = out_val[0].numel() / max(1, a.shape[-1] * _batch(a))
     if driver in ("gelsd", "gelss"):
         return _batch(a) * (svd_flops(m, n, "one side") + columns * (2 * m * n + 2 * n**2))
@@ -211,12 +216,15 @@ def _convolution_backward(
     grad: Tensor, x: Tensor, weight: Tensor, *args: Any, out_val: Any = None, **kwargs: Any
 ) -> float:
     """As many products as forward for each gradient wanted; torch's own formula ignores groups in the weight's."""
+    # After the weight: bias_sizes, stride, padding, dilation, transposed, output_padding, groups, output_mask. The mask
+    # says which of ∂x, ∂weight, ∂bias are wanted.
     transposed, mask = args[4], args[7]
     positions = prod((x if transposed else grad).shape[2:]) * x.shape[0]
     return 2 * positions * weight.numel() * (bool(mask[0]) + bool(mask[1]))
 
 
 def _attention(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> float:
+    # Scores QKᵀ, length × keys × width, and their product with the values.
     batch, heads, length, width = query.shape
     return 2 * batch * heads * length * key.shape[-2] * (width + value.shape[-1])
 

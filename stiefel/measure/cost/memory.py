@@ -16,6 +16,7 @@ def peak_resident_bytes() -> int | None:
     """Peak resident size of this process so far; None on Windows."""
     if resource is None:
         return None
+    # ru_maxrss is in bytes on macOS, in KiB elsewhere.
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 

@@ -34,7 +34,7 @@ def gpu_cost(device: torch.device, step: Callable[[], object], *, seconds: float
         return fields | {"gpu_reason": no_gpu_reason(device)}
     step()  # allocates the optimizer's state and workspaces
     torch.cuda.synchronize(device)
-    torch.cuda.reset_peak_memory_stats(device)
+    torch.cuda.reset_peak_memory_stats(device)  # so that the peak is that of a later step
     step()
     torch.cuda.synchronize(device)
     fields["gpu_peak_bytes"] = peak_allocated_bytes(device)
@@ -42,6 +42,7 @@ def gpu_cost(device: torch.device, step: Callable[[], object], *, seconds: float
     meter, steps, start = EnergyMeter(device), 0, time.perf_counter()
     while meter.reason is None and time.perf_counter() - start < seconds:
         step()
+        # Otherwise the host would run ahead, and count steps whose energy is not yet spent.
         torch.cuda.synchronize(device)
         steps += 1
     joules = meter.joules()

@@ -96,17 +96,17 @@ def dependence(model: nn.Module, loss: Loss, *, length: float = 0.01, most: int 
     projection: Absil, Mahony and Sepulchre 2008, proposition 5.3.2. Dependent manifolds: Huang et al., AAAI 2018.
     """
     if not (length > 0 and math.isfinite(length)):
-        raise OptionError(f"length={length!r}: expected a positive number, as 0.01")
+        raise OptionError(f"length={length!r}: expected a positive finite number, for example 0.01")
     if most is not None and most < 1:
-        raise OptionError(f"most={most!r}: expected a positive number of layers or None")
+        raise OptionError(f"most={most!r}: expected a number of layers of at least 1, or None for all")
     points = [Point(weight) for weight in _spread(list(constrained_weights(model)), most)]
     plain = PlainCopy(model, points, loss)
-    before = plain.tangents()
+    before = plain.tangents()  # ξ_l of each layer l
     turn = torch.full((len(points), len(points)), math.nan, dtype=torch.float64)
     for m, (point, own) in enumerate(zip(points, before, strict=True)):
         norm = torch.linalg.vector_norm(own)
         if not norm > 0:
-            continue
+            continue  # column m stays NaN
         x = retract_polar(point.x, -length * point.norm / norm * own)
         with plain.moved(m, x):
             after = plain.tangents({m: x})
@@ -141,9 +141,11 @@ class Point:
         x = self.x if x is None else x
         if gradient is None:
             return torch.zeros_like(x)
+        # The chain rule of W = g s X
         found = self.scale * self.layout.matrices(in_double(gradient.detach()))
         found = found if self.gains is None else self.gains * found
         tangent = project_tangent(x, found)
+        # The projection's rounding error in the gradient's precision: a tangent part below it has no direction.
         rounding = 4 * x.shape[-1] * torch.finfo(gradient.dtype).eps * torch.linalg.vector_norm(found)
         return torch.zeros_like(x) if torch.linalg.vector_norm(tangent) <= rounding else tangent
 
@@ -156,6 +158,7 @@ class Point:
         """The weight moved as the nearest point moves to x."""
         moved = x - self.x
         change = self.layout.weight(moved if self.gains is None else self.gains * moved)
+        # The change is added to W rather than computed from x, so that the part off the set stays as it is.
         return (in_double(self.weight) + change).to(self.weight.dtype)
 
 
@@ -164,6 +167,7 @@ class PlainCopy:
 
     def __init__(self, model: nn.Module, points: Sequence[Point], loss: Loss) -> None:
         self.points, self.loss = points, loss
+        # Released, a weight is a plain parameter: its gradient is ∂L/∂W, not that of a proxy.
         self.model = release(copy.deepcopy(model)).requires_grad_(False)
         self.weights = [self.model.get_parameter(point.name).requires_grad_() for point in points]
 
@@ -171,13 +175,14 @@ class PlainCopy:
         """∂L/∂W of each, None where the loss does not depend on it; from the current random state."""
         if not self.weights:
             return []
+        # The same dropout masks in every call, or turns would be those of the noise.
         with frozen_random_state(self.model), torch.enable_grad():
             loss = self.loss(self.model)
             if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.requires_grad:
                 came = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
                 raise OptionError(
                     f"loss(model) returned {came}; it has to return a tensor of one element that depends on the "
-                    "weights of the model that it is given (which is a copy), with gradients"
+                    "weights of the model passed to it (a copy of yours), with requires_grad"
                 )
             return list(torch.autograd.grad(loss.reshape(()), self.weights, allow_unused=True))
 
@@ -217,5 +222,6 @@ def _angle(a: Tensor, b: Tensor) -> float:
     lengths = torch.linalg.vector_norm(a), torch.linalg.vector_norm(b)
     if not (lengths[0] > 0 and lengths[1] > 0):
         return math.nan
+    # Not acos⟨a, b⟩, which has an error of √ε at small angles.
     a, b = a / lengths[0], b / lengths[1]
     return 2 * math.atan2(torch.linalg.vector_norm(a - b).item(), torch.linalg.vector_norm(a + b).item())

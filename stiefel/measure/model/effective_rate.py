@@ -55,12 +55,12 @@ def effective_rates(model: nn.Module, loss: Loss) -> dict[str, float | None]:
     if not (any(trained) and 0 < steepest < float("inf")):
         return rates
     directions = [g / steepest if g is not None and t else None for g, t in zip(gradients, trained, strict=True)]
-    size = _difference(weights)
+    size = _difference(weights)  # relative length of the longest step; its rate is size / steepest
     downhill, uphill = (_after(model, directions, way * size) for way in (1.0, -1.0))
     for weight, point, length, one, other in zip(weights, points, lengths, downhill, uphill, strict=True):
         if length > 0 and weight.parameter.requires_grad and not weight.binding.constraint.step_length:
             moved = project_tangent(point.x, point.coordinates(one) - point.coordinates(other)) / 2
-            projected = size / steepest * length / point.scale**2
+            projected = size / steepest * length / point.scale**2  # lr ‖P(G)‖ in X's coordinates
             rates[weight.name] = torch.linalg.vector_norm(moved).item() / projected
     return rates
 
@@ -76,6 +76,7 @@ def _difference(weights: Iterable[ConstrainedWeight]) -> float:
 
 def _after(model: nn.Module, directions: list[Tensor | None], size: float) -> list[Tensor]:
     """The weights after a plain SGD step of rate ``|size|`` down the given gradients, or up where it is negative."""
+    # In double, because the difference of the two small steps loses digits.
     stepped = copy.deepcopy(model).double()
     weights = list(constrained_weights(stepped))
     sgd = optimizer(stepped, torch.optim.SGD, lr=abs(size))
@@ -85,7 +86,8 @@ def _after(model: nn.Module, directions: list[Tensor | None], size: float) -> li
         terms = []
         for weight, direction in zip(weights, directions, strict=True):
             if direction is not None:
-                now = _fresh(weight)  # Re⟨W, direction⟩ has the direction as its gradient everywhere
+                # The loss Re⟨W, direction⟩ has this direction as its gradient at every W.
+                now = _fresh(weight)
                 terms.append((now * (sign * direction).to(now.dtype).conj()).real.sum())
         torch.stack([t.to(terms[0]) for t in terms]).sum().backward()
         sgd.step()

@@ -89,7 +89,7 @@ def errors(module: nn.Module) -> dict[str, float]:
 def _determinant(x: Tensor) -> int | None:
     if x.shape[-2] != x.shape[-1] or x.is_complex():
         return None
-    signs = one_by_one(torch.linalg.det, x).sign()
+    signs = one_by_one(torch.linalg.det, x).sign()  # one for each matrix
     return int(signs[0]) if (signs == signs[0]).all() else 0
 
 
@@ -106,7 +106,7 @@ def report(module: nn.Module) -> OrthogonalityReport:
         relative = weight.residual()
         # A matrix with NaN (the only number unequal to itself) cannot be decomposed.
         sigma = torch.linalg.svdvals(x) if relative == relative else torch.full(x.shape[:2], float("nan"))
-        high, low = sigma[:, 0], sigma[:, -1]
+        high, low = sigma[:, 0], sigma[:, -1]  # singular values descend
         method, tally = weight.binding.constraint, weight.binding.tally
         rows.append(
             WeightRow(
@@ -114,6 +114,7 @@ def report(module: nn.Module) -> OrthogonalityReport:
                 method=method.name,
                 layout=str(weight.binding.layout),
                 scale=method.scale if method.scale == "learnable" else method.fixed_scale,
+                # residual() is relative to √p.
                 error=relative * x.shape[-2] ** 0.5,
                 relative=relative,
                 sigma_max=high.max().item(),

@@ -70,6 +70,7 @@ def preservation(model: nn.Module, run: Callable[[], Tensor]) -> dict[str, Layer
             came = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
             raise OptionError(f"run() returned {came}; it has to return the loss, a tensor of one element")
         if loss.requires_grad and probe.inputs:
+            # The result is dropped: the probe's hooks see the gradients on their way, and no ``.grad`` is written.
             torch.autograd.grad(loss.reshape(()), probe.inputs, allow_unused=True)
     return probe.layers()
 
@@ -97,6 +98,7 @@ def redundancy(module: nn.Module) -> dict[str, float | None]:
             continue
         unit = nn.functional.normalize(filters, dim=-1)
         cosines = (unit @ unit.mH).abs()
+        # The diagonal, |cos| = 1 of a filter with itself, is left out; out(out − 1) ordered pairs remain.
         off = cosines.sum() - cosines.diagonal(dim1=-2, dim2=-1).sum()
         found[weight.name] = off.item() / (len(filters) * layout.out * (layout.out - 1))
     return found
@@ -111,11 +113,13 @@ class _Sums:
 
     def add(self, which: str, x: Tensor) -> None:
         x = x.detach()
+        # abs, since vector_norm computes a complex tensor in complex dtypes only; float64, since squares in half
+        # precision overflow.
         square = torch.linalg.vector_norm(x.abs() if x.is_complex() else x, dtype=torch.float64) ** 2
         self.squares[which] = self.squares[which] + square if which in self.squares else square
 
     def norm(self, which: str) -> float | None:
-        """Per call."""
+        """Root of the squared norm per call; None if it was not seen."""
         return (self.squares[which].item() / self.calls) ** 0.5 if which in self.squares else None
 
 
@@ -157,6 +161,7 @@ class Probe:
         """What was seen so far; waits for the device."""
         rows = list(self._sums.values())  # in the order of first calls
         first = rows[0].norm("x") if rows else None
+        # The last layer that a gradient reached: backward, the signal starts there.
         last = next((s.norm("dy") for s in reversed(rows) if "dy" in s.squares), None)
         found = {}
         for name, sums in self._sums.items():
@@ -168,15 +173,16 @@ class Probe:
             if weight.name not in found:
                 linear = _is_linear_map(weight.owner, weight.tensor)
                 why = (
-                    "it was not called (new hooks do not reach a compiled model)"
+                    "it was not called, or the model was compiled before, and new hooks do not run"
                     if linear
-                    else f"{type(weight.owner).__name__} does not show the product with its {weight.tensor} by itself"
+                    else f"a {type(weight.owner).__name__} does not return the product with {weight.tensor} alone"
                 )
                 found[weight.name] = LayerSignal(None, None, None, None, 0, why)
         return found
 
     def _hooks(self, name: str) -> tuple[Callable[..., Any], Callable[..., None]]:
         def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            # Layers may be called as layer(x) or layer(input=x).
             x = args[0] if args else kwargs["input"]
             sums = self._sums.setdefault(name, _Sums())
             sums.calls += 1
@@ -184,6 +190,7 @@ class Probe:
             if not torch.is_grad_enabled() or x.is_inference():
                 return None
             # A hook on x itself would see the gradients through all layers that x enters.
+            # An input without a gradient gets one here, or ∂L/∂x of the first layer would not be computed.
             seen = x.view_as(x) if x.requires_grad else x.detach().requires_grad_()
             seen.register_hook(lambda gradient: sums.add("dx", gradient))
             self.inputs.append(seen)
@@ -207,6 +214,7 @@ def _without_bias(y: Tensor, module: nn.Module) -> Tensor:
     assert isinstance(module, (nn.Linear, CONVOLUTIONS))
     if module.bias is None:
         return y
+    # (channels, 1, …): broadcasts over the positions of a feature map.
     positions = len(module.kernel_size) if isinstance(module, CONVOLUTIONS) else 0
     return in_double(y) - in_double(module.bias.detach()).reshape(-1, *(1,) * positions)
 

@@ -43,7 +43,7 @@ def activation_variance(model: nn.Module, run: Callable[[], Any]) -> dict[str, f
     def watch(name: str, dimension: int) -> Callable[..., None]:
         def after(module: nn.Module, args: Any, output: Any) -> None:
             y = output[0] if isinstance(output, (tuple, list)) and output else output
-            if isinstance(y, Tensor) and y.ndim >= -dimension + 1:
+            if isinstance(y, Tensor) and y.ndim >= -dimension + 1:  # units, positions and examples
                 moments = _moments(y, dimension)
                 sums[name] = [a + b for a, b in zip(sums[name], moments, strict=True)] if name in sums else moments
 
@@ -53,20 +53,21 @@ def activation_variance(model: nn.Module, run: Callable[[], Any]) -> dict[str, f
     try:
         for weight in weights:
             positions = len(weight.owner.kernel_size) if isinstance(weight.owner, CONVOLUTIONS) else 0
-            hook = watch(weight.name, -1 - positions)
-            handles.append(weight.owner.register_forward_hook(hook, prepend=True))
+            hook = watch(weight.name, -1 - positions)  # channels stand before the positions
+            handles.append(weight.owner.register_forward_hook(hook, prepend=True))  # others may change the output
         run()
     finally:
         for handle in handles:
             handle.remove()
     found: dict[str, float | None] = {}
     for name, (total, square, count) in sums.items():
-        found[name] = (square / count - (total / count).abs() ** 2).mean().item()
+        found[name] = (square / count - (total / count).abs() ** 2).mean().item()  # E|y|² − |E y|²
     return found | {weight.name: None for weight in weights if weight.name not in found}
 
 
 @torch.no_grad()
 def _moments(y: Tensor, dimension: int) -> list[Tensor | int]:
     """Per unit, the sums of its values and of their squares; how many values each has."""
+    # (values, units), in double because the variance is a difference of these sums.
     units = in_double(y.detach()).movedim(dimension, -1).flatten(0, -2)
     return [units.sum(0), (units.abs() ** 2).sum(0), len(units)]

@@ -71,7 +71,7 @@ class Opening:
         """Account for one measurement."""
         self.first = self.first or step
         self.taken += 1
-        # Half the even spacing of those that are left: waiting for a step to end at most doubles it.
+        # Half of an even spacing of those left: a measurement waits for the end of a step, which may double it.
         left = max(1, self.MEASUREMENTS + 1 - self.taken)
         self.due = trained + (self.SECONDS - trained) / left / 2
         self.due_step = step + max(1, (step - self.first) // 4)
@@ -174,13 +174,14 @@ class Cadence:
     def _has_new(self, step: int, names: Collection[str]) -> bool:
         self._names_at |= dict.fromkeys(self._names, self._names_step)
         self._names, self._names_step = frozenset(names), step
+        # New is a name that was not logged at the step before, such as a metric of every epoch.
         return any(self._names_at.get(name, -1) < step - 1 for name in names)
 
     # --- what was done ---
 
     def idled(self, step: int, seconds: float) -> None:
         """Account for a step at which nothing was due."""
-        self._names_step = step
+        self._names_step = step  # idle() has compared the names
         self.writing.spent += seconds
 
     def measured(self, step: int) -> None:

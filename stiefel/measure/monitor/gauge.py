@@ -87,4 +87,5 @@ class Gauge:
 def _worst(values: Iterable[float]) -> float | None:
     """The largest, NaN where there is one; None of none."""
     found = list(values)
+    # max() alone would pass over a NaN that is not the first.
     return float("nan") if any(v != v for v in found) else max(found, default=None)

@@ -28,6 +28,7 @@ class EvenSample:
         """Append an entry, or leave it out."""
         if self.seen % self.stride == 0:
             self.entries.append(entry)
+            # What is kept stays at multiples of the stride, so it is evenly spread.
             if len(self.entries) > self.limit:
                 self.entries, self.stride = self.entries[::2], 2 * self.stride
         self.seen += 1
@@ -66,6 +67,7 @@ def taken(values: dict[str, Any]) -> dict[str, Any]:
         OptionError: a value is not a single real number.
     """
     for name, value in values.items():
+        # The common case first: this runs in every step.
         if value.__class__ is not float:
             values[name] = _taken(name, value)
     return values
@@ -79,6 +81,7 @@ def _taken(name: str, value: Any) -> Any:
     elif isinstance(value, (int, float)):
         return value
     elif isinstance(value, numbers.Real):
+        # A number of numpy, or a fraction.
         return value.item() if hasattr(value, "item") else float(value)
     else:
         came = type(value).__name__
@@ -94,6 +97,7 @@ class Transfer:
         # Pinned, because a copy to pageable memory would make the host wait.
         self._here = torch.empty(there.shape, dtype=there.dtype, pin_memory=True).copy_(there, non_blocking=True)
         self._ready = torch.cuda.Event()
+        # Reached once the copy, queued before it on this stream, is done.
         self._ready.record(torch.cuda.current_stream(there.device))
 
     @property

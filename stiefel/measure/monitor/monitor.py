@@ -76,9 +76,11 @@ class Monitor:
         step: int = 0,
     ) -> None:
         if every is not None and every < 1:
-            raise OptionError(f"every={every} is not a number of steps; use 1 or more, or None for what 1 % pays")
+            raise OptionError(
+                f"every={every}: expected at least 1 step, or None to measure within 1 % of training time"
+            )
         if isinstance(sinks, str) or not isinstance(sinks, Iterable):
-            raise OptionError(f"sinks={sinks!r} has to be a list of sinks")
+            raise OptionError(f"sinks={sinks!r} has to be a list of sinks, for example ['log.jsonl']")
         first = next(model.parameters(), None)
         self.step, self.signal = step, signal
         self.device = torch.device(device) if device else first.device if first is not None else torch.device("cpu")
@@ -99,10 +101,10 @@ class Monitor:
     def __enter__(self) -> Monitor:
         start = time.perf_counter()
         if self._inside:
-            raise OptionError("a monitor times one step at a time, and was entered inside its own `with`")
+            raise OptionError("a monitor times one step at a time: it cannot be entered again inside its own `with`")
         if self._unlogged:
             self.log()
-            start = time.perf_counter()
+            start = time.perf_counter()  # log has accounted for its own time
         if self.signal and self._cadence.looks(self.step) and (model := self._gauge.model) is not None:
             self._probe = Probe(model)
             self._probe.__enter__()
@@ -183,6 +185,7 @@ class Monitor:
     def _record(self, names: Collection[str], due: Due) -> None:
         start = time.perf_counter()
         row: Row = {"step": self.step, "seconds": None, "time": start - self._start}
+        # Before measuring, which waits for the device: meanwhile the numbers are transferred.
         pending = self._rows.begin(row, names, marked=due is not Due.ROW)
         if due is Due.MEASURED:
             self._gauge.measure(row, self._probe)
@@ -197,7 +200,7 @@ class Monitor:
         durations = self._rows.durations
         for seconds in self._clock.drain(wait=wait):
             timed = durations.add(seconds)
-            if timed and not self._on_host:
+            if timed and not self._on_host:  # on the host __exit__ has added it
                 self._cadence.trained += seconds
             elif not timed and (usual := durations.usual) is not None:
                 self._cadence.looked(seconds, usual)

@@ -85,7 +85,7 @@ class Rows:
 
     def begin(self, row: Row, names: Collection[str], *, marked: bool) -> Pending:
         """Add the numbers of these names at its step to a row, and start transferring those that wait on a device."""
-        row |= dict.fromkeys(names)
+        row |= dict.fromkeys(names)  # None until they arrive; this fixes their order in the row
         pending = Pending(self.history.send(), row, tuple(names), marked)
         row |= self.history.numbers(row["step"], names)
         return pending

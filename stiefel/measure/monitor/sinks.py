@@ -77,6 +77,7 @@ class _File(ABC):
     def append(self, text: str) -> None:
         if self._file is None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
+            # A new line, so that the torn one does not swallow this row.
             if self._ends_torn():
                 text = "\n" + text
             self._file = self.path.open("a", encoding="utf-8", newline="")
@@ -106,6 +107,7 @@ class JsonLines(_File):
 
     def write(self, row: Row) -> None:
         """Append a row."""
+        # JSON has no NaN and no infinity; other readers refuse the words that Python writes for them.
         lost = {k: str(v) for k, v in flat(row) if isinstance(v, float) and not math.isfinite(v)}
         self.append(json.dumps({**_finite(row), "nonfinite": lost} if lost else row, allow_nan=False) + "\n")
 
@@ -132,6 +134,7 @@ class Table(_File):
         """Append a row."""
         cells = dict(flat(row))
         if self._columns is None:
+            # A file of an earlier run is continued with its columns.
             self._columns = next(iter(self._read()), [])
         new = [name for name in cells if name not in self._columns]
         if new:
@@ -145,11 +148,12 @@ class Table(_File):
             return list(csv.reader(file))
 
     def _widen(self, new: list[str]) -> None:
-        self.close()
+        self.close()  # writes out what is buffered, before the file is read
         assert self._columns is not None
         self._columns += new
         body = (row + [""] * (len(self._columns) - len(row)) for row in self._read()[1:])
         self.path.parent.mkdir(parents=True, exist_ok=True)
+        # In the same folder, since os.replace is atomic within one file system only.
         draft = self.path.with_name(self.path.name + ".new")
         draft.write_text(_line(self._columns) + "".join(map(_line, body)), encoding="utf-8", newline="")
         os.replace(draft, self.path)
@@ -157,6 +161,7 @@ class Table(_File):
 
 def _line(cells: Any) -> str:
     texts = ("" if cell is None else str(cell) for cell in cells)
+    # Quoted as RFC 4180 has it, only where needed.
     return ",".join('"' + t.replace('"', '""') + '"' if set(t) & set(',"\n\r') else t for t in texts) + "\n"
 
 

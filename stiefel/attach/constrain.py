@@ -59,6 +59,7 @@ def constrain(
         LayoutError: the set is empty at a weight's shape, for instance a group size that does not divide.
     """
     method = _method(constraint, options)
+    # All checks run here, before the loop below makes the first change.
     plan = [_planned(target, method) for target in select(module, layers, exclude)]
     for attach in plan:
         attach()
@@ -73,7 +74,9 @@ def _method(constraint: str | Constraint, options: dict[str, Any]) -> Constraint
     if not isinstance(constraint, Constraint):
         raise OptionError(f"constraint={constraint!r}: expected a method's name or a stiefel.Constraint")
     if options:
-        raise OptionError(f"options {sorted(options)} belong inside the {type(constraint).__name__} object given")
+        raise OptionError(
+            f"options {sorted(options)} are given beside a {type(constraint).__name__} object; set them inside it"
+        )
     return constraint
 
 
@@ -112,7 +115,7 @@ def release(module: nn.Module) -> nn.Module:
         unbind(owner, tensor)
         if not bindings_of(owner):
             remove_weight_hooks(owner)
-    for each in module.modules():
+    for each in module.modules():  # each submodule on which constrain was called has hooks of its own
         stop_prefetch(each)
     for parameter, value in values.values():
         parameter.copy_(value)  # with tied layers, releasing the first has changed what the others compute
@@ -140,8 +143,8 @@ def project(module: nn.Module) -> nn.Module:
     for found in constrained_weights(module):
         if not found.value.isfinite().all():
             raise WeightError(
-                f"weight '{found.binding.label}' has entries that are NaN or infinite, of which no point of its set is "
-                "the nearest: go back to a checkpoint from before the loss diverged"
+                f"weight '{found.binding.label}' has entries that are NaN or infinite, and therefore "
+                "no nearest point on its set; load a checkpoint from before the loss diverged"
             )
         if found.may_be_off_set and found.residual() > ROUNDING * torch.finfo(found.parameter.dtype).eps:
             found.move_to_nearest()
@@ -169,6 +172,7 @@ def _attach_forward(target: Target, binding: Binding, parametrization: Reparamet
     owners = (target, *target.ties)
     parameter, trained = target.parameter, target.parameter.requires_grad
     for each in owners:  # tied layers share the parametrization, and with it a learnable scale
+        # Before torch takes the tensor from the module's own parameters.
         position = list(parameters_of(each.owner)).index(each.tensor)
         parametrize.register_parametrization(each.owner, each.tensor, parametrization)
         add_quick_access(each.owner, each.tensor)
@@ -203,5 +207,6 @@ def _give_own_class(owner: nn.Module) -> None:
 def _restore_order(owner: nn.Module, tensor: str, position: int) -> None:
     parameters = parameters_of(owner)
     names = [name for name in parameters if name != tensor]
+    # Popped and inserted again, an entry is last: first the tensor, then those that come after it.
     for name in [tensor, *names[position:]]:
         parameters[name] = parameters.pop(name)

@@ -55,7 +55,10 @@ def _after_load(owner: nn.Module, incompatible_keys: Any) -> None:
             continue
         residual = found.residual()
         if residual != residual:  # NaN: no point of the set is the nearest
-            raise WeightError(f"weight '{binding.label}' was loaded with entries that are NaN or infinite")
+            raise WeightError(
+                f"weight '{binding.label}' was loaded with entries that are NaN or infinite; load "
+                "a checkpoint from before the loss diverged"
+            )
         if not found.allows(residual):
             found.move_to_nearest()
             warnings.warn(
@@ -76,6 +79,7 @@ def _drop_flat_weights(owner: nn.Module, *args: Any) -> None:
 
 def _save_tally(owner: nn.Module, state: dict[str, Any], prefix: str, metadata: dict[str, Any]) -> None:
     """Keep tallies in the state dict's metadata, so that its keys stay those of a plain module."""
+    # A count that is still on a device is read here: a checkpoint holds numbers.
     metadata["stiefel"] = {
         tensor: (b.tally.steps, None if b.tally.shortened is None else int(b.tally.shortened))
         for tensor, b in bindings_of(owner).items()

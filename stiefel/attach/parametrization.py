@@ -48,10 +48,11 @@ class Reparametrized(Convertible):
         proxy, parts = self._start(weight)
         self.names = tuple(parts)  # a replica of a module (DataParallel) has no dictionary of its parameters
         for name, part in parts.items():
+            # A bucket concatenates the parts of several weights along that dimension.
             if not part.ndim or len(part) != binding.layout.matrix_shape[0]:
                 raise StiefelError(
-                    f"{binding.constraint.name!r} starts with {name!r} of shape {tuple(part.shape)}: its first "
-                    f"dimension must be that of the batch of matrices, here {binding.layout.matrix_shape[0]}"
+                    f"start() of {binding.constraint.name!r} returned {name!r} of shape {tuple(part.shape)}: its first "
+                    f"dimension must be the number of matrices, here {binding.layout.matrix_shape[0]}"
                 )
             if isinstance(part, nn.Parameter):
                 self.parts.register_parameter(name, part)
@@ -70,7 +71,7 @@ class Reparametrized(Convertible):
             ready = self.ready(proxy)
             if ready is not None:
                 return ready
-            self.cached = None
+            self.cached = None  # out of date, or of no use while gradients are recorded
             if not needs_graph(tensors) and can_be_watched(tensors):
                 return self._cache(tensors)
         return self._computed(tensors)
@@ -157,6 +158,7 @@ class Bucket:
             WeightError: the model was converted to a precision in which no weight is orthogonal.
         """
         width = len(tensors) // len(self.parametrizations)
+        # Proxy, gain and parts of the first weight, then those of the second: a kind is every width-th tensor.
         proxies, *others = [tensors[i::width] for i in range(width)]
         for p, proxy in zip(self.parametrizations, proxies, strict=True):
             require_exact(proxy.dtype, p.binding.label)
@@ -169,7 +171,7 @@ class Bucket:
         """The weights, in units of X but with their gains, as functions of the stacked tensors."""
         x = self.held(stacked)
         with full_precision(x.device):
-            return x if self.first.gain is None else x * stacked[1].reshape(*x.shape[:2], 1)
+            return x if self.first.gain is None else x * stacked[1].reshape(*x.shape[:2], 1)  # (Σb·p,) → (Σb, p, 1)
 
     def held(self, stacked: Sequence[Tensor]) -> Tensor:
         """The weights in units of X without gains: the points that the method keeps on its set.
@@ -180,6 +182,7 @@ class Bucket:
         method, names = self.first.binding.constraint, self.first.names
         assert isinstance(method, Reparameterization)
         with full_precision(stacked[0].device):
+            # The parts come last, whether there is a gain before them or not.
             parts = dict(zip(names, stacked[len(stacked) - len(names) :], strict=True))
             try:
                 return method.forward(stacked[0], self.layouts[0], **parts)

@@ -61,6 +61,7 @@ def _before_forward(root: nn.Module, args: Any) -> None:
     forget(root)
     prefetched = []
     for members in bucket(_members(root), _computed_together):
+        # Before the weights: a proxy that is changed meanwhile then makes them invalid.
         snapshots = [Snapshot(m.tensors) for m in members]
         weights = _Together.apply(
             Bucket([m.parametrization for m in members]), *(t for m in members for t in m.tensors)
@@ -132,13 +133,15 @@ class _Together(torch.autograd.Function):
         bucket = ctx.bucket
         leaves, points = ctx.graph or _graph(bucket, ctx.tensors)
         shapes = [layout.shape for layout in bucket.layouts]
+        # The batch needs a gradient for each weight. Those that were not used get zeros here, and None in the result.
         filled = [points.new_zeros(s) if g is None else g for s, g in zip(shapes, gradients, strict=True)]
         wanted = [leaf for leaf in leaves if leaf.requires_grad]
         # W = s·X, and X is a function of V/s: for the proxy V the factors s and 1/s cancel, and no matrix is scaled ...
         g = stack(bucket.layouts, filled, scaled=False)
         found = iter(torch.autograd.grad(points, wanted, g, retain_graph=True, allow_unused=True))
+        # One batched gradient for each kind of tensor: proxies, gains, each of the parts.
         of_kind = [next(found) if leaf.requires_grad else None for leaf in leaves]
-        if all(g is not None for g in gradients):
+        if all(g is not None for g in gradients):  # every weight has been reached, so that the memory can be freed
             ctx.graph = None
         width, scale = len(leaves), bucket.layouts[0].scale
         result: list[Tensor | None] = [None] * len(ctx.tensors)
@@ -160,7 +163,7 @@ class _Together(torch.autograd.Function):
         """The same with a graph, from the weights that were used alone, so that the others are not in the graph."""
         used = [i for i, g in enumerate(gradients) if g is not None]
         width = len(ctx.tensors) // len(gradients)
-        own = [k for i in used for k in range(i * width, (i + 1) * width)]
+        own = [k for i in used for k in range(i * width, (i + 1) * width)]  # the tensors of the weights used
         weights = Bucket([ctx.bucket.parametrizations[i] for i in used]).weights([ctx.tensors[k] for k in own])
         wanted = [k for k in own if ctx.needs_input_grad[1 + k]]
         found = torch.autograd.grad(

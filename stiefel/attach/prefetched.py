@@ -35,6 +35,7 @@ _passes = _Passes()
 
 def begin(root: nn.Module, weights: Iterable[PrefetchedWeight]) -> None:
     """Offer weights to the layers below ``root`` until :func:`end`."""
+    # The entry keeps the parametrizations alive, so that no other object can get their ids.
     _passes.stack.append((ref(root), {id(w.parametrization): w for w in weights}))
 
 

@@ -22,6 +22,7 @@ Layers = str | Iterable[str] | Callable[[str, nn.Module], bool] | None
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 SUPPORTED = (nn.Linear, *CONVOLUTIONS)
+# Gates whose weights torch stacks in one tensor, along its first dimension.
 GATES = {nn.LSTM: 4, nn.LSTMCell: 4, nn.GRU: 3, nn.GRUCell: 3}
 
 
@@ -92,8 +93,8 @@ def layout_of(target: Target, constraint: Constraint) -> Layout:
     for tie, layout in zip(target.ties, layouts[1:], strict=True):
         if layout != layouts[0]:
             raise LayoutError(
-                f"weights '{target.name}' and '{tie.name}' are one tied parameter, but read as {layouts[0]} and as "
-                f"{layout}; exclude both"
+                f"weights '{target.name}' and '{tie.name}' are one tied parameter, but their layers read it "
+                f"as {layouts[0]} and as {layout}; exclude both"
             )
     try:
         return replace(layouts[0], group_size=constraint.group_size, scale=constraint.fixed_scale)
@@ -113,7 +114,7 @@ def _read(target: Target) -> Layout:
         return replace(layout, blocks=gates)
     if isinstance(owner, nn.MultiheadAttention) and target.tensor == "in_proj_weight":
         return replace(layout, blocks=3)  # q, k and v
-    return replace(layout, batched=parameter.ndim > 2)
+    return replace(layout, batched=parameter.ndim > 2)  # of any other tensor the last two dimensions are a matrix
 
 
 def _once(targets: list[Target], by_default: bool) -> list[Target]:
@@ -129,11 +130,14 @@ def _once(targets: list[Target], by_default: bool) -> list[Target]:
 
 def _excluded(modules: dict[str, nn.Module], name: str) -> list[Target]:
     """Every tensor that an excluded name covers: itself, or all below a layer or container of that name."""
+    # Called for its error, where no layer or tensor has that name.
     _resolve(modules, name, any_tensor=True)
     return [
         Target(_join(prefix, tensor), owner, tensor)
         for prefix, owner in modules.items()
+        # A parametrized tensor is no longer among its module's parameters.
         for tensor in [*parameters_of(owner), *getattr(owner, "parametrizations", {})]
+        # With the dots "conv1" does not cover "conv10".
         if f"{_join(prefix, tensor)}.".startswith(f"{name}.")
     ]
 

@@ -45,4 +45,5 @@ def can_be_watched(tensors: Sequence[Tensor]) -> bool:
 
 
 def _state(tensor: Tensor) -> tuple[int, int, bool]:
+    # The address too: `parameter.data = t`, as in to(), replaces the storage and leaves the version as it is.
     return version(tensor), tensor.data_ptr(), tensor.requires_grad

@@ -29,8 +29,8 @@ def optimizer(
     For reparameterizations, penalties and controls it is ``cls`` itself. Where a weight is on a geoopt manifold it is a
     subclass of geoopt's RiemannianSGD (for SGD) or RiemannianAdam (for Adam). Where a method acts on the step it is
     ``cls`` lifted: a subclass that feeds the base optimizer the tangent part of the gradient, and hands its
-    displacement to the method. Weights that weight decay would move along their set get
-    ``param_groups`` of their own without decay, after the groups given.
+    displacement to the method. Weights that weight decay would move along their set get ``param_groups`` of their own
+    without decay, after the groups given.
 
     Args:
         module: the model, constrained before.
@@ -44,13 +44,14 @@ def optimizer(
     if not (isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer)):
         raise OptimizerError(f"cls must be an optimizer class such as torch.optim.SGD, got {cls!r}")
     found = list(constrained_weights(module))
-    for weight in found:
+    for weight in found:  # again: a copy or a conversion since constrain() may have lost the tags
         tag_weight(weight)
     methods = [weight.binding.constraint for weight in found]
     if any(isinstance(m, ManifoldMethod) for m in methods):
         from stiefel.optim.riemannian import riemannian  # imports geoopt, which takes 0.5 s: only where it is needed
 
         cls = riemannian(cls)
+    # After the Riemannian form, because a model with methods of both kinds gets the lifted form of that.
     if any(m.lifts for m in methods):
         cls = lift(cls)
     made = make(cls, module.parameters() if params is None else params, hyper)
@@ -83,9 +84,11 @@ def penalty(module: nn.Module) -> Tensor:
             terms.append(strength * scale**2 * method.penalty(x, binding.layout).sum())
         for w in members:
             tag_weight(w)  # a copy of a model counts its own steps
+    # In one dtype and on one device: those of a model's weights may differ.
     return torch.stack([t.to(terms[0]) for t in terms]).sum()
 
 
 def _measured_together(w: ConstrainedWeight) -> Hashable:
     binding = w.binding
+    # Steps, because a schedule gives weights that have taken equally many the same strength.
     return id(binding.constraint), binding.layout, binding.tally.steps, w.parameter.dtype, w.parameter.device

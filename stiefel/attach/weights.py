@@ -16,6 +16,7 @@ from stiefel.constraint import Binding, Reparameterization
 from stiefel.linalg import gram_residual, in_double, is_traced
 from stiefel.optim import Mark
 
+# Entries of the owner's __dict__, which copies and pickles of the module have too.
 _ATTRIBUTE = "_stiefel"
 _MARKS = "_stiefel_marks"
 
@@ -60,6 +61,7 @@ class ConstrainedWeight:
     def may_be_off_set(self) -> bool:
         """Whether values written from outside can put the weight off its set: with a proxy alone they cannot."""
         if isinstance(self.binding.constraint, Reparameterization):
+            # Buffers are used as they are loaded: a trivialization from a start off the set gives weights off the set.
             return any(True for _ in self.owner.parametrizations[self.tensor].buffers())  # type: ignore[index, union-attr]
         return True
 
@@ -127,6 +129,7 @@ def add_quick_access(owner: nn.Module, tensor: str) -> None:
                     return ready
         return torchs.fget(self)
 
+    # On the class that torch made for this module when it was parametrized, not on one that others share.
     setattr(type(owner), tensor, property(weight, torchs.fset))
 
 

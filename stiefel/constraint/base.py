@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 Decay = Literal["acts", "rescales", "moves"]
 
 
+# ReLU halves the mean square of symmetric activations; s² = 2 makes up for it (He et al., ICCV 2015).
 RELU_SCALE = math.sqrt(2.0)
 
 
@@ -65,7 +66,7 @@ class Constraint(ABC):
     name: ClassVar[str]
     summary: ClassVar[str]
     reference: ClassVar[str]
-    place: ClassVar[str]
+    place: ClassVar[str]  # "forward", "loss", "step" or "none"
     claim: ClassVar[Claim | None] = None
     """How orthogonal the weight stays; None where the method promises nothing."""
     real_only: ClassVar[bool] = False
@@ -97,8 +98,8 @@ class Constraint(ABC):
                 raise OptionError(f"scale={self.scale!r}: expected a positive number, 'relu' or 'learnable'")
             if self.scale == "learnable" and not self.can_learn_scale:
                 raise OptionError(
-                    f"{self.name!r} cannot have scale='learnable': it would move the weight that the method holds in "
-                    "place; use a number or 'relu', or a reparameterization"
+                    f"{self.name!r} does not support scale='learnable', which needs a reparameterization without gains "
+                    "of its own; use a positive number or 'relu', or choose such a reparameterization"
                 )
         elif not (is_number(self.scale) and self.scale > 0):
             raise OptionError(f"scale={self.scale!r}: expected a positive number, 'relu' or 'learnable'")
@@ -153,8 +154,8 @@ class Constraint(ABC):
         """Raise :class:`LayoutError` where this method cannot hold a weight of that layout."""
         if self.scale == "learnable" and layout.columns:
             raise LayoutError(
-                f"scale='learnable' needs orthonormal rows, and {layout} is column-orthonormal: a factor per output "
-                "would break its columns; use a number, or group_size to constrain groups of rows"
+                f"scale='learnable' needs orthonormal rows, and {layout} is column-orthonormal: with a factor per "
+                "output its columns would not be orthonormal; use a number, or group_size to constrain groups of rows"
             )
 
     def nearest(self, points: Float[Tensor, "b p n"], layout: Layout) -> Float[Tensor, "b p n"]:

@@ -50,7 +50,9 @@ class Centred(Reparameterization):
         """The polar factor of the (centred) weight; where it lacks rank, the rows that complete it are centred too."""
         if not self._centres(layout):
             return nearest_orthonormal(points)
-        coordinates = _reflected(in_double(points))[..., 1:]  # coordinates in the space of rows with mean 0
+        # Reflected, a row of mean 0 begins with 0, and the other n − 1 entries are its coordinates. The reflection is
+        # its own inverse.
+        coordinates = _reflected(in_double(points))[..., 1:]
         return _reflected(pad(nearest_orthonormal(coordinates), (1, 0))).to(points.dtype)
 
     def centred(self, v: Tensor, layout: Layout) -> Tensor:
@@ -74,6 +76,7 @@ def _can_center(layout: Layout) -> bool:
 
 def _reflected(v: Tensor) -> Tensor:
     """Apply to each row the Householder reflection that exchanges the direction of (1, …, 1) and the first axis."""
+    # w = 1/√n − e₁ and x ↦ x − 2 (x·w) w/‖w‖²; w is not 0, since centring needs n ≥ 2.
     w = torch.full_like(v[..., :1, :], v.shape[-1] ** -0.5)
     w[..., 0] -= 1
     return v - 2 * (v @ w.mT) / (w @ w.mT) * w

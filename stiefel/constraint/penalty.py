@@ -40,7 +40,10 @@ class Penalty(Constraint):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not callable(self.strength) and not (is_number(self.strength) and self.strength >= 0):
-            raise OptionError(f"strength={self.strength!r}: expected a number ≥ 0 or a callable of the step")
+            raise OptionError(
+                f"strength={self.strength!r}: expected a number ≥ 0, or a callable that takes the number of optimizer "
+                "steps so far and returns one"
+            )
         if not isinstance(self.decoupled, bool):
             raise OptionError(f"decoupled={self.decoupled!r}: expected True or False")
 
@@ -59,7 +62,10 @@ class Penalty(Constraint):
             return self.strength
         value = self.strength(step)
         if not (is_number(value) and value >= 0):
-            raise OptionError(f"the strength of {self.name!r} at step {step} is {value!r}: expected a number ≥ 0")
+            raise OptionError(
+                f"the callable given as strength of {self.name!r} returned at step {step} the value {value!r}: it must "
+                "return a number ≥ 0"
+            )
         return value
 
     @abstractmethod
@@ -73,5 +79,7 @@ class Penalty(Constraint):
         # Optimizers step without a graph: that of Φ needs gradients switched on.
         with torch.enable_grad():
             leaf = x.detach().requires_grad_()
+            # Matrices are independent: the gradient of the sum holds that of each.
             (gradient,) = torch.autograd.grad(self.penalty(leaf, layout).sum(), leaf)
+        # No factor s: s² Φ(W/s) has the gradient s ∇Φ(X) at W, and a step of W is s times one of X.
         return x + displacement - rate * gradient

@@ -35,6 +35,7 @@ class Trivialization(Reparameterization):
 
     def start(self, x: Tensor, layout: Layout) -> tuple[Tensor, dict[str, Tensor]]:
         """The proxy at X₀ = X itself, whose tangent part is zero."""
+        # The proxy, which training changes in place, may use the memory of x itself: the base needs its own.
         return x, {"base": x.clone()}
 
     def forward(self, proxy: Tensor, layout: Layout, base: Tensor) -> Tensor:

@@ -41,6 +41,7 @@ def tangent_gradient_(x: Float[Tensor, "b p n"], g: Float[Tensor, "b p n"]) -> F
     At a stationary point P_X(G) is rounding alone: about 20 epsilons of ‖G‖ at 512×4608 in double, and less elsewhere.
     An optimizer that divides a gradient by its own size would turn it into steps of full length.
     """
+    # First, because the next line overwrites G.
     rounding = NOISE * torch.finfo(g.dtype).eps * frobenius(g)
     return _zero_where(rounding, g.baddbmm_(sym(g @ x.mH), x, alpha=-1))
 
@@ -54,6 +55,7 @@ def without_rounding(
 
 def _zero_where(rounding: Tensor, part: Tensor) -> Tensor:
     small = frobenius(part) <= rounding  # false for NaN, which must not become 0
+    # The usual case on a CPU: nothing to replace, and no copy.
     if readable(small) and not small.any():
         return part
     return torch.where(small, 0, part)
@@ -89,6 +91,7 @@ def canonical_inner(
     x: Float[Tensor, "*batch p n"], u: Float[Tensor, "*batch p n"], v: Float[Tensor, "*batch p n"]
 ) -> Float[Tensor, "*batch"]:
     """Inner product ``tr(U (I − ½XᵀX) Vᵀ)`` at X (Edelman, Arias and Smith 1998, eq. 2.39)."""
+    # ⟨U, V⟩ − ½⟨UXᵀ, VXᵀ⟩: p×p products, and no n×n matrix.
     return euclidean_inner(u, v) - 0.5 * euclidean_inner(u @ x.mH, v @ x.mH)
 
 
@@ -101,6 +104,7 @@ def random_stiefel(
         shape: ``*batch, p, n`` with p ≤ n.
         generator: the source of randomness, on ``device``.
     """
+    # Drawn in double for every dtype: a seed then gives the same point in all precisions, up to rounding.
     wide = torch.promote_types(dtype, torch.float64)
     gaussian = torch.randn(*shape, generator=generator, dtype=wide, device=device)
     return nearest_orthonormal(gaussian).to(dtype)

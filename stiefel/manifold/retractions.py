@@ -45,6 +45,7 @@ def retract_polar(x: Float[Tensor, "*batch p n"], u: Float[Tensor, "*batch p n"]
     ill-conditioned.
     """
     v = x + u
+    # nearest_in_step is faster and has no gradient. While traced, a tensor may not tell whether it needs one.
     if is_traced() or (torch.is_grad_enabled() and v.requires_grad):
         return newton_schulz(polar(v))
     return nearest_in_step(v)
@@ -75,12 +76,14 @@ def exp_euclidean(x: Float[Tensor, "*batch p n"], u: Float[Tensor, "*batch p n"]
     p, c = x.shape[-2], balance(u)
     a = skew(u @ x.mH)
     v = add_product(u, a, x, alpha=-1) / c
+    # S/c, with the V/c of the line above: VVᵀ/c − A²/c.
     s = c * (v @ v.mH) - (a / c) @ a
     eye = torch.eye(p, dtype=x.dtype, device=x.device)
     # [I, 0] keeps the top p rows of the 2p×2p exponential.
     block = torch.cat([torch.cat([a, c * eye], -1), torch.cat([-s, a], -1)], -2)
     top = torch.linalg.matrix_exp(block)[..., :p, :]
     turned = torch.linalg.matrix_exp(-a) @ top
+    # turned is p×2p and multiplies [X; U/c] block by block.
     return turned[..., :p] @ x + (turned[..., p:] / c) @ u
 
 

@@ -49,7 +49,7 @@ class StiefelWeight(geoopt.Stiefel):
     ) -> None:
         super().__init__()
         self.layout, self.metric, self.retraction = layout, metric, retraction
-        self.ndim = len(layout.shape)
+        self.ndim = len(layout.shape)  # what geoopt takes as one point: the whole weight
 
     # --- on points (b, p, n) ---
 
@@ -87,6 +87,7 @@ class StiefelWeight(geoopt.Stiefel):
             return self.layout.tensor(geometry.project_tangent(self.layout.points(x), self.layout.matrices(u)))
 
     def projx(self, x: Tensor) -> Tensor:
+        # Computed in double, which autocast and TF32 leave alone: no context is needed.
         return self.layout.weight(nearest_orthonormal(self.layout.points(x)))
 
     def transp(self, x: Tensor, y: Tensor, v: Tensor) -> Tensor:
@@ -112,6 +113,7 @@ class StiefelWeight(geoopt.Stiefel):
     def random(self, *size: Any, dtype: torch.dtype | None = None, device: Any = None, **kwargs: Any) -> Tensor:
         """A weight drawn uniformly; ``generator=`` makes it reproducible."""
         generator = kwargs.pop("generator", None) or torch.default_generator
+        # Drawn on the CPU, where torch's default generator is, and then moved.
         points = geometry.random_stiefel(*self.layout.matrix_shape, generator=generator, dtype=dtype or torch.float32)
         return geoopt.ManifoldTensor(self.layout.weight(points).to(device=device), manifold=self)
 

@@ -63,6 +63,7 @@ class Bjorck(Reparameterization):
     @property
     def coefficients(self) -> tuple[float, float] | None:
         """(1, 1), as for the polar factor, where the iterations suffice to raise a singular value of 1/500 to 1."""
+        # The sum is T at 0: the factor by which a step raises a small singular value.
         enough = self.count is None or (1 + sum(SERIES[: self.order])) ** self.count >= 500
         return (1.0, 1.0) if enough else None
 
@@ -78,6 +79,7 @@ class Bjorck(Reparameterization):
         """A step as a factor: the truncated series of ``(X Xᵀ)^{-1/2}``, in Horner's form."""
         eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
         q = eye - gram
+        # c₁Q + Q(c₂Q + Q(c₃Q + …)), from the inside out
         series = SERIES[self.order - 1] * q
         for coefficient in reversed(SERIES[: self.order - 1]):
             series = coefficient * q + q @ series

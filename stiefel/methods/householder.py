@@ -44,5 +44,6 @@ class Householder(Reparameterization):
         """
         p, n = proxy.shape[-2:]
         vectors = proxy.triu(1) + torch.eye(p, n, dtype=proxy.dtype, device=proxy.device)
+        # The divisor is a constant for the gradient: along v_i itself the reflection does not change.
         rows = householder_rows(vectors / vectors.detach().abs().amax(dim=-1, keepdim=True))
         return signs.unsqueeze(-1) * newton_schulz(rows)

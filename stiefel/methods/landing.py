@@ -79,7 +79,9 @@ class Landing(StepMethod):
         b = (mu * d * (1 - d) - r / 2) / g
         inside = (b + (b.square() + self.tube - d).clamp_min(0).sqrt()) / g
         t = torch.where(d <= self.tube, inside, b.clamp_min(0) / g)
+        # The bound holds for 2tμ ≤ 1 only.
         t = t.clamp(max=min(1.0, 0.5 / mu) if mu > 0 else 1.0)
         moved = torch.addcmul(x, t[..., None, None], field, value=-1)
+        # From d = 1 on the pull 2μ d(1 − d) is not positive: by the bound no step reduces the residual.
         lost = d >= 1
         return nearest_where(lost, x, moved, d), (t < 1) | lost | (excess.flatten() > 1)

@@ -55,9 +55,10 @@ class ManifoldMuon(StepMethod):
         p, n = x.shape[-2:]
         tangent = tangent_direction(x, g)
         if p == n:
+            # All tangents are ΩX with Ω skew, and the matrix sign of a skew matrix is skew: no multiplier is needed.
             return msign(tangent @ x.mH) @ x
         g = tangent / balance(tangent)  # the maximum does not depend on a normal part
-        dual = torch.zeros_like(g[..., :p])
+        dual = torch.zeros_like(g[..., :p])  # Λ, p×p: the multiplier of the tangency AXᵀ + XAᵀ = 0
         mean = torch.zeros_like(g)
         for t in range(self.iterations):
             a = msign(g + 2 * dual @ x, steps=8)

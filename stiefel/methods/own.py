@@ -39,7 +39,7 @@ class OWN(Centred):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.eps is not None and not (is_number(self.eps) and 0 < self.eps < 1e-2):
-            raise OptionError(f"eps={self.eps!r}: expected a relative floor between 0 and 1e-2")
+            raise OptionError(f"eps={self.eps!r}: expected a number between 0 and 1e-2, or None")
 
     @property
     def coefficients(self) -> tuple[float, float]:

@@ -52,12 +52,13 @@ class POGO(StepMethod):
 
     def step(self, x: Tensor, displacement: Tensor, lr: float) -> tuple[Tensor, Tensor]:
         """The POGO step, and which matrices' steps were shortened."""
-        turn, gram = x @ displacement.mH, x @ x.mH
+        turn, gram = x @ displacement.mH, x @ x.mH  # XUᵀ and XXᵀ, p×p
         if is_orthonormal(gram):  # as after most steps: Ψ = −½(U − XUᵀX)
             psi = torch.baddbmm(displacement, turn, x, beta=-0.5, alpha=0.5)
         else:
             psi = torch.baddbmm(torch.bmm(turn, x), gram, displacement, beta=0.5, alpha=-0.5)
-        # The step keeps the smaller of two shares: one limits ‖Ψ‖_F, the other its rounding.
+        # The step keeps the smaller of two shares: one limits ‖Ψ‖_F, the other its rounding. Each is
+        # min(1, limit/size), written so that nothing is divided by 0.
         length = frobenius(psi)
         rounding = NOISE * torch.finfo(length.dtype).eps * frobenius(displacement)
         kept = torch.minimum(LONGEST / length.clamp_min(LONGEST), NORMAL / rounding.clamp_min(NORMAL))

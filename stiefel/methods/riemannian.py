@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from stiefel.manifold.weight_manifold import StiefelWeight
 
 METRICS = ("euclidean", "canonical")
+# Geodesics depend on the metric; the other retractions serve both metrics as they are.
 RETRACTIONS = {
     "qr": dict.fromkeys(METRICS, retract_qr),
     "polar": dict.fromkeys(METRICS, retract_polar),

@@ -52,6 +52,7 @@ class RSDM(StepMethod):
     def step(self, x: Tensor, displacement: Tensor, lr: float) -> Tensor:
         """Rotate the drawn columns; one Newton-Schulz step keeps rounding from adding up over many steps."""
         n = x.shape[-1]
+        # At least two columns (where n allows): one coordinate alone cannot be rotated.
         chosen = torch.randperm(n, device=x.device)[: max(min(2, n), round(self.share * n))]
         moved = x.clone()
         # B = U/2 gives A = XᵀB − BᵀX = skew(XᵀU).

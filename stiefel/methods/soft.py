@@ -84,6 +84,7 @@ def _convolution_residual(kernels: Tensor, stride: tuple[int, ...]) -> Tensor:
     padding = tuple((k - 1) // s * s for k, s in zip(size, stride, strict=True))
     convolve = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}[len(size)]
     images = kernels.transpose(0, 1).flatten(1, 2)  # out images of b·in channels
+    # Group i convolves the channels of weight i with its own kernels: (out, b·out, *shifts).
     gram = convolve(images, kernels.conj().flatten(0, 1), stride=stride, padding=padding, groups=b)
     gram = gram.unflatten(1, (b, out)).movedim(1, 0)  # (b, out, out, *shifts)
     target = torch.zeros_like(gram)

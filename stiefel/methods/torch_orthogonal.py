@@ -75,6 +75,8 @@ class TorchOrthogonal(Reparameterization):
         if not is_short(proxy):  # an exponential loses digits in proportion to the rotation
             proxy, base = in_double(proxy), in_double(base)
         v = limited(proxy, LONGEST_GEODESIC).mT.tril(-1)  # beyond, rounding decides the angles, and entries overflow
+        # torch multiplies the product of reflections by this diagonal: at V = 0 the product is −I, and −1 makes it I.
+        # For the skew maps it cancels in V − Vᵀ.
         v = v - torch.eye(*v.shape[-2:], dtype=v.dtype, device=v.device)
 
         def mapped(v: Tensor, base: Tensor) -> Tensor:

@@ -34,8 +34,10 @@ class WeightNorm(Reparameterization):
 
     def forward(self, proxy: Tensor, layout: Layout, gain: Tensor) -> Tensor:
         """Filters of the proxy, at the lengths of the gains."""
-        filters = unit_sized((proxy.mT if layout.columns else proxy).unsqueeze(-2)).squeeze(-2)  # each on its own
+        # As a batch of 1×k matrices, so that each filter is scaled by its own size.
+        filters = unit_sized((proxy.mT if layout.columns else proxy).unsqueeze(-2)).squeeze(-2)
         v = filters.mT if layout.columns else filters
+        # Divided by s, by which the layout multiplies afterwards: a gain is the length of W's filter, not of X's.
         return v * (gain / (self.fixed_scale * _lengths(v, layout)))
 
 

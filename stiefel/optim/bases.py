@@ -57,6 +57,7 @@ def refuse_late_start(optimizer: torch.optim.Optimizer) -> None:
         return
     for group in optimizer.param_groups:
         if group["fused"] and group["momentum"]:
+            # A buffer is there from a parameter's first gradient on; only some being there is the case that fails.
             buffers = [optimizer.state[p].get("momentum_buffer") for p in group["params"] if p.grad is not None]
             if 0 < sum(b is None for b in buffers) < len(buffers):
                 raise OptimizerError(
@@ -105,10 +106,11 @@ def make(cls: type[torch.optim.Optimizer], params: Any, hyper: dict[str, Any]) -
         made = cls(params, **hyper)
         if own_class(cls).__module__.startswith("torch.optim"):  # a user's own may count or log its steps
             _try_out(made, hyper)
+    # A TypeError too, which the next clause would wrap a second time.
     except OptimizerError:
         raise
     except (TypeError, ValueError, RuntimeError, AssertionError) as error:
-        if "2D" in str(error):
+        if "2D" in str(error):  # Muon: "only supports 2D parameters"
             raise OptimizerError(
                 f"{name} takes matrices only, and one optimizer serves the whole model: {error}; use it where all "
                 "parameters of the model are 2-D"
@@ -133,6 +135,7 @@ def _try_out(optimizer: torch.optim.Optimizer, hyper: dict[str, Any]) -> None:
         for dtype, device in {(p.dtype, p.device) for p in group["params"]}:
             if not (dtype.is_floating_point or dtype.is_complex) or device.type == "meta":
                 continue
-            p = torch.nn.Parameter(torch.ones(2, 2, dtype=dtype, device=device))
+            p = torch.nn.Parameter(torch.ones(2, 2, dtype=dtype, device=device))  # a matrix, for Muon
             p.grad = torch.ones_like(p)
+            # An optimizer of its own: the user's keeps no state of the trial. Some classes require a closure.
             cls([{"params": [p], **options}], **hyper).step(lambda: 0.0)

@@ -31,7 +31,7 @@ def stack(layouts: Sequence[Layout], tensors: Sequence[Tensor], *, scaled: bool,
         return part.clone(memory_format=torch.contiguous_format) if copy else part
     # Alike, all are stacked and scaled at once; otherwise each is read by its own layout.
     if _alike(layouts):
-        batch = torch.stack(list(tensors)).reshape(-1, *layouts[0].matrix_shape[1:])
+        batch = torch.stack(list(tensors)).reshape(-1, *layouts[0].matrix_shape[1:])  # (Σb, p, n)
         return batch / layouts[0].scale if scaled and layouts[0].scale != 1 else batch
     return torch.cat([lay.points(t) if scaled else lay.matrices(t) for lay, t in zip(layouts, tensors, strict=True)])
 
@@ -41,6 +41,7 @@ def unstack(layouts: Sequence[Layout], batch: Tensor, *, scaled: bool) -> list[T
     if len(layouts) > 1 and _alike(layouts):
         weights = batch * layouts[0].scale if scaled and layouts[0].scale != 1 else batch
         return list(weights.reshape(-1, *layouts[0].shape).unbind())
+    # Each weight has b matrices in a row.
     parts = batch.split([lay.matrix_shape[0] for lay in layouts])
     return [lay.weight(x) if scaled else lay.tensor(x) for lay, x in zip(layouts, parts, strict=True)]
 

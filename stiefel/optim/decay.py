@@ -46,10 +46,12 @@ def keep_decay_off(optimizer: torch.optim.Optimizer, kind: Mapping[Tensor, Decay
             continue
         # A tensor lr is copied: a loop that changes each group's lr in place would change a shared one twice.
         without = {key: value.clone() if isinstance(value, Tensor) else value for key, value in group.items()} | none
+        # Names are divided as their parameters are.
         for key in ("params", *([NAMES] if NAMES in group else [])):
             without[key] = [value for value, apart in zip(group[key], off, strict=True) if apart]
             group[key] = [value for value, apart in zip(group[key], off, strict=True) if not apart]
         optimizer.param_groups.append(without)
+    # Also where no group was split: the checkpoint may come from an optimizer whose groups were.
     optimizer.register_load_state_dict_pre_hook(_refuse_other_groups)
 
 
@@ -58,8 +60,8 @@ def _refuse_other_groups(optimizer: torch.optim.Optimizer, state: dict[str, Any]
     saved = [len(group["params"]) for group in state["param_groups"]]
     if saved != sizes:
         raise OptimizerError(
-            f"this checkpoint of {type(optimizer).__name__} has groups of {saved} parameters, and the optimizer of "
-            f"{sizes}: constrained weights are in groups of their own, without weight decay, wherever decay would move "
-            "them, and the checkpoint was written before that or for other constraints. Load the model's state alone, "
-            "and let the optimizer start anew"
+            f"this checkpoint of {type(optimizer).__name__} has groups of {saved} parameters, and the optimizer "
+            f"has groups of {sizes}: weights that decay would move along their set are in groups of their own without "
+            "weight decay, and the checkpoint is of an optimizer without these groups or of other constraints. Load "
+            "the model's state alone, and let the optimizer start without a state"
         )

@@ -26,6 +26,7 @@ class _Flags(threading.local):
         self.pending: list[_Flag] = []
 
 
+# One list per thread, so that an error is raised in the thread whose training diverged.
 _flags = _Flags()
 
 
@@ -49,9 +50,10 @@ def raise_pending() -> None:
     Raises:
         DivergenceError: with the message of the first of them.
     """
+    # query() does not wait: a copy that is still under way is left for a later step.
     arrived = [flag for flag in _flags.pending if flag.arrived.query()]
     _flags.pending = [flag for flag in _flags.pending if flag not in arrived]
     for flag in arrived:
         if not flag.value:
-            _flags.pending = []
+            _flags.pending = []  # one error is enough
             raise DivergenceError(flag.message())

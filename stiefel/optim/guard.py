@@ -93,7 +93,7 @@ def unwatch(parameter: Tensor) -> None:
         delattr(parameter, _ATTRIBUTE)
 
 
-@cache
+@cache  # once per process
 def _install() -> None:
     register_optimizer_step_pre_hook(_before_step)
     register_optimizer_step_post_hook(_after_step)
@@ -151,6 +151,7 @@ def _check(optimizer: torch.optim.Optimizer) -> None:
         if watched is not None and p.grad.is_conj() and not isinstance(optimizer, Lift):
             p.grad = p.grad.resolve_conj()  # of weights that were stacked: torch's optimizers refuse such views
     if stepped:
+        # Values are checked of all constrained weights, gradients of those that have one.
         _refuse_divergence(optimizer, [(p, watched) for p, watched in known if watched is not None])
 
 
@@ -167,7 +168,7 @@ def _refuse_plain_step(optimizer: torch.optim.Optimizer, members: list[tuple[Ten
             name = type(optimizer).__name__
             raise OptimizerError(
                 f"{name} is about to step weight '{label}' off its constraint's set; create the optimizer with "
-                f"stiefel.optimizer(model, torch.optim.{name}, ...), or stiefel.release(model) first"
+                f"stiefel.optimizer(model, {name}, ...), or call stiefel.release(model) first"
             )
         # A copy or a conversion may have lost the class; the step would then be a Euclidean one.
         if (
@@ -177,8 +178,8 @@ def _refuse_plain_step(optimizer: torch.optim.Optimizer, members: list[tuple[Ten
             and not on_manifold
         ):
             raise OptimizerError(
-                f"weight '{watched.label}' has lost the class by which its optimizer knows it; call "
-                "stiefel.optimizer(model, ...) again, or stiefel.release(model) first"
+                f"weight '{watched.label}' is no longer marked as constrained, as after a copy or a conversion "
+                "of the model; call stiefel.optimizer(model, ...) again, or stiefel.release(model) first"
             )
 
 
@@ -189,6 +190,7 @@ def _refuse_decay(optimizer: torch.optim.Optimizer) -> None:
         for p in group["params"]:
             watched = _watched(p)
             options = [] if watched is None or p.grad is None else unwelcome(optimizer, group, watched.decay)
+            # A warning once per optimizer and weight. Weights that a method moves are not told, but refused each time.
             if watched is None or not options or watched.label in _told_of_decay.get(optimizer, ()):
                 continue
             message = (
@@ -216,6 +218,7 @@ def _refuse_divergence(optimizer: torch.optim.Optimizer, members: list[tuple[Ten
     values = [value for value, _ in gradients + entries]
     if not values:
         return
+    # With one value on a CPU all are checked at once, although the host may then wait for a device.
     on_device = not any(may_wait(v) for v in values)
     # A norm is infinite or NaN if an entry is, or if it overflows. Order 2 overflows for entries from 1e19 on, but
     # takes a quarter of the time on a CPU, where the entries themselves are checked then.
@@ -224,7 +227,13 @@ def _refuse_divergence(optimizer: torch.optim.Optimizer, members: list[tuple[Ten
         finite = torch.stack([v.to(sizes[0].device, non_blocking=True) for v in sizes]).isfinite().all()
         labels = [w.label for _, w in members]
         what = "a gradient or an entry of weights"
-        raise_later(finite, lambda: f"{what} {quoted(labels)} was NaN or infinite: the loss has diverged")
+        raise_later(
+            finite,
+            lambda: (
+                f"{what} {quoted(labels)} was NaN or infinite in an earlier step: the loss has diverged; lower the "
+                "learning rate, or look at the loss before that step"
+            ),
+        )
         return
     if torch.stack([v.cpu() for v in sizes]).isfinite().all():
         return
@@ -239,7 +248,8 @@ def _refuse_divergence(optimizer: torch.optim.Optimizer, members: list[tuple[Ten
 
 def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     global _steps_seen
-    _steps_seen += 1
+    _steps_seen += 1  # again: what a closure's forward passes have cached within the step is out of date now
+    # The base step inside a lifted one would count twice, and a skipped one has moved nothing.
     if getattr(optimizer, "stepping", False) or skipped(optimizer):
         return
     for group in optimizer.param_groups:

@@ -54,6 +54,7 @@ class Lift(_Base):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        # Each move copies its weights as they are before the base step, so that undo() can put them back.
         moves = [_Move(members) for members in bucket(self._owned(), _moves_together)]
         handed = _Gradients()
         try:
@@ -63,6 +64,7 @@ class Lift(_Base):
             for move in moves:
                 move.hand_over_gradients(handed)
                 move.free()
+            # Owned weights now hold 0 or their old values, and tangent gradients where the method wants these.
             self._base_step()
             if skipped(self):
                 for move in moves:
@@ -83,6 +85,7 @@ class Lift(_Base):
     def _base_step(self) -> None:
         """The base class's step without the hooks that run around this one: they would see unfinished steps."""
         step: Any = super().step.__func__  # type: ignore[attr-defined]
+        # torch wraps step() of a class in one that runs the hooks, and marks it as `hooked`.
         while getattr(step, "hooked", False):
             step = step.__wrapped__
         self.stepping = True
@@ -103,6 +106,7 @@ class Lift(_Base):
         return owned
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        # pickle finds classes by name, and a lifted class is made at run time: it is made again from its base.
         return _rebuild_optimizer, (self.base,), self.__getstate__()
 
 
@@ -163,6 +167,7 @@ class _Move:
             x = self.before / scale if scale != 1 else self.before
             given = [g for p in self.parameters if (g := p.grad) is not None]
             gradients = [g.to_dense() if g.is_sparse else g for g in given]
+            # Copied, because the tangent part is computed in place and the user's gradients must stay.
             batch = stack(self.layouts, gradients, scaled=False, copy=True)
             tangents = unstack(self.layouts, tangent_gradient_(x, batch), scaled=False)
         for p, gradient, tangent in zip(self.parameters, gradients, tangents, strict=True):
@@ -179,6 +184,7 @@ class _Move:
         """Let the method move the weights from their old values by the base step's displacement."""
         scale = self.layouts[0].scale
         with full_precision(self.before.device):
+            # An additive base started from 0, so that the parameters hold U itself.
             displacement = stack(self.layouts, self.parameters, scaled=False, copy=True)
             if not self.additive:
                 displacement.sub_(self.before)
@@ -227,7 +233,7 @@ class _Move:
     def _divergence(self) -> str:
         return (
             f"the optimizer's step of weight {quoted(p.binding.label for p in self.parameters)} is NaN or infinite. "
-            "It is left where it was; lower the learning rate"
+            "It was not taken, and the weight has the value from before the step; lower the learning rate"
         )
 
 
@@ -270,7 +276,7 @@ def lift(cls: type[torch.optim.Optimizer]) -> type[torch.optim.Optimizer]:
     return _lifted(cls)  # type: ignore[arg-type]
 
 
-@cache
+@cache  # one class per base, so that equal optimizers have equal types
 def _lifted(cls: type[torch.optim.Optimizer]) -> type[torch.optim.Optimizer]:
     doc = f"{cls.__name__}, fed tangent gradients and followed by the methods' own steps."
     return type("Lifted" + cls.__name__, (Lift, cls), {"__doc__": doc, "base": cls})

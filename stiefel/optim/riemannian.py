@@ -39,7 +39,9 @@ class _Batched:
         try:
             super().__init__(params, lr=lr, **hyper)  # type: ignore[call-arg]
         except TypeError as error:
-            raise OptimizerError(f"{type(self).__name__} refuses its options {sorted(hyper)}: {error}") from error
+            raise OptimizerError(
+                f"{type(self).__name__} cannot be made with the options {sorted(hyper)}: {error}"
+            ) from error
 
     def _refuse(self, options: dict[str, Any]) -> None:
         for option in IGNORED_BY_GEOOPT:
@@ -50,7 +52,7 @@ class _Batched:
                 )
         dampening = options.get("dampening", 0)
         if not is_number(dampening):  # geoopt uses it from the second step on only
-            raise OptimizerError(f"{type(self).__name__} refuses dampening={dampening!r}: expected a number")
+            raise OptimizerError(f"{type(self).__name__} does not support dampening={dampening!r}: expected a number")
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         self._refuse(param_group)
@@ -64,6 +66,7 @@ class _Batched:
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
+            # As in geoopt a group counts its steps, of which every k-th is followed by a projection (stabilize=k).
             group["step"] = group.get("step", 0) + 1
             for members in self._buckets(group):
                 self._move(group, members)
@@ -75,7 +78,7 @@ class _Batched:
         def key(p: Tensor) -> Any:
             m = _manifold(p)
             if m is None:
-                return id(p)
+                return id(p)  # an ordinary parameter moves alone
             # Adam's bias corrections are one number per bucket, so its members have taken equally many steps.
             steps = int(self.state[p].get("step", 0))
             return m.metric, m.retraction, m.layout.matrix_shape[1:], m.layout.scale, p.dtype, p.device, steps
@@ -83,7 +86,10 @@ class _Batched:
         ready = [p for p in group["params"] if p.grad is not None]
         for p in ready:
             if p.grad.is_sparse:
-                raise OptimizerError(f"{type(self).__name__} does not support sparse gradients")
+                raise OptimizerError(
+                    f"{type(self).__name__} does not support sparse gradients; make the layer that has them with "
+                    "sparse=False"
+                )
             manifold = _manifold(p)
             if manifold is not None:
                 require_exact(p.dtype, manifold.binding.label)
@@ -169,7 +175,9 @@ class StiefelSGD(_Batched, geoopt.optim.RiemannianSGD):
             if not momentum:
                 point.advance(-group["lr"] * r)
                 return
+            # As in torch the first gradient becomes the momentum as it is, without dampening.
             m = momentum * point.vectors(previous) + (1 - group["dampening"]) * r if previous else r.clone()
+            # The point moves first: transport() projects onto the tangent space of the new one.
             point.advance(-group["lr"] * (r + momentum * m if group["nesterov"] else m))
             _store(states, "momentum_buffer", point.transport(m))
 
@@ -198,6 +206,7 @@ class StiefelAdam(_Batched, geoopt.optim.RiemannianAdam):
                 _store(states, "max_exp_avg_sq", point.tensors(largest))
             else:
                 largest = v
+            # As in torch the largest moment is kept uncorrected, and eps is added after the root.
             denominator = (largest / (1 - beta2**step)).sqrt_().add_(group["eps"])
             point.advance(-group["lr"] / (1 - beta1**step) * m / denominator)
             _store(states, "exp_avg", point.transport(m))

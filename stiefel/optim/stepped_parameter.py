@@ -20,6 +20,8 @@ class SteppedParameter(nn.Parameter):
     binding: Binding
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SteppedParameter:
+        # torch's own copy of a parameter keeps the class and loses the attributes. By way of memo the copy shares its
+        # binding with the copied module.
         if id(self) not in memo:
             data = self.data.clone(memory_format=torch.preserve_format)
             memo[id(self)] = tag_stepped(nn.Parameter(data, self.requires_grad), copy.deepcopy(self.binding, memo))

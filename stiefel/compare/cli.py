@@ -24,6 +24,7 @@ _KEPT = "Interrupted. Finished runs are kept; run the same command again to cont
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    # Looked up without importing: a missing extra is one line to the user, not a traceback from deep inside.
     missing = [name for name in _USES if find_spec(name) is None]
     if missing:
         print(f"{_NEEDS} (not installed: {', '.join(missing)})", file=sys.stderr)
@@ -35,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         print("\n" + _KEPT, file=sys.stderr)
-        return 130
+        return 130  # 128 + SIGINT, as a shell reports it
 
 
 def _dispatch(arguments: list[str]) -> int:
@@ -44,18 +45,18 @@ def _dispatch(arguments: list[str]) -> int:
     compare = commands.add_parser(
         "compare",
         help="run a comparison and report it",
-        description="Run a comparison; what has run is not run again.",
-        epilog="stiefel compare FILE --help lists the options, and the factors of that file's problem.",
+        description="Run a comparison and report it. Runs that have a record already are not repeated.",
+        epilog="stiefel compare FILE --help lists all options, among them one for each factor of the problem in FILE.",
     )
     compare.add_argument("file", help="a Python file that defines a problem")
-    report = commands.add_parser("report", help="report records", description="Report the records in folders.")
+    report = commands.add_parser("report", help="report existing records", description="Report the records in folders.")
     report.add_argument("folders", nargs="+", type=Path)
-    report.add_argument("--html", type=Path, help="where to write (default: report.html in the first folder)")
-    report.add_argument("--figures", type=Path, metavar="DIR", help="write the figures as PNG too, into this folder")
+    report.add_argument("--html", type=Path, help="where to write the page (default: report.html in the first folder)")
+    report.add_argument("--figures", type=Path, metavar="DIR", help="also write the figures as PNG, into this folder")
     new = commands.add_parser(
         "new-problem",
-        help="write a problem to start from",
-        description="Write a commented problem, which runs as it is; put a network and data of your own in its place.",
+        help="write a problem file to start from",
+        description="Write a commented problem file that runs as it is; replace its network and data with your own.",
     )
     new.add_argument("file", type=Path, help="where to write it, e.g. my_problem.py")
     # The problem's factors become options, so its file is loaded before the arguments are parsed.
@@ -79,44 +80,47 @@ def _add_options(parser: argparse.ArgumentParser, problem: Any) -> None:
     from stiefel.compare.plan.variants import literal
 
     plan = parser.add_argument_group("what is compared")
-    plan.add_argument("--methods", nargs="+", default=["all"], help="names, or name:option=value,...; default: all")
-    plan.add_argument("--scale", nargs="+", type=literal, default=list(problem.scales), help="scales of the weights")
+    plan.add_argument("--methods", nargs="+", default=["all"], help="names, or name:option=value,... (default: all)")
+    plan.add_argument(
+        "--scale", nargs="+", type=literal, default=list(problem.scales), help="s in W Wᵀ = s² I; relu means √2"
+    )
     plan.add_argument("--lr", nargs="+", type=_positive, help="learning rates (default: the problem's grid)")
-    plan.add_argument("--budget", choices=sorted(problem.budgets), help="a named set of factors")
+    plan.add_argument("--budget", choices=sorted(problem.budgets), help="a set of factor values that the problem names")
     tuning = parser.add_argument_group("protocol")
-    tuning.add_argument("--seeds", type=_count, default=5, help="fresh seeds for each method's winner (default 5)")
-    tuning.add_argument("--tuning-seeds", type=_count, default=1, help="seeds of each trial (default 1)")
+    tuning.add_argument("--seeds", type=_count, default=5, help="fresh seeds for each tuned method (default 5)")
+    tuning.add_argument("--tuning-seeds", type=_count, default=1, help="seeds per tuning trial (default 1)")
     tuning.add_argument(
         "--trials",
         type=_count,
-        help="tuning budget of every method in every setting: the learning rates, then its own knobs and rates in "
-        "between (default: the problem's grid and 3 more; with --lr, the rates alone)",
+        help="tuning trials of every method in every setting: first the learning rates, then the method's own knobs "
+        "and rates in between (default: the problem's grid and 3 more; with --lr, those rates alone)",
     )
-    tuning.add_argument("--extend", action="store_true", help="continue a grid on whose edge the best rate lies")
-    tuning.add_argument("--no-cost", action="store_true", help="leave the cost pass out")
+    tuning.add_argument("--extend", action="store_true", help="extend a grid where the best rate is on its edge")
+    tuning.add_argument("--no-cost", action="store_true", help="do not measure the cost of a step")
     where = parser.add_argument_group("where and how it runs")
-    where.add_argument("--out", type=Path, default=Path("runs"), help="folder of the records (default runs/)")
+    where.add_argument("--out", type=Path, default=Path("runs"), help="folder for the records (default runs/)")
     where.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     where.add_argument("--jobs", type=_count, help="runs at a time (default: one per core, or per GPU)")
-    where.add_argument("--processes", type=_count, default=1, help="of each run, under torchrun (default 1: without)")
-    where.add_argument("--timeout", type=_positive, default=3600.0, help="seconds per run (default 3600)")
-    where.add_argument("--memory", type=_positive, metavar="GB", help="what a run may allocate (default: all there is)")
-    where.add_argument("--executor", choices=list(EXECUTORS), default="local", help="what runs them (default local)")
+    where.add_argument("--processes", type=_count, default=1, help="per run, under torchrun (default 1: without it)")
+    where.add_argument("--timeout", type=_positive, default=3600.0, help="limit per run in seconds (default 3600)")
+    where.add_argument("--memory", type=_positive, metavar="GB", help="limit per run in 10⁹ bytes (default: none)")
+    where.add_argument("--executor", choices=list(EXECUTORS), default="local", help="where runs go (default local)")
     where.add_argument(
         "--executor-options", nargs="+", default=[], metavar="NAME=VALUE", help="e.g. address=tcp://host:8786"
     )
-    where.add_argument("--retry-failed", action="store_true", help="run errors, crashes and timeouts again")
-    where.add_argument("--dry-run", action="store_true", help="print the plan and how long it may take, and stop")
+    where.add_argument("--retry-failed", action="store_true", help="repeat crashes, errors, timeouts, out of memory")
+    where.add_argument("--dry-run", action="store_true", help="print the plan and its estimated duration, run nothing")
     # A factor named like an option of the comparison would overwrite it.
-    taken = set(vars(parser.parse_args(["FILE"])))
+    taken = set(vars(parser.parse_args(["FILE"])))  # the names of all options so far
     group = parser.add_argument_group("factors of this problem (several values span the grid)")
-    hints = typing.get_type_hints(problem)
+    hints = typing.get_type_hints(problem)  # types, also where the file has its annotations as strings
     for f in fields(problem):
         if f.name in taken:
             raise ProblemError(
                 f"{problem.__name__} has a field {f.name!r}, which is an option of the comparison; rename it"
             )
         convert = {int: int, float: float, str: str}.get(hints[f.name], literal)
+        # A field made by where() says where something is: it takes one value and spans no grid.
         many: Any = {"nargs": "+"} if f.metadata.get("identity", True) else {}
         note = str(f.metadata.get("help") or f"default {problem.grid.get(f.name, _default(f))}").replace("%", "%%")
         group.add_argument("--" + f.name.replace("_", "-"), type=convert, help=note, **many)
@@ -129,13 +133,13 @@ def _default(f: Any) -> Any:
 def _positive(text: str) -> float:
     value = float(text)
     if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
+        raise argparse.ArgumentTypeError(f"expected a positive, finite number, got {text}")
     return value
 
 
 def _count(text: str) -> int:
     if not text.isdigit() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a whole number ≥ 1")
+        raise argparse.ArgumentTypeError(f"expected a whole number ≥ 1, got {text}")
     return int(text)
 
 
@@ -154,7 +158,7 @@ def _settings(args: argparse.Namespace, problem: Any) -> list[Any]:
     except StiefelError:
         raise
     except Exception as error:
-        raise ProblemError(f"{problem.__name__} refuses these factors: {type(error).__name__}: {error}") from error
+        raise ProblemError(f"{problem.__name__} fails with these factors: {type(error).__name__}: {error}") from error
 
 
 def _executor_options(texts: Sequence[str]) -> dict[str, Any]:
@@ -191,7 +195,7 @@ def _compare(args: argparse.Namespace, problem: Any) -> int:
         rates=rates,
         seeds=args.seeds,
         tuning_seeds=args.tuning_seeds,
-        trials=args.trials or (None if args.lr else len(rates) + 3),
+        trials=args.trials or (None if args.lr else len(rates) + 3),  # 3 for knobs and rates in between
         device=args.device,
         higher_is_better=next(iter(settings.values())).higher_is_better,
     )
@@ -201,10 +205,10 @@ def _compare(args: argparse.Namespace, problem: Any) -> int:
         file=str(Path(args.file).resolve()),
         root=args.out.resolve(),
         jobs=jobs,
-        threads=max(1, cores // (jobs * args.processes)),
-        cores=max(1, cores // args.processes),
+        threads=max(1, cores // (jobs * args.processes)),  # per process, when all run at once
+        cores=max(1, cores // args.processes),  # of a cost run, which runs alone
         timeout=args.timeout,
-        memory=None if args.memory is None else int(args.memory * 1e9),
+        memory=None if args.memory is None else int(args.memory * 1e9),  # GB to bytes
         processes=args.processes,
         executor=args.executor,
         executor_options=_executor_options(args.executor_options),
@@ -228,6 +232,7 @@ def _new_problem(path: Path) -> int:
         raise ProblemError(f"{path} must end in .py: a problem is a Python file")
     try:
         with path.open("x", encoding="utf-8") as stream:  # never over a file that is there
+            # FILE stands in its usage lines; the noqa mark is for the linter of this repository.
             stream.write(source.replace("FILE", path.name).replace("  # noqa: RUF012", ""))
     except FileExistsError as error:
         raise ProblemError(f"{path} exists already; give another name, or delete it first") from error
@@ -259,4 +264,5 @@ def _report(folders: list[Path], html: Path | None, only: set[str] | None = None
     path = html or folders[0] / "report.html"
     with writing(path.parent, "choose another place with stiefel report DIR --html FILE"):
         publish(report, html=path, figures=figures)
+    # Scripts learn of broken runs; a method that diverged or was skipped is a result, not an error.
     return 1 if any(record.status in BROKEN for record in report.records) else 0

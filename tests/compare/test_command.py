@@ -75,4 +75,4 @@ def test_dry_run_estimates_from_what_has_ended(toy, capsys):
     capsys.readouterr()
     assert cli.main([*arguments, "--dry-run", "--jobs", "2", "--no-cost"]) == 0
     said = capsys.readouterr().out  # (2 + 5) runs of a minute, two at a time, of which one has ended
-    assert "from nothing about 3 min 30 s, about 3 min 00 s of it left; judged by 1 training runs" in said
+    assert "from scratch about 3 min 30 s, about 3 min 00 s left; estimated from 1 finished training runs" in said

@@ -80,23 +80,25 @@ class Comparison:
     def describe(self, out: Path) -> str:
         """The plan in words."""
         plan, execution = self.plan, self.execution
+        # A cell is one method in one setting at one scale; every cell has the same tuning budget.
         cells = len(list(plan.cells()))
         trials = cells * (plan.trials or len(plan.rates)) * plan.tuning_seeds
         finals, costs = cells * plan.seeds, len(plan.timed()) if self.cost else 0
-        beyond = ", and what the grid is continued by" if self.extend else ""
-        where = "" if executors.engine(execution.executor).here else f" by {execution.executor}"
+        beyond = ", more if a grid is extended" if self.extend else ""
+        where = "" if executors.engine(execution.executor).here else f" with {execution.executor}"
         threads = f"{execution.threads} {'thread' if execution.threads == 1 else 'threads'}"
         lines = [
             f"{plan.problem}: methods {len(plan.variants)} × settings {len(plan.settings)} × scales {len(plan.scales)}",
             f"{trials} tuning runs ({len(plan.rates)} learning rates, {plan.trials or len(plan.rates)} trials each)"
-            f"{beyond}, then {finals} with fresh seeds, {costs} for cost",
-            f"{execution.jobs} at a time{where}, {threads} each; records in {out}/",
+            f"{beyond}, then {finals} with fresh seeds and {costs} cost runs",
+            f"runs at a time: {execution.jobs}{where}, {threads} each; records in {out}/",
         ]
         return "\n".join(lines)
 
     def estimate(self) -> str:
-        """How long the whole may take, and what is left of it, where runs of this problem have ended before."""
+        """How long the whole comparison and the rest of it may take, judged by runs of this problem that have ended."""
         plan, execution = self.plan, self.execution
+        # Only runs of the same code on the same kind of device show how long the next ones take.
         records = {
             record.spec.hash: record
             for record in (read_all([execution.root])[0] if execution.root.is_dir() else [])
@@ -104,18 +106,19 @@ class Comparison:
         }
         pace = estimate.Pace(records.values())
         if not pace.quality:
-            return "no run of this problem has ended here, so there is no estimate yet: it appears with the first runs"
+            return "no estimate yet: it is based on finished runs of this problem, and the records folder has none"
+        # Records that --retry-failed replaces still show the pace, but their runs are yet to come.
         valid = {k: r for k, r in records.items() if not (execution.retry_failed and r.status in BROKEN)}
         left = estimate.left(plan, valid, cost=self.cost, extend=self.extend)
         whole = pace.seconds(estimate.whole(plan, cost=self.cost), execution.jobs)
-        rest = f"about {duration(pace.seconds(left, execution.jobs))} of it left" if left else "nothing of it left"
-        return f"from nothing about {duration(whole)}, {rest}; judged by {pace.ended} training runs that have ended"
+        rest = f"about {duration(pace.seconds(left, execution.jobs))} left" if left else "nothing left"
+        return f"from scratch about {duration(whole)}, {rest}; estimated from {pace.ended} finished training runs"
 
     def run(self) -> list[Record]:
         """Run what is missing, stage by stage; returns the records of all."""
         plan, execution = self.plan, self.execution
         if plan.device == "cpu" and executors.engine(execution.executor).here:
-            start_server()
+            start_server()  # remote workers and CUDA runs start new interpreters and need none
         start = time.monotonic()
         with (
             executors.make(
@@ -133,17 +136,19 @@ class Comparison:
                 jobs = [self._job(spec, execution.cores if alone else execution.threads) for spec in specs]
                 advance = progress.stage(name, len(jobs))
                 found = []
-                # Cost runs go one by one: each has the machine to itself.
+                # Cost runs go one by one: a run beside them would distort the times.
                 for batch in [[job] for job in jobs] if alone else [jobs]:
                     found += runner.run_all(batch, executor, advance, retry_failed=execution.retry_failed)
                 return found
 
             tuned = plan.tuned(stage("tuning", plan.tuning()))
-            # A winner may move to the new edge, so the grid is extended until none does.
+            # A winner may move to the new edge, so this repeats, up to three decades beyond the grid (Plan.extension).
             while self.extend and (more := plan.extension(tuned)):
                 tuned += stage("extend", more)
+            # After the extension: knobs and finer rates are tried around the rate that won in the end.
             if more := plan.refinement(tuned):
                 tuned += stage("refine", more)
+            # A winner was selected by its tuning score, which is therefore biased: only fresh seeds are reported.
             records = [*tuned.records, *stage("final", plan.final(tuned))]
             if self.cost:
                 records += stage("cost", plan.cost(tuned), alone=True)
@@ -152,6 +157,7 @@ class Comparison:
 
     def _job(self, spec: RunSpec, threads: int) -> Job:
         execution = self.execution
+        # A spec has the factors alone; the settings also hold the fields that say where something is (a data folder).
         return Job(
             spec=spec,
             file=execution.file,

@@ -46,6 +46,7 @@ class Times:
 def _keys(spec: RunSpec) -> list[Any]:
     setting = repr(sorted(spec.fields.items()))
     label = label_of(spec)
+    # From the closest to the widest; None stands for any method or any setting.
     return [(label, setting), (None, setting), (label, None), (None, None)]
 
 
@@ -65,10 +66,11 @@ class Pace:
         self.ended = 0
         for record in records:
             spec, summary = record.spec, record.summary
-            if record.wall_seconds is not None:
+            if record.wall_seconds is not None:  # None where the process died without a record of its own
                 (self.cost if spec.kind == "cost" else self.quality).add(spec, record.wall_seconds)
                 self.ended += spec.kind == "quality"
             if spec.kind == "quality" and summary.get("steps") and summary.get("seconds"):
+                # The step clock alone: evaluation and compilation are not in it.
                 self.step.add(spec, summary["seconds"] / summary["steps"])
 
     def seconds(self, runs: Iterable[RunSpec], jobs: int) -> float:
@@ -76,13 +78,16 @@ class Pace:
         runs = list(runs)
         training = [run for run in runs if run.kind == "quality"]
         quality = sum(self.quality.of(run) for run in training)
+        # A new interpreter starts for each, before the clock of wall_seconds does.
         if any(run.device != "cpu" for run in training):
             quality += len(training) * start_seconds("stiefel.compare.worker.main")
+        # As if the jobs were busy all the time: a lower bound where the last runs of a stage leave some idle.
         return quality / jobs + sum(self._cost(run) for run in runs if run.kind == "cost")
 
     def _cost(self, run: RunSpec) -> float:
         if run in self.cost:  # its clock starts when the process has imported what runs it
             return start_seconds("stiefel.compare.worker.main") + self.cost.of(run)
+        # No cost run of this kind has ended: add up the imports (all that a run needs) and the steps.
         started = start_seconds("stiefel.compare.worker.preload")
         if not self.step:
             return started
@@ -93,7 +98,7 @@ class Pace:
         return started + (WARMUP + REPEATS) * (method + beside) + method
 
 
-_STARTS: dict[str, float] = {}
+_STARTS: dict[str, float] = {}  # seconds by module
 
 
 def start_seconds(module: str) -> float:
@@ -107,6 +112,7 @@ def start_seconds(module: str) -> float:
 
 def whole(plan: Plan, *, cost: bool) -> list[RunSpec]:
     """Every run of a plan from nothing, with cells in place of what tuning has yet to choose."""
+    # Extensions of the grid are not counted: only results can tell whether there are any.
     return plan.tuning() + _trials(plan) + _final(plan, cost)
 
 
@@ -120,11 +126,13 @@ def left(plan: Plan, records: Mapping[str, Record], *, cost: bool, extend: bool)
         extend: whether grids on whose edge a winner lies are continued.
     """
 
+    # Collects in ``ended`` the records that it finds: the next stage is decided from them.
     def missing(specs: list[RunSpec]) -> list[RunSpec]:
         ended.extend(records[spec.hash] for spec in specs if spec.hash in records)
         return [spec for spec in specs if spec.hash not in records]
 
     ended: list[Record] = []
+    # A stage is known run by run once all before it have ended; from the first gap on, runs are counted by cell.
     lacking = missing(plan.tuning())
     while not lacking and extend and (more := plan.extension(plan.tuned(ended))):
         lacking = missing(more)

@@ -40,6 +40,7 @@ class Remote(Executor):
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         """Close the engine: at once where calls are to be cancelled, else when they have ended."""
+        # First the engine: a thread that waits for it cannot be cancelled, but returns when the engine ends the call.
         if cancel_futures:
             self._close()
         self._threads.shutdown(wait=wait, cancel_futures=cancel_futures)
@@ -57,7 +58,7 @@ class Local(ThreadPoolExecutor):
     def __init__(self, jobs: int, devices: Iterable[str | None] = ()) -> None:
         super().__init__(jobs)
         self._stop = Stop()
-        # Last in, first out: runs one after another all get the same device.
+        # Last in, first out: cost runs go one by one, so that all of them are timed on the same device.
         self._free: queue.LifoQueue[str | None] = queue.LifoQueue()
         for device in reversed(list(devices) or [None] * jobs):
             self._free.put(device)
@@ -75,6 +76,7 @@ class Local(ThreadPoolExecutor):
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
         """Start nothing more; end what runs where calls are to be cancelled, else wait for it."""
+        # The event comes first: a thread that takes up a queued call meanwhile must not start its process.
         if cancel_futures:
             self._stop.event.set()
             super().shutdown(wait=False, cancel_futures=True)
@@ -85,7 +87,7 @@ class Local(ThreadPoolExecutor):
 def local(jobs: int, *, threads: int, folder: Path, device: str, **options: Any) -> Executor:
     """This machine; on CUDA, one GPU for each run."""
     if options:
-        raise OptionError(f"--executor local takes no options, got {', '.join(options)}")
+        raise OptionError(f"--executor local takes no options, got {', '.join(options)}; leave --executor-options out")
     return Local(jobs, gpu_slots(jobs) if device == "cuda" else ())
 
 
@@ -93,6 +95,7 @@ def gpu_slots(count: int) -> list[str]:
     """The GPU of each of ``count`` runs at a time: the visible ones in turn, as ``CUDA_VISIBLE_DEVICES`` has them."""
     import torch
 
+    # Names, not torch's indices: with CUDA_VISIBLE_DEVICES=2,3 torch's device 0 is GPU 2, and the run must get "2".
     named = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
     names = named or [str(i) for i in range(torch.cuda.device_count())]
     return [names[i % len(names)] for i in range(count)]
@@ -104,7 +107,8 @@ def dask(jobs: int, *, threads: int, folder: Path, device: str, address: str | N
 
     where = {"address": address} if address else {"n_workers": jobs, "threads_per_worker": 1, "dashboard_address": None}
     client = Client(**{**where, **options})
-    # A worker of a larger cluster runs one call a thread: its owner decides how many threads it has.
+    # A worker runs one call per thread; a cluster at ``address`` has its own number of threads, whatever ``jobs`` is.
+    # pure=False: with pure=True Dask may answer a repeated call from the first result, and a retry repeats a call.
     return Remote(jobs, lambda fn, *args: client.submit(fn, *args, pure=False).result(), client.close)
 
 
@@ -113,6 +117,7 @@ def ray(jobs: int, *, threads: int, folder: Path, device: str, gpus: float = 0, 
     import ray
 
     ray.init(**{"include_dashboard": False, "log_to_driver": False, **options})
+    # No retries: a call whose worker died is reported to the driver, not silently run again.
     engine: Any = ray.remote(num_cpus=threads, num_gpus=gpus, max_retries=0)
     return Remote(jobs, lambda fn, *args: ray.get(engine(fn).remote(*args)), ray.shutdown)
 
@@ -125,7 +130,7 @@ def submitit(
 
     engine = submitit.AutoExecutor(folder=folder / "submitit", cluster=cluster)
     engine.update_parameters(cpus_per_task=threads, **options)
-    submitted: list[Any] = []
+    submitted: list[Any] = []  # Slurm jobs outlive this process unless they are cancelled
 
     def call(fn: Call, *args: Any) -> Any:
         job = engine.submit(fn, *args)
@@ -158,7 +163,7 @@ def engine(name: str) -> Engine:
         OptionError: unknown name.
     """
     if name not in EXECUTORS:
-        raise OptionError(f"--executor {name}: {nearest_names(name, EXECUTORS)}")
+        raise OptionError(f"--executor {name}: no such executor; {nearest_names(name, EXECUTORS)}")
     return EXECUTORS[name]
 
 
@@ -184,6 +189,6 @@ def make(
     except OptionError:
         raise
     except ModuleNotFoundError as error:
-        raise OptionError(f"--executor {name} needs its extra: pip install 'stiefel[{name}]' ({error})") from error
+        raise OptionError(f"--executor {name} is not installed: pip install 'stiefel[{name}]' ({error})") from error
     except Exception as error:
-        raise OptionError(f"--executor {name} does not start: {type(error).__name__}: {error}") from error
+        raise OptionError(f"--executor {name} failed to start ({type(error).__name__}: {error})") from error

@@ -38,6 +38,7 @@ class RunProcess(ABC):
 
     def stop(self) -> None:
         """Terminate it, and kill it if it has not ended after ``GRACE`` seconds."""
+        # SIGTERM first: torchrun ends its workers on it, and could not on SIGKILL.
         self._process.terminate()
         if not self.wait(GRACE):
             self._process.kill()
@@ -64,6 +65,7 @@ class Forked(RunProcess):
     """A copy of the preloaded server."""
 
     def __init__(self, job: Job, claim: RunLock) -> None:
+        # Pickling the claim duplicates its open file into the child, which then holds the lock too.
         self._process = _context().Process(target=worker.main, args=(job, claim), name=job.spec.hash)
         self._process.start()
 
@@ -87,13 +89,14 @@ class Fresh(RunProcess):
         module = ["-m", "stiefel.compare.worker.main", str(path)]
         if job.processes > 1:
             module = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={job.processes}", *module]
+        # For what Python or torchrun print before the worker redirects its output to the same file.
         with (path.parent / "output.txt").open("w") as output:
             self._process = subprocess.Popen(
                 [sys.executable, *module],
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=output,
-                pass_fds=(claim.descriptor,),
+                pass_fds=(claim.descriptor,),  # keeps the run claimed if this process dies before it
                 start_new_session=True,  # out of reach of the terminal's Ctrl-C
             )
         self._path = path
@@ -117,7 +120,7 @@ def start_server() -> None:
     """Start the server that CPU runs are forked from, so that its imports overlap with the driver's own."""
     from multiprocessing import forkserver
 
-    _context()
+    _context()  # names the modules to preload, which has no effect on a server that runs already
     forkserver.ensure_running()
 
 
@@ -131,4 +134,4 @@ def describe_exit(code: int | None) -> str:
     """How a process without a record ended, in words."""
     if code is not None and code < 0:
         return f"the process was killed by {signal.Signals(-code).name}"
-    return f"the process ended with code {code} and no record"
+    return f"the process exited with code {code} before it wrote a record"

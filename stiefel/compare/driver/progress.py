@@ -46,7 +46,7 @@ class Progress:
         """Begin a stage; returns what to call with each record."""
         task = self.bars.add_task(name, total=total, statuses="")
         counts: Counter[str] = Counter()
-        every = max(1, total // 5)
+        every = max(1, total // 5)  # about five lines per stage in a log
 
         def advance(record: Record) -> None:
             counts[record.status] += 1

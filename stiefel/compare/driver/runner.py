@@ -28,7 +28,7 @@ from stiefel.compare.worker.main import TAIL
 from stiefel.errors import RecordError, StorageError
 
 _POLL = 0.2  # seconds between looks at a run that another driver has
-_LATE = 60.0  # seconds after its timeout, which counts from its imports, until a process is ended from outside
+_LATE = 60.0  # seconds beyond the timeout until the driver ends a process, whose own timer starts a little later
 
 
 class Stop:
@@ -40,6 +40,7 @@ class Stop:
 
     def watch(self, process: RunProcess, seconds: float) -> bool:
         """Wait for a process, which a stop ends; returns whether it ended within the time."""
+        # Added before the event is read: whenever a stop comes, all() finds the process or the event is seen here.
         self._running.add(process)
         try:
             if self.event.is_set():
@@ -67,7 +68,7 @@ def execute(job: Job, again: float | None = None, stop: Stop | None = None) -> R
         The record, also one that another driver has written meanwhile. None where another driver is running the spec
         now, or where ``stop`` was set.
     """
-    local = stop is not None
+    local = stop is not None  # a remote executor passes none, as it cannot be pickled
     stop = stop or Stop()
     if stop.event.is_set():
         return None
@@ -77,17 +78,20 @@ def execute(job: Job, again: float | None = None, stop: Stop | None = None) -> R
     if claim is None:
         return None
     with claim:
+        # Read again under the claim: another driver may have finished the run since the caller looked.
         record = _found(folder)
         if record is not None and record.written != again:
             return record
-        folder.start()
+        folder.start()  # removes the old record, so that one found later is from this run
         with writing(folder.path):
             process = start(job, claim, forked=local)
+        # A process ends itself at its timeout, unless it hung before it could set its timer.
         if not stop.watch(process, job.timeout + _LATE):
             process.stop()
         record = read(folder.path)
+        # A full disk says nothing about the method: no record, and the comparison ends with the error.
         if record is None and process.exitcode == NO_STORAGE:
-            raise StorageError(_said(folder)[-1] or f"{folder.path} cannot be written by the run's process")
+            raise StorageError(_said(folder)[-1] or f"{folder.path} cannot be written; check space and permissions")
         if record is None and not stop.event.is_set():
             folder.finish(_post_mortem(process.exitcode, folder, job) | job.identity, {})
             record = read(folder.path)
@@ -106,16 +110,18 @@ def _found(folder: RunFolder) -> Record | None:
 def _post_mortem(exitcode: int | None, folder: RunFolder, job: Job) -> dict[str, Any]:
     lines = _said(folder)
     outcome: dict[str, Any] = {"traceback": _tail(lines), "summary": {}, "wall_seconds": None}
+    # faulthandler, set up by :mod:`worker.main`, prints this line at the timeout and exits with status 1.
     if exitcode is None or any(re.match(r"Timeout \(\d+:\d\d:\d\d", line) for line in lines):
-        return outcome | {"status": "timeout", "reason": f"not finished after {job.timeout:g} s"}
-    # Most often the kernel's out-of-memory killer, which :mod:`worker.main` asks to choose this process.
+        return outcome | {"status": "timeout", "reason": f"not finished after {job.timeout:g} s (--timeout)"}
+    # Most often the kernel's out-of-memory killer: :mod:`worker.main` makes this process its first choice.
     if exitcode == -signal.SIGKILL:
-        return outcome | {"status": "out of memory", "reason": f"{describe_exit(exitcode)}, as when memory runs out"}
+        return outcome | {"status": "out of memory", "reason": f"{describe_exit(exitcode)}, probably out of memory"}
     return outcome | {"status": "crashed", "reason": describe_exit(exitcode)}
 
 
 def _tail(lines: list[str]) -> list[str]:
     """The last lines of a process that died; of Python's dump of its threads, the stack of the one that crashed."""
+    # After a crash one thread is "Current thread". After a timeout none is, and the main thread comes last.
     dumps = [i for i, line in enumerate(lines) if line.startswith(("Current thread", "Thread 0x"))]
     crashed = [i for i in dumps if lines[i].startswith("Current thread")] or dumps
     return lines[crashed[-1] :][:TAIL] if crashed else lines[-TAIL:]
@@ -151,12 +157,13 @@ def run_all(
     for job in jobs:
         record = _known(job)
         if record is None or (retry_failed and record.status in BROKEN):
+            # The time tells the record to be replaced from one that another driver writes in the meantime.
             missing.append((job, record.written if record else None))
         else:
             note(record)
     try:
         _run_missing(missing, executor, note)
-    except BaseException:
+    except BaseException:  # Ctrl-C too: without this, leaving the executor would wait for the runs in progress
         executor.shutdown(wait=False, cancel_futures=True)
         raise
     return [records[job.spec.hash] for job in jobs]
@@ -165,7 +172,7 @@ def run_all(
 def _run_missing(
     missing: list[tuple[Job, float | None]], executor: Executor, on_done: Callable[[Record], None]
 ) -> None:
-    ended: _Ended = queue.SimpleQueue()
+    ended: _Ended = queue.SimpleQueue()  # its put() is reentrant: a signal handler may call it at any point
     with _interrupts(partial(ended.put, None)):
         while missing:
             futures = {executor.submit(execute, *task): task for task in missing}
@@ -174,7 +181,7 @@ def _run_missing(
                 future.add_done_callback(ended.put)
             for _ in futures:
                 future = _next(ended)
-                record = future.result()
+                record = future.result()  # raises what execute() raised, StorageError for instance
                 if record is None:
                     missing.append(futures[future])  # another driver has it: look again when the rest is done
                 else:
@@ -203,6 +210,7 @@ def _next(ended: _Ended) -> Future[Record | None]:
 @contextlib.contextmanager
 def _interrupts(call: Callable[[], object]) -> Iterator[None]:
     """Ctrl-C calls a function instead of raising, unless another handler is set or it is ignored."""
+    # Only the main thread may set a signal handler; in any other, Ctrl-C is left alone.
     main = threading.current_thread() is threading.main_thread()
     if not main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
         yield
@@ -218,7 +226,7 @@ def _known(job: Job) -> Record | None:
     try:
         return read(job.root / job.spec.hash)
     except RecordError as error:
-        print(f"stiefel: {error}", file=sys.stderr)
+        print(f"stiefel: {error}", file=sys.stderr)  # execute() puts the record aside and runs the spec again
         return None
 
 
@@ -238,6 +246,7 @@ def duration(seconds: float) -> str:
 
 def available_cores() -> int:
     """Cores this process may use."""
+    # The affinity respects taskset, Slurm and cpusets; cpu_count() counts the whole machine.
     return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
 
 
@@ -247,7 +256,7 @@ def writable(folder: Path) -> None:
     Raises:
         StorageError: with the reason.
     """
-    probe = folder / f".probe-{os.getpid()}"
+    probe = folder / f".probe-{os.getpid()}"  # another driver may try the same folder
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         probe.write_text("probe")

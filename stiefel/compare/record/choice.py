@@ -63,8 +63,10 @@ def winners(tuned: Iterable[Record], higher_is_better: bool) -> dict[tuple[Any, 
             if good:
                 mean = sum(r.summary["best_validation"] for r in good) / len(good)
                 value = mean if higher_is_better else -mean
+                # In this order: share of runs that trained to the end, mean metric, default knobs, small rate.
                 ranked.append((len(good) / len(records), value, not choice.knobs, -choice.lr, choice))
         if ranked:
+            # The choice itself is not compared: choices have no order.
             best[key] = max(ranked, key=lambda entry: entry[:-1])[-1]
     return best
 

@@ -27,7 +27,9 @@ class RunLock:
     def take(cls, folder: Path) -> RunLock | None:
         """Lock a run's folder; None where another process has locked it."""
         folder.mkdir(parents=True, exist_ok=True)
+        # The file is never deleted: a process with the old one open could lock that, beside the owner of a new one.
         descriptor = os.open(folder / "claim", os.O_RDWR | os.O_CREAT, 0o644)
+        # flock, not lockf: POSIX record locks belong to a process, and a child does not inherit them.
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -45,6 +47,7 @@ class RunLock:
 
     def close(self) -> None:
         """Close this process's copy of the open file."""
+        # No LOCK_UN: it would end the lock for the other process that shares the open file too.
         if self.descriptor >= 0:
             os.close(self.descriptor)
             self.descriptor = -1

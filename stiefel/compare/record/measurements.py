@@ -8,7 +8,7 @@ from typing import Any
 
 from stiefel.compare.record.records import Record
 
-_MEASURED = {"step", "seconds", "train_loss", "validation", "orthogonality"}
+_MEASURED = {"step", "seconds", "train_loss", "validation", "orthogonality"}  # keys that every row has
 
 
 def lines_of(record: Record) -> list[str]:

@@ -77,10 +77,11 @@ def read(path: Path) -> Record | None:
     file = path / "run.json"
     try:
         raw = json.loads(file.read_text())
+        # Before the spec is built: another schema may have other fields.
         if raw["schema"] != SCHEMA:
             raise RecordError(
                 f"{file} is of schema {raw['schema']}, this version reads schema {SCHEMA}; read it with the version "
-                "that wrote it, or run the comparison again into another folder"
+                "that wrote it, or run the comparison again with another --out folder"
             )
         spec = RunSpec.from_dict(raw["spec"])
         _check(raw, spec)
@@ -100,10 +101,10 @@ def read(path: Path) -> Record | None:
     except FileNotFoundError:
         return None
     except OSError as error:
-        raise RecordError(f"{file} cannot be read: {error.strerror}; mend its permissions") from error
+        raise RecordError(f"{file} cannot be read: {error.strerror}; fix its permissions") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise RecordError(
-            f"{file} is corrupt ({type(error).__name__}: {error}); the comparison that wrote it will run it again"
+            f"{file} is corrupt ({type(error).__name__}: {error}); stiefel compare puts it aside and repeats its run"
         ) from error
 
 
@@ -116,24 +117,26 @@ def _check(raw: dict[str, Any], spec: RunSpec) -> None:
     """Raise where a record is JSON and yet not what a run wrote, before a report calculates with it."""
     status, summary, environment = raw["status"], raw["summary"], raw["environment"]
     if status not in STATUSES:
-        raise ValueError(f"status {status!r}")
+        raise ValueError(f"its status {status!r} is not one of the known ones")
+    # Plans look a run up by its hash, which a spec edited by hand no longer has.
     if raw["hash"] != spec.hash:
         raise ValueError(f"the hash of its spec is {spec.hash}, not {raw['hash']}")
     if not (isinstance(summary, dict) and isinstance(environment, dict)):
-        raise TypeError("summary and environment must be objects")
+        raise TypeError("summary and environment must be JSON objects")
     for key in _TEXTS:
         if not isinstance(summary.get(key), (str, type(None))):
-            raise TypeError(f"{key} is {summary[key]!r}, not a text")
+            raise TypeError(f"{key} is {summary[key]!r}, not a string or null")
     numbers = [(key, summary.get(key)) for key in _NUMBERS]
     for key, value in (*numbers, ("wall_seconds", raw.get("wall_seconds"))):
+        # bool is a subclass of int: higher_is_better passes.
         if not all(leaf is None or isinstance(leaf, (int, float)) for leaf in _leaves(value)):
-            raise TypeError(f"{key} is {value!r}, not a number")
+            raise TypeError(f"{key} is {value!r}, not numbers or null")
     if spec.kind == "quality" and status in ENDED and summary.get("best_validation") is None:
-        raise ValueError("it has no best_validation")
+        raise ValueError("its summary has no best_validation")
     if spec.kind == "cost" and status == "done":
         steps = [summary["step_seconds"][who][what] for who in ("method", "control") for what in ("median", "q1", "q3")]
         if None in (*steps, summary["step_ratio"], summary["constraint_share"]):
-            raise ValueError("it does not say how long a step took")
+            raise ValueError("its summary has null for step_seconds, step_ratio or constraint_share")
 
 
 def _leaves(value: Any) -> Iterator[Any]:

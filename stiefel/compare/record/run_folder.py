@@ -25,7 +25,7 @@ NO_STORAGE = 74
 """Exit status of a run's process whose folder cannot be written: EX_IOERR, which no crash gives."""
 
 
-_REMEDY = "free disk space or mend the permissions and run the same command again, or choose another folder with --out"
+_REMEDY = "free disk space or fix the permissions and run the same command again, or choose another folder with --out"
 
 
 @contextlib.contextmanager
@@ -55,12 +55,14 @@ class RunFolder:
         """Create the folder and drop what an earlier or interrupted attempt left in it."""
         with writing(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
+            # The record first: rows of a new attempt must not stand beside the record of an old one.
             (self.path / "run.json").unlink(missing_ok=True)
             for name in ("metrics.jsonl", "output.txt"):
                 (self.path / name).write_text("")
 
     def append(self, row: dict[str, Any]) -> None:
         """Add a row of measurements."""
+        # Not synced to disk as the record is: a torn last line can be left by a power cut, and readers expect it.
         line = json.dumps(_plain(row)) + "\n"
         with writing(self.path), (self.path / "metrics.jsonl").open("a") as stream:
             stream.write(line)
@@ -69,6 +71,7 @@ class RunFolder:
         """Write the record by an atomic rename."""
         record = {"schema": SCHEMA, "hash": self.spec.hash, "spec": self.spec.to_dict(), **outcome}
         text = json.dumps(_plain({**record, "environment": environment}), indent=1)
+        # In the same folder: a rename is atomic within one file system only.
         temporary = self.path / f"run.json.{os.getpid()}"
         with writing(self.path):
             self.path.mkdir(parents=True, exist_ok=True)

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any
 
-SCHEMA = 1
+SCHEMA = 1  # version of run.json; it enters every hash
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,7 @@ class RunSpec:
     def to_dict(self) -> dict[str, Any]:
         """Plain data, with the schema's version; without knobs where none was turned."""
         data = {"schema": SCHEMA, **asdict(self)}
+        # Left out when empty, so that hashes stay those of records written before there were knobs.
         return data if self.knobs else {key: value for key, value in data.items() if key != "knobs"}
 
     @classmethod

@@ -16,7 +16,7 @@ from stiefel.constraint import control
 from stiefel.measure.cost.clock import as_dict, interleaved
 from stiefel.measure.cost.step import computed, gpu_cost
 
-WARMUP, REPEATS = 20, 60
+WARMUP, REPEATS = 20, 60  # steps of each kind: untimed, then timed
 
 
 def run_cost(problem: Problem, spec: RunSpec, folder: RunFolder) -> dict[str, Any]:
@@ -28,6 +28,7 @@ def run_cost(problem: Problem, spec: RunSpec, folder: RunFolder) -> dict[str, An
     """
     device = join(spec)
     batch = own_share(next(parts(problem, spec, device)["train"].epoch()))
+    # The control keeps scale and group size, hence the starting point; other options are the method's own.
     control_spec = RunSpec.from_dict(
         {**spec.to_dict(), "method": control(), "options": control_options(spec.options), "knobs": {}}
     )
@@ -43,9 +44,10 @@ def run_cost(problem: Problem, spec: RunSpec, folder: RunFolder) -> dict[str, An
     summary = {
         "step_seconds": as_dict(spreads),
         "step_ratio": ratio,
-        "constraint_share": 1 - 1 / ratio,
+        "constraint_share": 1 - 1 / ratio,  # (t_method − t_control) / t_method
         "parameters": parameters,
         "constrained_weights": len(list(constrained_weights(trainings["method"].model))),
+        # These take further steps, after the timing: counting intercepts every operator and slows the step.
         **computed(steps["method"]),
         **gpu_cost(device, steps["method"]),
     }

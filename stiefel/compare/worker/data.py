@@ -16,7 +16,7 @@ def parts(problem: Problem, spec: RunSpec, device: torch.device) -> dict[str, Ba
     found = {"train": data.train, "validation": data.validation, "test": data.test}
     # Tensors move once, here; the batches of an iterable one by one.
     moved = {name: prepare(part) if isinstance(part, tuple) else part for name, part in found.items()}
-    limit = problem.steps_per_epoch
+    limit = problem.steps_per_epoch  # of training: evaluation goes through the whole of its part
     return {
         name: Batches(part, problem.batch_size, spec.seed, prepare, limit if name == "train" else None)
         for name, part in moved.items()

@@ -44,12 +44,14 @@ def _run(job: Job, claim: RunLock | None) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the driver's to handle
     folder = RunFolder(job.root, job.spec)
     _divert_output(folder.path / "output.txt")
-    # After the timeout the process dumps its stacks and exits, even if the driver is gone.
+    # At the timeout the process dumps its stacks and exits: from a C thread, which needs neither driver nor GIL.
     faulthandler.dump_traceback_later(job.timeout, exit=True)
     _restrict(job)
+    # None in a new interpreter: it inherits the locked file, and the driver's signature stays.
     if claim is not None:
         claim.sign()
 
+    # After the timer is set and the GPU chosen: in a new interpreter torch is imported only now, which takes seconds.
     import torch
 
     from stiefel.measure.cost.environment import environment
@@ -57,9 +59,9 @@ def _run(job: Job, claim: RunLock | None) -> None:
     torch.set_num_threads(job.threads)
     gc.freeze()  # collections skip what was imported, and stay short
     outcome = _outcome(job, folder)
-    faulthandler.cancel_dump_traceback_later()
+    faulthandler.cancel_dump_traceback_later()  # the run has its result: writing it is no longer limited
     outcome["wall_seconds"] = time.monotonic() - start
-    if int(os.environ.get("RANK", 0)) == 0:
+    if int(os.environ.get("RANK", 0)) == 0:  # under torchrun every process gets here, and one writes
         folder.finish(outcome | job.identity, environment(torch.device(job.spec.device)))
 
 
@@ -71,7 +73,7 @@ def _outcome(job: Job, folder: RunFolder) -> dict[str, Any]:
     try:
         problem = load_problem(job.file)(**job.settings)
         return {"quality": run_quality, "cost": run_cost}[job.spec.kind](problem, job.spec, folder)
-    except StorageError:
+    except StorageError:  # for main(): not an error of the run
         raise
     except Exception as error:
         status = "out of memory" if _is_memory(error) else "error"
@@ -81,12 +83,13 @@ def _outcome(job: Job, folder: RunFolder) -> dict[str, Any]:
 
 def _divert_output(path: Path) -> None:
     """Send what the run prints, and what a crash prints, to a file of its folder."""
+    # Append: the processes of torchrun share the file. Redirect descriptors, not sys.stdout: C code writes to them.
     with path.open("a") as stream:
         sys.stdout.flush()
         sys.stderr.flush()
         for descriptor in (1, 2):
             os.dup2(stream.fileno(), descriptor)
-    faulthandler.enable()
+    faulthandler.enable()  # SIGSEGV and the like print the stacks to stderr, now this file
 
 
 def _restrict(job: Job) -> None:
@@ -94,10 +97,11 @@ def _restrict(job: Job) -> None:
     if job.visible is not None:
         os.environ["CUDA_VISIBLE_DEVICES"] = job.visible  # before anything initializes CUDA
     with contextlib.suppress(OSError):
-        Path("/proc/self/oom_score_adj").write_text("1000")
+        Path("/proc/self/oom_score_adj").write_text("1000")  # the maximum: the kernel's first choice
     if job.memory is not None:
         import resource
 
+        # Counts memory that is writable (heap and private mappings), not reserved addresses as RLIMIT_AS does.
         resource.setrlimit(resource.RLIMIT_DATA, (job.memory, job.memory))
 
 
@@ -107,6 +111,7 @@ def _is_memory(error: BaseException) -> bool:
 
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
         return True
+    # On the CPU torch raises a plain RuntimeError, which only its text tells apart.
     return isinstance(error, RuntimeError) and "DefaultCPUAllocator" in str(error)
 
 

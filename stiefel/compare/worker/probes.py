@@ -44,6 +44,7 @@ class Moment:
     @property
     def sampled(self) -> bool:
         """Whether it is the start, the end, or one of the evenly spread moments of a reported run."""
+        # Every k-th epoch with k = ⌈epochs/RATES⌉, hence at most RATES of them.
         return self.reported and (self.at_end or self.epoch % math.ceil(self.epochs / RATES) == 0)
 
 
@@ -106,12 +107,14 @@ def probe(training: Training, part: Batches, moment: Moment, *, copies: bool) ->
         copies: whether to run the probes that copy the model, or the others.
     """
     due = [p for p in PROBES if p.copies is copies and p.due(moment)]
+    # dependent_layers = 0 is how a problem turns both probes on copies off.
     if not due or (copies and not training.problem.dependent_layers):
         return {}
-    batch = next(part.all(SIGNAL_BATCH))
+    batch = next(part.all(SIGNAL_BATCH))  # unshuffled: of tensors, the same examples at every moment
     if not copies:
         with training.evaluating():
             return {p.name: p.measure(training, batch) for p in due}
+    # In training mode, so that gradients are those of a training step, dropout and batch statistics included.
     try:
         return {p.name: p.measure(training, batch) for p in due}
     except Exception as error:

@@ -13,6 +13,7 @@ from stiefel.compare.record.spec import RunSpec
 
 def join(spec: RunSpec) -> torch.device:
     """Where this process runs; joins the others of its run under ``torchrun``."""
+    # torchrun sets WORLD_SIZE, RANK and LOCAL_RANK (the number on this machine) in each of its processes.
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return torch.device(spec.device)
     if not distributed.is_initialized():
@@ -20,7 +21,7 @@ def join(spec: RunSpec) -> torch.device:
     if spec.device != "cuda":
         return torch.device(spec.device)
     device = torch.device(spec.device, int(os.environ["LOCAL_RANK"]))
-    torch.cuda.set_device(device)
+    torch.cuda.set_device(device)  # a plain "cuda" means the current device, by default 0 in every process
     return device
 
 

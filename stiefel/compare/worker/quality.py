@@ -54,6 +54,7 @@ class QualityRun:
 
     def __init__(self, problem: Problem, spec: RunSpec, folder: RunFolder) -> None:
         self.problem, self.spec, self.folder, self.device = problem, spec, folder, join(spec)
+        # Data before Training: loading them seeds the global generators with 0, Training with the seed of the run.
         self.data = parts(problem, spec, self.device)
         self.training = Training(problem, spec, self.device)
         self.schedule = problem.schedule(self.training.optimizer)
@@ -63,7 +64,7 @@ class QualityRun:
 
     def train(self) -> None:
         """All epochs, with a row before the first and after each, until one diverges."""
-        self.measure(0, None)
+        self.measure(0, None)  # epoch 0: the network at its start, the same for all methods of a seed
         for epoch in range(1, self.problem.epochs + 1):
             loss = self.train_epoch(epoch)
             if loss is None:
@@ -79,7 +80,7 @@ class QualityRun:
         try:
             for batch in map(own_share, self.data["train"].epoch()):
                 with clock, self.compiling:
-                    losses.append(self.training.step(batch))
+                    losses.append(self.training.step(batch))  # left on the device: reading it would synchronize
                 self.steps += 1
         except (RuntimeError, ArithmeticError) as error:
             # Factorizations raise on non-finite input: with non-finite weights the error is divergence, else a fault.
@@ -89,12 +90,12 @@ class QualityRun:
             return None
         if not losses:
             part, batch_size = size_of(self.data["train"].part), self.problem.batch_size
-            raise ValueError(f"the training data give no batch: {part}, batch_size={batch_size}")
+            raise ValueError(f"training data ({part}) give no batch; tensors need batch_size={batch_size} or more")
         if self.schedule is not None:
             self.schedule.step()
         # The clock also ran while torch compiled inside a step: that time is reported apart.
         self.seconds += clock.total() - (self.compiling.seconds - compiled)
-        loss = torch.stack(losses).mean().item()
+        loss = torch.stack(losses).mean().item()  # of this process's shares of the batches
         if not (math.isfinite(loss) and self.training.finite()):
             self.diverged = f"loss or weights became non-finite in epoch {epoch}, by step {self.steps}"
             return None
@@ -115,6 +116,7 @@ class QualityRun:
                 "orthogonality": {"worst": max(layers.values()), "layers": layers},
                 **probe(training, self.data["validation"], moment, copies=False),
             }
+        # Outside cached(): a copy that takes steps would keep the weights computed before them.
         row |= probe(training, self.data["validation"], moment, copies=True)
         if is_first():
             self.folder.append(row)
@@ -127,7 +129,7 @@ class QualityRun:
             "compile_seconds": self.compiling.seconds,
             "faults": get(self.spec.method, **self.spec.method_options).faults,
         }
-        if "best_validation" in outcome["summary"]:
+        if "best_validation" in outcome["summary"]:  # missing where no epoch had a finite metric
             outcome["summary"] |= {
                 "steps": self.steps,
                 "seconds": self.seconds,
@@ -138,11 +140,12 @@ class QualityRun:
 
 
 def _outcome(problem: Problem, rows: list[dict[str, Any]], diverged: str | None) -> dict[str, Any]:
-    sign = 1 if problem.higher_is_better else -1
+    sign = 1 if problem.higher_is_better else -1  # sign · metric is always to be maximized
     known = [row for row in rows if math.isfinite(row["validation"][problem.metric])]
     if not known:
         why = diverged or f"the validation {problem.metric} is never finite"
         return {"status": "diverged", "reason": why, "summary": _declared(problem)}
+    # The epoch is chosen on validation data; the test metric is only read off there, so that it stays unbiased.
     best = max(known, key=lambda row: sign * row["validation"][problem.metric])
     value = best["validation"][problem.metric]
     reached = [

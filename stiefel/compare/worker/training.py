@@ -37,6 +37,7 @@ class Training:
         release(problem.constrain(model, get(control(), **control_options(spec.options))))
         self.model = problem.constrain(model, get(spec.method, **spec.method_options))
         self.optimizer = optimizer(self.model, problem.optimizer, lr=spec.lr, **problem.hyper)
+        # Averages gradients over processes. Parameters are shared, so evaluation uses the model, without communication.
         self.network: nn.Module = DistributedDataParallel(self.model) if distributed.is_initialized() else self.model
 
     def step(self, batch: Batch) -> Tensor:
@@ -65,7 +66,7 @@ class Training:
             self.model.train()
 
     def finite(self) -> bool:
-        """Whether every parameter is finite."""
+        """Whether every parameter is finite; of a reparameterized weight that is its proxy."""
         return all(bool(torch.isfinite(p).all()) for p in self.model.parameters())
 
 

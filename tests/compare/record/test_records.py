@@ -49,7 +49,7 @@ def test_a_corrupt_record_is_an_error_that_names_it(tmp_path):
         ({"summary": {"test_at_best": 0.9}}, "no best_validation"),
         ({"summary": {"best_validation": None}}, "no best_validation"),
         ({"summary": {}, "status": "target missed"}, "no best_validation"),
-        ({"summary": {"best_validation": 0.9, "metric": 3}}, "metric is 3, not a text"),
+        ({"summary": {"best_validation": 0.9, "metric": 3}}, "metric is 3, not a string"),
         ({"wall_seconds": [1]}, "wall_seconds"),
     ],
 )

@@ -23,6 +23,7 @@ def runs(records: Iterable[Record]) -> pd.DataFrame:
     rows = []
     for record in records:
         spec = record.spec
+        # Left out: the dictionaries, whose entries become columns below, and the version of the schema.
         flat = {k: v for k, v in spec.to_dict().items() if k not in ("fields", "options", "knobs", "schema")}
         scale = spec.options.get("scale", 1.0)
         rows.append(
@@ -50,9 +51,10 @@ def where(records: Iterable[Record]) -> pd.DataFrame:
 def epochs(records: Iterable[Record]) -> pd.DataFrame:
     """A row per training run and epoch: steps, seconds, loss, what was measured, worst orthogonality error."""
     rows = []
-    for record in (r for r in records if r.spec.kind == "quality"):
+    for record in (r for r in records if r.spec.kind == "quality"):  # cost runs have no epochs
         for m in parsed(lines_of(record)):
             parts = {f"{part}_{key}": v for part in ("validation", "test") for key, v in m.get(part, {}).items()}
+            # The row of epoch 0 is measured before training, so its train_loss is null.
             told = {key: m[key] for key in ("epoch", "step", "seconds", "train_loss")}
             rows.append({"hash": record.spec.hash, **told, **parts, "error": m["orthogonality"]["worst"]})
     return pd.DataFrame(rows)

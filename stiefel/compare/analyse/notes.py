@@ -29,17 +29,19 @@ def _faulty(summary: Summary) -> Iterator[str]:
     for label, faults in summary.faults.items():
         kinds[faults].append(label)
     for faults, labels in kinds.items():
-        yield f"† kept with their known faults, unranked and never recommended ({faults}): {', '.join(labels)}"
+        yield f"† methods with known faults, neither ranked nor recommended ({faults}): {', '.join(labels)}"
 
 
 def _mixed(summary: Summary) -> Iterator[str]:
     if summary.older:
         what = "1 record is" if summary.older == 1 else f"{summary.older} records are"
-        yield f"{what} left out: of an earlier source of {summary.problem}, which is another problem"
+        yield f"{what} left out: made with an earlier source of {summary.problem}, which counts as another problem"
     environments = [r.environment for r in summary.records if r.environment]
+    # Code that is not in a git checkout has no commit: its version stands for it.
     code = sorted({str(e.get("commit") or e.get("stiefel")) for e in environments})
     if len(code) > 1:
         yield f"these records come from {len(code)} versions of the code, whose results may differ: {', '.join(code)}"
+    # Each kind by itself: a cost run may use more threads than a training run, and that is no mixture.
     for kind in ("quality", "cost"):
         machines = {e for r in summary.records if r.spec.kind == kind and r.environment for e in [hardware([r])]}
         if len(machines) > 1:
@@ -59,6 +61,7 @@ def _tuning(summary: Summary) -> Iterator[str]:
         return " against ".join(groups) if len(groups) > 1 else ""
 
     def span(setting: Setting) -> str:
+        # `rates` go from the smallest to the largest; 1e-6 allows for rounding in the logarithm.
         spans = [math.log10(row.rates[-1] / row.rates[0]) for row in setting.rows if row.rates]
         return f"{min(spans):.1f}" if spans and min(spans) < DECADES - 1e-6 else ""
 
@@ -76,8 +79,8 @@ def _compiled(summary: Summary) -> Iterator[str]:
     compiled = [seconds for seconds in times if seconds > 0]
     if compiled:
         yield (
-            f"seconds are without the time that torch compiled: {min(compiled):.2g} to {max(compiled):.2g} s a run, in "
-            f"{len(compiled)} runs"
+            f"seconds exclude torch's compilation: {min(compiled):.2g} to {max(compiled):.2g} s per run, "
+            f"in {len(compiled)} runs"
         )
 
 
@@ -89,16 +92,16 @@ def _evidence(summary: Summary) -> Iterator[str]:
     def none(setting: Setting) -> str:
         return few(row.label for row in setting.rows if not row.runs and row.choice is not None)
 
-    def torn(setting: Setting) -> str:
+    def torn(setting: Setting) -> str:  # `ends` has an entry for each run whose last line can be read
         return few(row.label for row in setting.rows if len(row.ends) < sum(r.status in ENDED for r in row.final))
 
     if not summary.settings:
-        yield "these are cost runs alone, so nothing is known of how the methods train"
+        yield "there are only cost runs, so nothing is known of how the methods train"
     yield from _where(
         summary, seeds, f"only n = {{}} fresh seeds, the protocol asks for {FRESH_SEEDS}: intervals are too narrow"
     )
     yield from _where(summary, none, "no run with fresh seeds, so no score: {}")
-    yield from _where(summary, torn, "measurements cannot be read, and their curves are left out, of runs of {}")
+    yield from _where(summary, torn, "some runs have unreadable measurements, and their curves are left out: {}")
     if not summary.cost:
         yield "there is no cost pass, so nothing is known of what a step costs"
     else:
@@ -118,8 +121,8 @@ def _restless(summary: Summary) -> Iterator[str]:
     worst = max(controls.values(), key=lambda times: max(times) / min(times))
     if max(worst) > STEADY * min(worst):
         yield (
-            f"one and the same step of the control took {1e3 * min(worst):.3g} to {1e3 * max(worst):.3g} ms in "
-            "different cost runs: the machine was not left to them, and ratios of step times are rough"
+            f"the same step of the control took {1e3 * min(worst):.3g} to {1e3 * max(worst):.3g} ms in "
+            "different cost runs: other work shared the machine, so the ratios of step times are rough"
         )
 
 
@@ -129,7 +132,7 @@ def _where(summary: Summary, told: Callable[[Setting], str], text: str) -> Itera
     for setting in summary.settings:
         found[told(setting)].append(setting.title)
     for what, titles in found.items():
-        if what:
+        if what:  # an empty text: nothing to tell of these settings
             yield text.format(what) + ("" if len(titles) == len(summary.settings) else f" ({'; '.join(titles)})")
 
 

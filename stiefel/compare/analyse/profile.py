@@ -42,11 +42,13 @@ def profile(table: pd.DataFrame, factors: Iterable[float] | None = None) -> pd.D
         table: as :func:`times` gives it.
         factors: values of τ; by default every one at which a profile rises.
     """
-    known = table.dropna(axis="columns")
+    known = table.dropna(axis="columns")  # (case, method)
     best = known.min(axis="columns")
+    # Cases that no method solves are left out here, where ∞/∞ would be NaN; the number of cases below counts them.
     solved = known[np.isfinite(best)].div(best[np.isfinite(best)], axis="index")  # ∞ stays ∞
     if factors is None:
         values = solved.to_numpy().ravel()
+        # ρ is a step function that rises only at these ratios; 1.0 is where it starts.
         factors = sorted({1.0, *values[np.isfinite(values)]})
     return pd.DataFrame({tau: (solved <= tau).sum() / max(1, len(known)) for tau in factors}).T.rename_axis("tau")
 

@@ -80,10 +80,12 @@ class Candidate:
     @property
     def step(self) -> Interval | None:
         """Step time as a multiple of the control's, and its quartiles over n steps; geometric means over points."""
+        # Each time is relative to the control's in the same process: points timed on different machines compare.
+        # Ratios are averaged by their logarithms: 2× and 0.5× give 1×.
         costs = [row.cost for row in self.rows]
         if not all(costs):
             return None
-        known = [cost for cost in costs if cost is not None]
+        known = [cost for cost in costs if cost is not None]  # all of them; says so to the type checker
         ratio, low, high = (
             float(np.exp(np.mean([math.log(cost.step[end] / cost.control["median"]) for cost in known])))
             for end in ("median", "q1", "q3")
@@ -140,7 +142,7 @@ def recommend(candidates: Iterable[Candidate], higher_is_better: bool, target: b
         target: whether the problem has a target to reach.
     """
     known = [c for c in candidates if c.trained and not c.control and not c.faulty]
-    sign = -1.0 if higher_is_better else 1.0
+    sign = -1.0 if higher_is_better else 1.0  # `_choose` takes the smallest value
 
     def by_score(c: Candidate) -> float:
         return sign * c.score.value if c.score is not None else math.inf
@@ -198,12 +200,13 @@ def candidates(summary: Summary) -> list[Candidate]:
     for setting in summary.settings:
         for row in setting.rows:
             rows[row.label, setting.scale].append(row)
+    # Points and scales that occur at all: a candidate must have a row at each of the points.
     points = {setting.point for setting in summary.settings}
     scales = {setting.scale for setting in summary.settings}
     return [
         Candidate(tuple(found), scale if len(scales) > 1 else "")
         for (_, scale), found in rows.items()
-        if len(found) == len(points)
+        if len(found) == len(points)  # a mean over fewer, maybe easier, points would not compare
     ]
 
 
@@ -222,6 +225,7 @@ def _choose(
     reason: str,
     evidence: Callable[[Candidate], str],
 ) -> Recommendation:
+    # Ranked by what is compared, smallest first; the first is the best, and `same` tells who is level with it.
     # Ties: fewer failures, then the cheaper step, then the name, so that the order is reproducible.
     ranked = sorted(found, key=lambda c: (value(c), c.failures, c.step.value if c.step else math.inf, c.name))
     if not ranked:
@@ -233,5 +237,7 @@ def _choose(
 
 def _overlap(best: Candidate, other: Candidate) -> bool:
     """Whether the quartiles of two step times overlap."""
+    # The best has the smaller median, so its upper quartile and the other's lower one decide. Where one is not known,
+    # the two count as equal.
     a, b = best.step, other.step
     return a is None or b is None or a.high is None or b.low is None or b.low <= a.high

@@ -54,7 +54,7 @@ class Results:
         found, faults = read_all([Path(folder) for folder in folders])
         records = [record for record in found if only is None or record.spec.hash in only]
         if not records:
-            broken = f" ({len(faults)} that cannot be read: {faults[0]})" if faults else ""
+            broken = f" ({len(faults)} unreadable, the first: {faults[0]})" if faults else ""
             where = ", ".join(map(str, folders))
             raise ProblemError(f"no finished run in {where}{broken}; run stiefel compare first")
         return cls.of(records, faults)
@@ -70,13 +70,15 @@ class Results:
         found = []
         if self.faults:
             some = "; ".join(self.faults[:3])
-            found.append(f"{len(self.faults)} records cannot be read and are left out: {some}")
+            found.append(f"unreadable records left out: {len(self.faults)} ({some})")
+        # A summary has one digest. Where those of one problem differ between devices or dtypes, its file was edited
+        # between the runs.
         digests: dict[str, set[str]] = {}
         for summary in self.problems:
             digests.setdefault(summary.problem, set()).add(summary.digest)
         mixed = [problem for problem, sources in digests.items() if len(sources) > 1]
         if mixed:
-            found.append(f"the devices or dtypes of {', '.join(mixed)} ran at different sources of the problem")
+            found.append(f"between devices or dtypes, the source of {', '.join(mixed)} changed: do not compare them")
         return tuple(found)
 
     def table(self) -> pd.DataFrame:
@@ -90,7 +92,7 @@ class Results:
     def runs(self) -> pd.DataFrame:
         """A row per run, with what it ran on."""
         rows, where = frames.runs(self.records), frames.where(self.records)
-        where.index = rows.index
+        where.index = rows.index  # both have a row per record, in the same order
         return rows.assign(**{str(name): where[name] for name in where})
 
     def epochs(self) -> pd.DataFrame:
@@ -123,6 +125,7 @@ class Results:
     @cached_property
     def devices(self) -> list[str]:
         """The devices of the problems."""
+        # Unique, and in the order of the problems: `on` takes the first as the device of the newest one.
         return list(dict.fromkeys(summary.device for summary in self.problems))
 
     def on(self, device: str | None) -> list[Summary]:

@@ -26,7 +26,7 @@ POINTS = 40
 
 def powers(tolerance: float) -> str:
     """A tolerance as people write it: 1e-6."""
-    return f"{tolerance:.0e}".replace("e-0", "e-")
+    return f"{tolerance:.0e}".replace("e-0", "e-")  # Python writes 1e-06
 
 
 def number(value: Any) -> float:
@@ -147,6 +147,7 @@ class Row:
     @property
     def feasible(self) -> float | None:
         """The tightest tolerance that its worst error meets, or None."""
+        # From tight to loose: the first that holds is the tightest.
         return next((tolerance for tolerance in TOLERANCES if self.error_worst <= tolerance), None)
 
     @property
@@ -194,10 +195,13 @@ class Row:
         for record in self.tuning:
             if record.status != "skipped":
                 grouped[Choice.of(record.spec)].append(record)
+        # One failed run makes a choice's mean infinite. `winners` of record/choice.py is milder: it averages the runs
+        # that ended, and prefers choices with fewer failures.
         found = [
             Trial(choice, float(np.mean([value(r, "best_validation", self.worst) for r in records])), len(records))
             for choice, records in grouped.items()
         ]
+        # str: the values of knobs may be of types that do not compare with each other.
         return sorted(found, key=lambda trial: (len(trial.choice.knobs), str(trial.choice.knobs), trial.choice.lr))
 
     @property
@@ -228,9 +232,10 @@ class Row:
     @cached_property
     def curves(self) -> list[list[dict[str, Any]]]:
         """Measurements of each reported run that trained to its end, thinned evenly to what a curve can show."""
+        # Indices of POINTS lines, the first and the last among them; `unique` drops repeats where a run has fewer.
         kept = [np.unique(np.linspace(0, len(lines) - 1, POINTS).round().astype(int)) for lines in self._measured]
         curves = [parsed([lines[i] for i in at]) for lines, at in zip(self._measured, kept, strict=True)]
-        return [curve for curve in curves if curve]
+        return [curve for curve in curves if curve]  # `parsed` gives nothing where one of the lines is torn
 
     @cached_property
     def ends(self) -> list[dict[str, Any]]:
@@ -248,6 +253,7 @@ class Row:
     def redundancy(self) -> float | None:
         """Mean over layers at the end of training, median over runs; None where it was not recorded."""
         layers = [list(end["redundancy"].values()) for end in self.ends if end.get("redundancy")]
+        # A run with a null among its layers is left out: a mean over fewer layers would not compare.
         means = [float(np.mean(values)) for values in layers if None not in values]
         return float(np.median(means)) if means else None
 

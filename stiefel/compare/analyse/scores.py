@@ -15,12 +15,13 @@ Statistic = Callable[..., Any]
 
 _FAR = 1e30  # stands for infinity while resampling: infinities cannot be subtracted or interpolated
 _BOOTSTRAP: dict[str, Any] = {"n_resamples": 1000, "method": "percentile", "vectorized": True, "rng": 0}
+# Every interval found so far: reports ask for the same ones many times.
 _KNOWN: dict[tuple[Statistic, tuple[float, ...]], Interval] = {}
 
 
 def iqm(values: Any, axis: int = -1) -> Any:
     """Interquartile mean: without the quarter of the runs at each end; of fewer than four runs the mean."""
-    from scipy.stats import trim_mean
+    from scipy.stats import trim_mean  # scipy.stats is slow to import, and most imports of this module need no score
 
     return trim_mean(values, 0.25, axis=axis)
 
@@ -61,6 +62,7 @@ class Interval:
             return _number(self.value, decimals)
         width = self.high - self.low if math.isfinite(self.low) and math.isfinite(self.high) else 0.0
         if form is None and width > 0 and decimals == ".3f":
+            # The place of the first digit of the width: 0.00002 takes five decimals.
             decimals = f".{max(3, math.ceil(-math.log10(width)))}f"
         low, high = (_number(end, decimals) for end in (self.low, self.high))
         return f"{_number(self.value, decimals)} [{low}, {high}]"
@@ -87,6 +89,7 @@ def resample(samples: Iterable[Iterable[float]], statistic: Statistic = iqm) -> 
     for sample in map(tuple, samples):
         if (statistic, sample) not in _KNOWN:
             sizes[len(sample)].add(sample)
+    # Samples of one size form an array (sample, run). The set does not change, so both iterations have one order.
     for n, group in sizes.items():
         for sample, interval in zip(group, _intervals(np.clip(list(group), -_FAR, _FAR), n, statistic), strict=True):
             _KNOWN[statistic, sample] = interval
@@ -100,6 +103,7 @@ def _intervals(values: Any, n: int, statistic: Statistic) -> Iterator[Interval]:
         return
     from scipy.stats import bootstrap
 
+    # scipy draws one set of indices for all rows, with a fixed seed: a sample has the same interval in any company.
     ends = bootstrap((values,), statistic, axis=-1, **_BOOTSTRAP).confidence_interval
     for value, sample, low, high in zip(found, values, ends.low, ends.high, strict=True):
         same = bool((sample == sample[0]).all())  # their mean may round differently
@@ -108,6 +112,7 @@ def _intervals(values: Any, n: int, statistic: Statistic) -> Iterator[Interval]:
 
 @lru_cache(maxsize=4096)
 def _distinguishable(first: tuple[float, ...], second: tuple[float, ...], statistic: Statistic) -> bool:
+    # (run,) each, paired: a resample takes both results of a seed, so that what the seed does to both cancels.
     if len(first) < 2 or first == second:
         return False
     from scipy.stats import bootstrap
@@ -115,6 +120,7 @@ def _distinguishable(first: tuple[float, ...], second: tuple[float, ...], statis
     def difference(a: Any, b: Any, axis: int = -1) -> Any:
         return statistic(a, axis) - statistic(b, axis)
 
+    # ∞ − ∞ would be NaN; clipped, two runs that both failed have no difference.
     samples = tuple(np.clip(sample, -_FAR, _FAR) for sample in (first, second))
     ends = bootstrap(samples, difference, paired=True, **_BOOTSTRAP).confidence_interval
     return not ends.low <= 0 <= ends.high

@@ -35,6 +35,8 @@ def summaries(records: Iterable[Record]) -> Iterator[Summary]:
     def last(found: Iterable[Record]) -> float:
         return max(record.written for record in found)
 
+    # Another digest is another problem, although its name is the same: of each name only the source that ran last is
+    # reported, and records of the others are counted.
     families = []
     for sources in groups.values():
         digest = max(sources, key=lambda digest: last(sources[digest]))
@@ -45,6 +47,7 @@ def summaries(records: Iterable[Record]) -> Iterator[Summary]:
 
 def _summary(records: list[Record], older: int) -> Summary:
     first = records[0].spec
+    # Skipped runs do not say what the problem measures: ask the first run that does.
     declared = next((r.summary for r in records if "metric" in r.summary), {})
     higher = bool(declared.get("higher_is_better", True))
     factors = _varying(records)
@@ -80,13 +83,14 @@ def _varying(records: Iterable[Record]) -> list[str]:
     """The problem's factors that take more than one value."""
     values = defaultdict(set)
     for record in records:
-        for name, value in record.spec.fields.items():
+        for name, value in record.spec.fields.items():  # repr: a value may be a list, which has no hash
             values[name].add(repr(value))
     return [name for name, seen in values.items() if len(seen) > 1]
 
 
 def _order(spec: RunSpec, factors: list[str]) -> tuple[Any, ...]:
     """A key that sorts settings: numbers by size, before words."""
+    # (0, number, "") or (1, 0, word): a number is never compared with a word.
     values = [spec.fields.get(name) for name in factors] + [spec.options.get("scale", 1.0)]
     return tuple((0, v, "") if isinstance(v, (int, float)) else (1, 0, str(v)) for v in values)
 
@@ -98,6 +102,7 @@ def scale_name(scale: Any) -> str:
 
 def _draft(methods: dict[str, list[Record]], higher: bool, cost: dict[tuple[str, str], CostRow]) -> list[Row]:
     """The rows of one setting, in no order."""
+    # A cost run is made at one scale, and its result stands at every scale of the point: `_at` ignores the scale.
     return [_row(label, runs, higher, cost.get((label, _at(runs[0].spec)))) for label, runs in methods.items()]
 
 
@@ -136,6 +141,7 @@ def _row(label: str, records: list[Record], higher: bool, cost: CostRow | None) 
     choice = winners(tuning, higher).get(cell_key(records[0].spec))
     if choice is None and not tuning and finals:  # fresh seeds alone, as a folder of results may hold them
         choice = Choice.of(max(finals, key=lambda r: r.written).spec)
+    # The grid that the choice may lie on the edge of. Knobs are tried at the best rate alone, so they add no rates.
     rates = sorted({r.spec.lr for r in tuning if not r.spec.knobs})
     return Row(
         label=label,
@@ -153,7 +159,7 @@ def _row(label: str, records: list[Record], higher: bool, cost: CostRow | None) 
 def _cost(records: list[Record], factors: list[str]) -> dict[tuple[str, str], CostRow]:
     """The newest cost run of each method and point of the grid."""
     measured: dict[tuple[str, str], Record] = {}
-    for record in sorted(records, key=lambda r: r.written):
+    for record in sorted(records, key=lambda r: r.written):  # of several runs the one written last stays
         if record.spec.kind == "cost" and record.status == "done":
             measured[record.label, _at(record.spec)] = record
     # Peak memory comes from training runs; the label "" collects the control's.

@@ -108,6 +108,7 @@ class Summary:
     @property
     def title(self) -> str:
         """The problem, and what its costs were measured on."""
+        # Cost runs may have had another machine than the training runs: where there are any, theirs is named.
         measured = [r for r in self.records if r.spec.kind == "cost"] or list(self.records)
         return f"{self.problem} · {'GPU' if self.device == 'cuda' else 'CPU'} cost, {hardware(measured)}"
 
@@ -128,5 +129,6 @@ def hardware(records: Iterable[Record]) -> str:
     for environment in (r.environment for r in records if r.environment):
         threads = environment.get("threads")
         count = "" if not threads else f", {threads} thread{'s' * (threads != 1)}"
+        # A run on a GPU is known by the GPU alone, one on the CPU by the processor and its threads.
         found.append(environment.get("gpu") or f"{environment.get('cpu') or 'unknown processor'}{count}")
     return " and ".join(dict.fromkeys(found)) or "unknown hardware"

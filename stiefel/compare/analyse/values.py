@@ -61,6 +61,7 @@ def _knobs(at: Line) -> str | None:
 
 
 def _where(at: Line) -> dict[str, Any]:
+    # One environment stands for the row: of the first run that recorded one, reported runs before tuning runs.
     environment = next((r.environment for r in (*at.row.final, *at.row.tuning) if r.environment), {})
     return {name: environment.get(name) for name in WHERE}
 
@@ -78,10 +79,11 @@ VALUES: dict[str, Value] = {
     "failed": lambda at: sum(at.row.failures.values()),
     "runs": lambda at: at.row.runs,
     "rank": _rank(),
-    **{f"rank_at_{powers(tolerance)}": _rank(tolerance) for tolerance in TOLERANCES},
+    **{f"rank_at_{powers(tolerance)}": _rank(tolerance) for tolerance in TOLERANCES},  # rank_at_1e-6, rank_at_1e-3
     "error_worst": lambda at: at.row.error_worst,
     "error_final": lambda at: at.row.error_final,
     "feasible_at": lambda at: at.row.feasible,
+    # Their ends are steps_low and steps_high, seconds_low and seconds_high; those of the score have no prefix.
     **_interval("steps_to_target", lambda row: row.steps_to_target, "steps_"),
     **_interval("seconds_to_target", lambda row: row.seconds_to_target, "seconds_"),
     "redundancy": lambda at: at.row.redundancy,
@@ -90,6 +92,7 @@ VALUES: dict[str, Value] = {
     "constraint_share": _cost(lambda cost: cost.share),
     "memory_bytes": _cost(lambda cost: cost.memory),
     "counts": _cost(lambda cost: cost.counts, {}),
+    # gpu_reason is a sentence that says why the numbers are null, so it gets no column.
     "gpu_cost": _cost(lambda cost: {key: value for key, value in cost.gpu.items() if key != "gpu_reason"}, {}),
     "cost_hardware": _cost(lambda cost: cost.hardware),
     "default_validation": lambda at: at.row.default.validation if at.row.default else None,

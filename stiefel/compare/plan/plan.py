@@ -25,6 +25,7 @@ FRESH = 1000  # first seed of reported runs, far from any tuning seed
 REACH = 1e3  # how far beyond its ends a grid may be continued
 
 
+# Halves first: they split the gaps to both neighbours evenly.
 _BETWEEN = (0.5, -0.5, 0.25, -0.25, 0.75, -0.75, 0.125, -0.125)  # steps of the grid away from the best rate
 
 
@@ -62,17 +63,18 @@ class Plan:
     def __post_init__(self) -> None:
         for axis in ("settings", "variants", "scales", "rates"):
             if not getattr(self, axis):
-                raise ProblemError(f"the comparison has no {axis}: the grid is empty")
+                raise ProblemError(f"the comparison has no {axis}, so there is nothing to run; give at least one")
         if self.trials is not None and self.trials < len(self.rates):
             raise OptionError(
-                f"--trials {self.trials} is less than the {len(self.rates)} learning rates of the grid, which every "
-                "method is tried at; raise it, or give fewer rates with --lr"
+                f"--trials {self.trials} is less than the {len(self.rates)} learning rates of the grid, all of which "
+                "every method is tried at; raise --trials, or give fewer rates with --lr"
             )
 
     @property
     def step(self) -> float:
         """The ratio of neighbouring rates of the grid."""
         span = max(self.rates) / min(self.rates)
+        # A single rate has no neighbours: half a decade.
         return span ** (1 / (len(self.rates) - 1)) if span > 1 else 10**0.5
 
     def tuning(self) -> list[RunSpec]:
@@ -88,6 +90,7 @@ class Plan:
 
         It is tried with every method of the setting, so that their budgets stay equal.
         """
+        # The driver repeats this until no winner lies on an edge.
         best = tuned.winners
         tried: dict[tuple[Any, ...], set[float]] = defaultdict(set)
         for record in tuned.records:
@@ -95,8 +98,9 @@ class Plan:
         beyond: dict[tuple[Any, ...], set[float]] = defaultdict(set)
         for cell in self.cells():
             rates, choice = tried[_setting_key(cell)], best.get(cell_key(cell))
-            if choice is None:
+            if choice is None:  # every run failed
                 continue
+            # self.rates, not `rates`: the limit is a distance from the grid as it was given.
             if choice.lr == max(rates) and choice.lr < max(self.rates) * REACH:
                 beyond[_setting_key(cell)].add(_rounded(max(rates) * self.step))
             if choice.lr == min(rates) and choice.lr > min(self.rates) / REACH:
@@ -114,6 +118,7 @@ class Plan:
         tried = defaultdict(set)
         for record in tuned.records:
             tried[cell_key(record.spec)].add(record.spec.lr)
+        # Rates that `extension` added are not part of the budget: every method of the setting has tried them.
         left = (self.trials or len(self.rates)) - len(self.rates)
         return [
             run
@@ -127,6 +132,7 @@ class Plan:
         """Trials near a choice: other values of the method's knobs in turn, nearest first, then rates in between."""
         for knob, value in _other_values(cell):
             yield Choice(best.lr, ((knob, value),))
+        # Rounding may make a rate equal to another or to one already tried: a run twice would waste a trial.
         seen = set(tried)
         for exponent in _BETWEEN:
             lr = _rounded(best.lr * self.step**exponent)
@@ -150,6 +156,7 @@ class Plan:
         It has the winner's knobs, which may cost. A step costs the same at any rate; at a large one the timed steps,
         which go on beyond the training, may diverge.
         """
+        # A method whose tuning failed has no winner, and is timed with its default knobs.
         best, lowest = tuned.winners, min(self.rates)
         chosen = [(cell, best.get(cell_key(cell), Choice(lowest))) for cell in self.timed()]
         return [
@@ -158,12 +165,14 @@ class Plan:
 
     def timed(self) -> list[RunSpec]:
         """The cells whose cost is measured: the last scale of each setting and method."""
+        # Later cells replace earlier ones of the same key, and the scale is the innermost loop of `cells`.
         return list({(repr(cell.fields), label_of(cell)): cell for cell in self.cells()}.values())
 
     def cells(self) -> Iterator[RunSpec]:
         """Every setting × method × scale, as a tuning run without its rate and seed."""
         for setting, variant in itertools.product(self.settings, self.variants):
             own = dict(variant.options)
+            # A scale that is written with the method is its only one.
             for scale in (own["scale"],) if "scale" in own else self.scales:
                 yield RunSpec(
                     kind="quality",
@@ -190,11 +199,12 @@ def _other_values(cell: RunSpec) -> Iterator[tuple[str, Any]]:
     for knob, values in method.tuning.items():
         now = getattr(method, knob)
         others = [v for v in values if knob not in cell.options and v != now and _valid(cell, knob, v)]
+        # Numbers by their ratio to the current value, as knobs such as penalty weights span decades.
         if all(is_number(v) and v > 0 for v in (now, *others)):
             others = [v for _, v in sorted((abs(math.log(v / now)), v) for v in others)]
         columns.append([(knob, value) for value in others])
     for row in itertools.zip_longest(*columns):
-        yield from filter(None, row)
+        yield from filter(None, row)  # without the None that fills up shorter columns
 
 
 def _valid(cell: RunSpec, knob: str, value: Any) -> bool:

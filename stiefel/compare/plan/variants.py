@@ -29,13 +29,14 @@ class Variant:
             UnknownMethodError, OptionError: as :func:`stiefel.get` raises them, or where an option has no value.
         """
         name, _, rest = text.partition(":")
+        # What every comparison sets for the method comes first, so that the text can override it.
         options: dict[str, Any] = dict(method_class(name).comparison)
         for part in filter(None, rest.split(",")):
             key, equals, value = part.partition("=")
             if not equals:
-                raise OptionError(f"{text!r}: expected name:option=value,option=value")
+                raise OptionError(f"{text!r} has an option without a value; write name:option=value,option=value")
             options[key] = literal(value)
-        method = get(name, **options)
+        method = get(name, **options)  # checks names and values
         usual = {f.name: f.default for f in fields(method)}
         # The scale and the knobs stay even at their defaults: they record what was fixed by hand.
         kept = {"scale", *method.tuning}
@@ -60,4 +61,5 @@ def literal(text: str) -> Any:
 def parse_variants(texts: Sequence[str]) -> tuple[Variant, ...]:
     """Variants from the command line; ``all`` is the whole catalogue."""
     names = [name for text in texts for name in (available() if text == "all" else [text])]
+    # Each once: `all own` names own twice.
     return tuple(dict.fromkeys(Variant.parse(name) for name in names))

@@ -131,6 +131,7 @@ RESULTS: tuple[Column[Line], ...] = (
         css=lambda at: "failed bad" if at.row.failures else "failed",
     ),
     valued("rank", VALUES["rank"]),
+    # From the looser tolerance to the tighter one.
     *(valued(f"rank\n≤ {powers(bound)}", VALUES[f"rank_at_{powers(bound)}"]) for bound in sorted(TOLERANCES)[::-1]),
     valued("worst\nerror", VALUES["error_worst"], words.error, where=TERMINAL),
     Column(
@@ -187,6 +188,7 @@ def results(summary: Summary, setting: Setting, place: Place) -> Grid[Line]:
     """The methods of a setting, best first: on the page the best one is marked, and the control for reference."""
 
     def css(at: Line) -> str:
+        # The control may have the best score, and is still a reference, not an answer.
         return "ref" if at.control else "best" if at.row is setting.rows[0] else ""
 
     lines = tuple(Line(summary, setting, row) for row in setting.rows)

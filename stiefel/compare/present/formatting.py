@@ -83,4 +83,5 @@ def number(value: float, form: str) -> str:
 
 def key(value: Any) -> str:
     """What the page sorts a cell by: nothing comes last."""
+    # value != value: NaN. The page sorts by JavaScript's Number(), which reads "Infinity" and not "inf".
     return "" if value is None or value != value else str(value).replace("inf", "Infinity")

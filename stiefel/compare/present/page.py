@@ -104,6 +104,7 @@ class Section:
     def failures(self) -> list[Failure]:
         """The runs without a result, each reason once."""
         kinds: dict[Any, list[Record]] = defaultdict(list)
+        # One message may come from different places: the last lines of the traceback tell them apart.
         for record in self.summary.failures:
             kinds[record.label, record.status, record.reason, record.traceback[-3:]].append(record)
         return [Failure(records[0], tuple(records)) for records in kinds.values()]
@@ -154,6 +155,7 @@ def write_html(report: Results, path: Path) -> None:
     for summary in report.problems:
         sections.append(Section(summary, max(0, left)))
         left -= len(summary.settings)
+    # Headings of the overview: a problem without a target has one requirement less, so the longest list has them all.
     page = (
         _environment()
         .get_template("report.html.j2")
@@ -172,14 +174,16 @@ def write_html(report: Results, path: Path) -> None:
 def _profiles(report: Results) -> Iterator[dict[str, Any]]:
     for device in report.devices:
         steps, seconds = (report.times(unit, device) for unit in ("steps", "seconds"))
-        if len(steps) > 1:
+        if len(steps) > 1:  # a profile is a distribution over cases
             summaries = [summary for summary in report.problems if summary.device == device]
             figure = svg(profiles(summaries))
+            # Methods that were not run in every case: the profile leaves them out.
             absent = [label for label in steps if steps[label].isna().any()]
             yield {"device": device, "steps": steps, "seconds": seconds, "figure": figure, "absent": absent}
 
 
 def _environment() -> jinja2.Environment:
+    # autoescape: labels, errors and paths come from users' files.
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("stiefel.compare.present"), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )

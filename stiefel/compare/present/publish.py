@@ -42,17 +42,19 @@ def publish(
         for shown in terminal.terminal_tables(summary):
             console.print(shown)
         for note in (*notes(summary), *layers.line(summary), *terminal.failure_lines(summary)):
+            # Notes hold labels, paths and errors of users: brackets in them are no markup.
             console.print(f"· {note}", highlight=False, markup=False)
     for note in report.notes:
         console.print(f"· {note}", highlight=False, markup=False)
     html.parent.mkdir(parents=True, exist_ok=True)
     write_html(report, html)
     written = {"report": [html], "tables": write_tables(report, html.parent)}
-    if figures is not None:
+    if figures is not None:  # cost runs alone give no figure, and `files[0]` below needs one
         written |= {"figures": found} if (found := write_png(report, figures)) else {}
     for what, files in written.items():
         names = ", ".join(file.name for file in files[1:4]) + (" …" if len(files) > 4 else "")
         line = f"{what}: {files[0].resolve()}" + (f", {names}" if names else "")
+        # soft_wrap: a path that is broken over two lines cannot be copied.
         console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
@@ -79,7 +81,7 @@ def flat(rows: pd.DataFrame) -> pd.DataFrame:
 
     def plain(column: pd.Series) -> pd.Series:
         known = column.dropna()
-        if column.dtype != object or known.empty:
+        if column.dtype != object or known.empty:  # a column of None alone has no type: it becomes NaN
             return column if column.dtype != object else column.astype("float64")
         if known.map(lambda value: isinstance(value, (dict, list, tuple))).any():
             return column.map(lambda value: json.dumps(value) if isinstance(value, (dict, list, tuple)) else value)

@@ -24,7 +24,7 @@ class Report(Results):
         """Every figure, by name."""
         drawn: dict[str, Figure] = {}
         for device in self.devices:
-            if len(self.times("steps", device)) > 1:
+            if len(self.times("steps", device)) > 1:  # a profile is a distribution over cases
                 drawn[f"profile-{device}"] = profiles(self.on(device))
         for summary in self.problems:
             for name, figure in problem_figures(summary):
@@ -49,4 +49,5 @@ def problem_figures(summary: Summary) -> Iterable[tuple[str, Figure]]:
 
 
 def _name(summary: Summary, figure: str, many: bool) -> str:
+    # With many, one problem may have several summaries, of different devices and dtypes.
     return "-".join([summary.problem, *([summary.device, summary.dtype] if many else []), figure])

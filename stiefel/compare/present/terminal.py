@@ -71,6 +71,7 @@ def _apart(names: list[str]) -> str:
 def _setting(summary: Summary, setting: Setting) -> Table:
     grid = columns.results(summary, setting, "terminal")
     out = Table(box=box.SIMPLE_HEAD, title=_title(summary, setting.title), **_LEFT, collapse_padding=True)
+    # The first column holds names: long ones are folded, not cut off.
     for i, column in enumerate(grid.columns):
         how: dict[str, Any] = {"justify": "right", "min_width": 5} if i else {"overflow": "fold", "min_width": 13}
         out.add_column(Text(column.heading), **how)
@@ -80,7 +81,7 @@ def _setting(summary: Summary, setting: Setting) -> Table:
 
 
 def _cell(text: str) -> Text:
-    first, cut, more = text.partition("\n")
+    first, cut, more = text.partition("\n")  # a Text, in which rich looks for no markup: cells need no escape
     return Text.assemble(first, (cut + more, "dim"))
 
 

@@ -50,13 +50,15 @@ class Batches:
     def epoch(self) -> Iterator[Batch]:
         """The batches of the next epoch, shuffled; of tensors, a last partial batch is dropped."""
         if isinstance(self.part, tuple):
+            # Drawn on the CPU, so that the order is the same whatever device the data are on.
             order = torch.randperm(len(self.part[0]), generator=self._order)
             batches = (tuple(t[rows.to(t.device)] for t in self.part) for rows in _slices(order, self.size, whole=True))
             yield from map(self.prepare, islice(batches, self.limit))
         else:
-            with self._randomness.use():
+            with self._randomness.use():  # a DataLoader draws its seed here
                 stream = iter(self.part)
-            # Own random state while a batch is made, the run's between batches; self marks the end of the stream.
+            # Own random state while a batch is made, the run's between batches. iter(int, 1) never ends (int() is 0);
+            # self, which is never a batch, marks the end of the stream.
             for _ in range(self.limit) if self.limit is not None else iter(int, 1):
                 with self._randomness.use():
                     batch = next(stream, self)
@@ -86,6 +88,7 @@ class Randomness:
         outer = _states()
         random.seed(seed)
         np.random.seed(seed)  # noqa: NPY002
+        # Not torch.manual_seed, which seeds CUDA too: `_restore` would not undo that.
         torch.default_generator.manual_seed(seed)
         self._state = _states()
         _restore(outer)
@@ -139,7 +142,7 @@ def size_of(part: Part) -> str:
 
 
 def _slices(rows: Tensor, size: int, *, whole: bool = False) -> Iterator[Tensor]:
-    end = len(rows) - size + 1 if whole else len(rows)
+    end = len(rows) - size + 1 if whole else len(rows)  # `whole`: the last start leaves room for a full slice
     return (rows[start : start + size] for start in range(0, end, size))
 
 

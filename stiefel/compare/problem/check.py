@@ -26,20 +26,21 @@ def check(problem: Problem) -> None:
         ProblemError: what fails or returns the wrong thing, what was expected, and what came.
         DataError: as the problem's data raise it.
     """
+    # In the order of a run, so that the first message is about the cause and not about what follows from it.
     trial = _Trial(problem)
     seed_everything(0)
     model = trial.model()
     batch, validation = trial.batches(next(model.parameters()).dtype)
     optimizer = trial.training(model, batch)
     trial.evaluation(model, validation)
-    model.train()
+    model.train()  # evaluation left it in evaluation mode
     loss = trial.attempt("train_step()", lambda: problem.train_step(model, optimizer, batch))
     scalar = isinstance(loss, Tensor) and loss.ndim == 0 and not loss.requires_grad
     expected = "return the loss as a scalar tensor without a graph (use .detach())"
     trial.expect(scalar, "train_step()", expected, _shape(loss))
     target = problem.target
     valid = target is None or (isinstance(target, (int, float)) and math.isfinite(target))
-    trial.expect(valid, "target", "be a number or None", repr(target))
+    trial.expect(valid, "target", "be a finite number or None", repr(target))
 
 
 class _Trial:
@@ -52,7 +53,7 @@ class _Trial:
         """Return what a call returns; its errors become :class:`ProblemError`."""
         try:
             return call()
-        except (DataError, ProblemError):
+        except (DataError, ProblemError):  # they say what to do already
             raise
         except Exception as error:
             raise ProblemError(f"{self.name}: {what} fails: {type(error).__name__}: {error}") from error
@@ -67,7 +68,8 @@ class _Trial:
         problem = self.problem
         model = self.attempt("make_model()", problem.make_model)
         self.expect(isinstance(model, nn.Module), "make_model()", "return a torch.nn.Module", type(model).__name__)
-        self.attempt("layers, exclude", lambda: problem.constrain(model, get(control())))
+        # The control selects the same layers as every method: a wrong name in `layers` or `exclude` shows here.
+        self.attempt("constraining the model (layers, exclude)", lambda: problem.constrain(model, get(control())))
         return model
 
     def batches(self, dtype: torch.dtype) -> tuple[Batch, list[Batch]]:
@@ -78,11 +80,15 @@ class _Trial:
         for part in ("train", "validation", "test"):
             self.attempt("make_data()", partial(_check_part, self.name, part, getattr(data, part)))
         prepare = mover(torch.device("cpu"), dtype)
+        # At most one batch: an iterable may never end.
         train = Batches(data.train, problem.batch_size, 0, prepare, 1)
         batch = self.attempt("make_data().train", lambda: next(train.epoch(), None))
         if batch is None:
-            expected = f"hold a batch of {problem.batch_size}"
-            raise ProblemError(f"{self.name}: make_data().train must {expected}, got {size_of(data.train)}")
+            expected = f"give at least one batch of {problem.batch_size}"
+            raise ProblemError(
+                f"{self.name}: make_data().train must {expected}, got {size_of(data.train)}; give more data, or lower "
+                "batch_size where the data are tensors"
+            )
         return batch, _few(Batches(data.validation, problem.batch_size, 0, prepare).all())
 
     def training(self, model: nn.Module, batch: Batch) -> torch.optim.Optimizer:
@@ -93,7 +99,7 @@ class _Trial:
         expected = "return a scalar tensor that depends on the model's parameters"
         self.expect(scalar, "loss()", expected, _shape(loss))
         build: Any = problem.optimizer
-        optimizer = self.attempt("optimizer, hyper", lambda: build(model.parameters(), lr=0.1, **problem.hyper))
+        optimizer = self.attempt("optimizer(**hyper)", lambda: build(model.parameters(), lr=0.1, **problem.hyper))
         self.attempt("schedule()", lambda: problem.schedule(optimizer))
         return optimizer
 
@@ -102,13 +108,19 @@ class _Trial:
         problem = self.problem
         model.eval()
         with torch.no_grad():
-            measures = self.attempt("evaluate()", lambda: problem.measure(model, validation))
-        self.expect(isinstance(measures, dict), "evaluate()", "return a dictionary of numbers", type(measures).__name__)
-        known = ", ".join(map(repr, measures)) or "nothing"
-        self.expect(problem.metric in measures, "evaluate()", f"return the metric {problem.metric!r}", f"{known} alone")
+            measures = self.attempt("evaluate() or measure()", lambda: problem.measure(model, validation))
+        # measure() by default averages evaluate() and returns a dictionary: another result is from a problem's own.
+        self.expect(isinstance(measures, dict), "measure()", "return a dictionary of numbers", type(measures).__name__)
+        known = ", ".join(map(repr, measures)) or "no entries"
+        self.expect(
+            problem.metric in measures,
+            "evaluate() or measure()",
+            f"return the metric {problem.metric!r}",
+            f"a dictionary with {known}",
+        )
         for key, value in measures.items():
             number = isinstance(value, (int, float))
-            self.expect(number, f"evaluate()[{key!r}]", "be a number (use .item())", _shape(value))
+            self.expect(number, f"{key!r} of evaluate() or measure()", "be a number (use .item())", _shape(value))
 
 
 def _check_part(name: str, part: str, value: Any) -> None:
@@ -122,12 +134,12 @@ def _check_part(name: str, part: str, value: Any) -> None:
             )
         lengths = [len(t) for t in value]
         if len(set(lengths)) > 1 or lengths[0] == 0:
-            raise ProblemError(f"{where} must hold tensors of one length, at least 1, got lengths {lengths}")
+            raise ProblemError(f"{where} must hold tensors of one length (first dimension), at least 1, got {lengths}")
     elif not isinstance(value, Iterable):
         raise ProblemError(f"{where} must be a tuple of tensors or an iterable of batches, got {type(value).__name__}")
-    elif iter(value) is value:
+    elif iter(value) is value:  # an iterator, such as a generator: used up after one epoch
         raise ProblemError(
-            f"{where} can be iterated once only ({type(value).__name__}), and is needed in every epoch; give a list, a "
+            f"{where} can be iterated only once ({type(value).__name__}), but every epoch needs it; give a list, a "
             "DataLoader, or an object whose __iter__ starts anew"
         )
 

@@ -96,9 +96,10 @@ def load(name: str, folder: Folder = None, *, examples: int | None = None, split
         DataError: unknown name, or files that are missing, corrupt or cannot be downloaded.
     """
     if name not in _SOURCES:
-        raise DataError(f"unknown data {name!r}; {nearest_names(name, _SOURCES)}")
+        raise DataError(f"unknown data set {name!r}; {nearest_names(name, _SOURCES)}")
     source = _SOURCES[name]
     (x, y), test = source.read(folder)
+    # Held-out rows are taken before `examples` cuts: the split is the same for any number of them.
     order = torch.randperm(len(y), generator=torch.Generator().manual_seed(split_seed))
     if test is None:
         rows, order = order.split([source.held_out, len(order) - source.held_out])
@@ -115,6 +116,7 @@ def load(name: str, folder: Folder = None, *, examples: int | None = None, split
 
 
 def _rows(images: Tensor) -> Tensor:
+    # (N, 28, 28) → (N, 32, 32) → (N, 1024). Digits (N, 64) and CIFAR (N, 3072) are rows already.
     if images.shape[-1] == 28:
         images = F.pad(images, (2, 2, 2, 2))
     return images.flatten(1).float()
@@ -131,6 +133,7 @@ def _olivetti(folder: Folder) -> tuple[Part, None]:
     from sklearn.datasets import fetch_olivetti_faces
 
     where: Any = {"data_home": None if folder is None else str(folder)}
+    # First without a download, so that the message is printed only where something is fetched.
     try:
         fetched = fetch_olivetti_faces(**where, download_if_missing=False)
     except OSError:
@@ -138,8 +141,8 @@ def _olivetti(folder: Folder) -> tuple[Part, None]:
         try:
             fetched = fetch_olivetti_faces(**where)  # checks the file's checksum
         except (TimeoutError, urllib.error.URLError, OSError) as error:
-            raise DataError(f"the Olivetti faces are out of reach ({error}); {REMEDIES['olivetti']}") from error
-    faces = F.avg_pool2d(torch.from_numpy(fetched.images)[:, None], 2)
+            raise DataError(f"the Olivetti faces cannot be downloaded ({error}); {REMEDIES['olivetti']}") from error
+    faces = F.avg_pool2d(torch.from_numpy(fetched.images)[:, None], 2)  # (400, 64, 64) → (400, 1, 32, 32)
     return (faces, torch.from_numpy(fetched.target)), None
 
 
@@ -161,6 +164,7 @@ def _idx(name: str) -> Callable[[Folder], tuple[Part, Part]]:
 
 def _idx_file(name: str, folder: Path, stem: str) -> Tensor:
     """An idx file of 28×28 images or of labels: a header of 4 bytes and of 4 for each dimension, then the entries."""
+    # A copy: an array on a bytes object is read-only, which torch warns of.
     raw = np.frombuffer(_verified(name, folder, stem), dtype=np.uint8).copy()
     return torch.from_numpy(raw[16:].reshape(-1, 28, 28) if "images" in stem else raw[8:])
 
@@ -173,7 +177,9 @@ def _cifar(name: str, train: list[str], test: str, labels: bytes) -> Callable[[F
 
         def part(stems: list[str]) -> Part:
             # Pickles can run code: only files with the known checksums are loaded.
+            # encoding: they were written by Python 2, whose strings become bytes, hence the keys.
             batches = [pickle.loads(_verified(name, found, stem), encoding="bytes") for stem in stems]
+            # (N, 3072) uint8: 32×32 red values, then green, then blue.
             images = np.concatenate([batch[b"data"] for batch in batches])
             return torch.from_numpy(images), torch.tensor([label for batch in batches for label in batch[labels]])
 
@@ -200,7 +206,8 @@ def _verified(name: str, folder: Path, stem: str) -> bytes:
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path} is corrupt ({error}); {REMEDIES[name]}") from error
     expected = CHECKSUMS[f"{name}/{stem}"]
-    kind = "md5" if len(expected) == 32 else "sha256"
+    kind = "md5" if len(expected) == 32 else "sha256"  # 32 hexadecimal digits, or 64
+    # usedforsecurity: Python builds in FIPS mode refuse MD5 otherwise.
     found = hashlib.new(kind, raw, usedforsecurity=False).hexdigest()
     if found != expected:
         raise DataError(
@@ -217,8 +224,9 @@ def _from_openml() -> tuple[Part, Part]:
         fetched = fetch_openml("Fashion-MNIST", version=1, as_frame=False, parser="liac-arff")
     except (TimeoutError, urllib.error.URLError, OSError, ValueError) as error:
         raise DataError(
-            f"Fashion-MNIST is not on this machine and OpenML is out of reach ({error}); {REMEDIES['fashion-mnist']}"
+            f"Fashion-MNIST is not here and cannot be downloaded from OpenML ({error}); {REMEDIES['fashion-mnist']}"
         ) from error
+    # 70,000 images in one array, the test part last.
     x, y = torch.from_numpy(fetched.data).reshape(-1, 28, 28), torch.from_numpy(fetched.target.astype("int64"))
     return (x[:60_000], y[:60_000]), (x[60_000:], y[60_000:])
 

@@ -34,9 +34,10 @@ def load_problem(path: str | Path) -> type[Problem]:
         sys.path.insert(0, str(path.parent))  # a problem may import the network that stands beside it
     try:
         spec.loader.exec_module(module)
-    except (Exception, SystemExit) as error:
+    except (Exception, SystemExit) as error:  # SystemExit: a script may exit at its top level
         del sys.modules[name]
         raise ProblemError(f"{path} fails on import: {type(error).__name__}: {error}") from error
+    # Defined in this file: Problem itself and bases from other files are imported, and no candidates.
     found = [
         value
         for value in vars(module).values()
@@ -47,10 +48,10 @@ def load_problem(path: str | Path) -> type[Problem]:
         return concrete[0]
     if found and not concrete:
         missing = ", ".join(sorted(found[0].__abstractmethods__))
-        raise ProblemError(f"{path}: {found[0].__name__} is not complete, it does not define {missing}")
+        raise ProblemError(f"{path}: {found[0].__name__} is incomplete: it does not define {missing}; add these")
     what = f"{len(concrete)} problems ({', '.join(c.__name__ for c in concrete)})" if concrete else "no problem"
     raise ProblemError(
-        f"{path} defines {what}; it must define one subclass of stiefel.compare.Problem: "
+        f"{path} defines {what}; it must define exactly one subclass of stiefel.compare.Problem; "
         "stiefel new-problem FILE writes one to start from"
     )
 

@@ -140,6 +140,7 @@ class Problem(ABC):
         """
         sums: dict[str, float] = {}
         count = 0
+        # Batches may differ in size: a mean of their means would give the examples of a small one more weight.
         for batch in batches:
             size = examples(batch)
             for name, value in self.evaluate(model, batch).items():
@@ -163,6 +164,7 @@ class Problem(ABC):
 
         Comments and layout apart.
         """
+        # unparse drops comments and layout; docstrings stay, and change the digest.
         trees = sources_of(Path(inspect.getfile(cls)), {}).values()
         return hashlib.sha256("".join(map(ast.unparse, trees)).encode()).hexdigest()[:12]
 
@@ -201,6 +203,6 @@ class Regression(Problem):
         if outputs.shape != targets.shape:  # (b, 1) minus (b,) would broadcast to (b, b)
             raise ProblemError(
                 f"{type(self).__name__}: the model's outputs of shape {tuple(outputs.shape)} and targets of shape "
-                f"{tuple(targets.shape)} must have one shape"
+                f"{tuple(targets.shape)} must have the same shape; squeeze or unsqueeze one of them"
             )
         return outputs, targets

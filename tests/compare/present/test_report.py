@@ -266,7 +266,7 @@ def test_notes_tell_where_the_protocol_was_not_kept(tmp_path):
 
 def test_a_busy_machine_shows_in_the_controls_own_step(root):
     def told():
-        return [note for note in notes(summary_of(root)) if "the machine was not left to them" in note]
+        return [note for note in notes(summary_of(root)) if "other work shared the machine" in note]
 
     assert not told()
     control = {"median": 0.04, "q1": 0.03, "q3": 0.05, "n": 60}
@@ -303,7 +303,7 @@ def test_problems_devices_and_sources_are_never_mixed(tmp_path):
         ("second", "d", "cpu"): (10, 0),
         ("first", "d", "cpu"): (10, 1),
     }
-    assert "1 record is left out: of an earlier source of first" in "".join(notes(report.problems[-1]))
+    assert "1 record is left out: made with an earlier source of first" in "".join(notes(report.problems[-1]))
     table = report.table()
     assert list(table.groupby(["problem", "device"]).size()) == [1, 1, 1]
     cuda = next(s for s in report.problems if s.device == "cuda")
@@ -317,7 +317,7 @@ def test_faults_are_a_note(root, tmp_path):
     (root / "broken").mkdir()
     (root / "broken" / "run.json").write_text("{")
     report = read_report(root)
-    assert "1 records cannot be read and are left out" in report.notes[0]
+    assert "unreadable records left out: 1 (" in report.notes[0]
     assert "broken/run.json is corrupt" in report.notes[0]
     assert "broken/run.json is corrupt" in shown(root, width=300)
     assert "broken/run.json is corrupt" in page(root)
@@ -328,7 +328,7 @@ def test_nothing_to_report(tmp_path):
         read_report(tmp_path / "missing")
     (tmp_path / "x").mkdir()
     (tmp_path / "x" / "run.json").write_text("[]")
-    with pytest.raises(stiefel.ProblemError, match=r"no finished run.*1 that cannot be read"):
+    with pytest.raises(stiefel.ProblemError, match=r"no finished run.*1 unreadable"):
         read_report(tmp_path)
 
 
@@ -562,7 +562,7 @@ def test_cost_runs_alone_are_reported(tmp_path):
     assert '<td data-v="1.5">1.50×</td>' in text
     for what in ("<h3>Results", "<h3>Default", "<h3>Learning-rate", "<h3>Curves", "<svg"):
         assert what not in text
-    assert "cost runs alone" in said
+    assert "there are only cost runs" in said
     assert "no method has a score" in said
     assert "reaches the target" not in said
     report = read_report(tmp_path / "runs")
@@ -576,7 +576,7 @@ def test_curves_are_thinned_and_a_missing_one_costs_only_itself(root):
     row = rows_of(root)["own"]
     assert max(map(len, row.curves)) == 40
     assert (row.curves[0][0]["epoch"], row.curves[0][-1]["epoch"], row.ends[0]["epoch"]) == (0, 999, 999)
-    torn = "measurements cannot be read, and their curves are left out, of runs of own"
+    torn = "some runs have unreadable measurements, and their curves are left out: own"
     assert torn not in notes(summary_of(root))
     file = root / run.hash / "metrics.jsonl"
     for damage in (lambda: file.write_text(file.read_text()[:-9]), lambda: file.write_text("[]\n"), file.unlink):

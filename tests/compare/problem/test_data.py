@@ -182,7 +182,7 @@ def test_offline_without_files_says_what_to_do(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(sklearn.datasets, "fetch_openml", offline)
     monkeypatch.setattr(datasets, "DEBIAN", tmp_path / "nowhere")
     monkeypatch.delenv(datasets.VARIABLE, raising=False)
-    with pytest.raises(stiefel.DataError, match="OpenML is out of reach") as caught:
+    with pytest.raises(stiefel.DataError, match="cannot be downloaded from OpenML") as caught:
         datasets.load("fashion-mnist")
     assert "30 MB" in capsys.readouterr().err  # told before anything is downloaded
     assert "apt-get download dataset-fashion-mnist" in str(caught.value)

@@ -251,7 +251,7 @@ def once():
         ({"make_data": lambda self: (X, Y)}, r"make_data\(\) must return a stiefel.compare.Data, got tuple"),
         (
             {"make_data": lambda self: Data((X, Y[:5]), (X, Y), (X, Y))},
-            r"one length, at least 1, got lengths \[20, 5\]",
+            r"one length \(first dimension\), at least 1, got \[20, 5\]",
         ),
         (
             {"make_data": lambda self: Data((X.numpy(), Y), (X, Y), (X, Y))},
@@ -259,12 +259,12 @@ def once():
         ),
         (
             {"make_data": lambda self: Data((X, Y), once(), (X, Y))},
-            r"\.validation can be iterated once only \(generator\)",
+            r"\.validation can be iterated only once \(generator\)",
         ),
         ({"make_data": lambda self: Data((X, Y), 3, (X, Y))}, "iterable of batches, got int"),
         (
             {"make_data": lambda self: Data((X[:3], Y[:3]), (X, Y), (X, Y))},
-            r"train must hold a batch of 5, got 3 examples",
+            r"train must give at least one batch of 5, got 3 examples",
         ),
         ({"loss": lambda self, model, batch: model(batch[0])}, r"must return a scalar tensor .* shape \(5, 2\)"),
         ({"loss": lambda self, model, batch: 0.5}, "must return a scalar tensor .* got float"),
@@ -272,14 +272,17 @@ def once():
         ({"train_step": lambda self, model, optimizer, batch: self.loss(model, batch)}, "with a graph"),
         ({"train_step": lambda self, model, optimizer, batch: None}, r"train_step\(\) must return the loss"),
         ({"train_step": lambda self, model, optimizer, batch: model.nothing}, r"train_step\(\) fails: AttributeError"),
-        ({"evaluate": lambda self, model, batch: {"loss": 1.0}}, "must return the metric 'accuracy', got 'loss' alone"),
+        (
+            {"evaluate": lambda self, model, batch: {"loss": 1.0}},
+            "must return the metric 'accuracy', got a dictionary with 'loss'",
+        ),
         ({"measure": lambda self, model, batches: 0.3}, "must return a dictionary of numbers, got float"),
         (
             {"evaluate": lambda self, m, b: {"accuracy": torch.tensor([1.0, 2.0])}},
             r"must be a number \(use .item\(\)\)",
         ),
-        ({"target": "high"}, "target must be a number or None, got 'high'"),
-        ({"hyper": {"momentom": 0.9}}, "optimizer, hyper fails: TypeError"),
+        ({"target": "high"}, "target must be a finite number or None, got 'high'"),
+        ({"hyper": {"momentom": 0.9}}, r"optimizer\(\*\*hyper\) fails: TypeError"),
         ({"schedule": lambda self, optimizer: optimizer.nothing}, r"schedule\(\) fails: AttributeError"),
         ({"exclude": ("haed",)}, "no layer or parameter named 'haed'"),
     ],

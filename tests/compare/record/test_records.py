@@ -164,7 +164,7 @@ def test_a_problem_may_import_its_neighbour(toy):
     ("change", "words"),
     [
         (("fault: str", "device: str"), "which is an option of the comparison"),
-        (("target = 0.1", 'metric = "f1"'), r"evaluate\(\) must return the metric 'f1', got 'loss', 'accuracy' alone"),
+        (("target = 0.1", 'metric = "f1"'), r"must return the metric 'f1', got a dictionary with 'loss', 'accuracy'"),
         (("target = 0.1", 'exclude = ("haed",)'), "no layer or parameter named 'haed'"),
         (("def make_data(self):", "def make_data(self):\n        1 / 0"), r"make_data\(\) fails: ZeroDivisionError"),
     ],

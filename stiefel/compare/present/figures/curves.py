@@ -34,6 +34,7 @@ def curves(summary: Summary, setting: Setting) -> Figure:
         "validation": f"validation {summary.metric}",
         "error": "worst ‖XXᵀ−I‖/√p",
     }
+    # Five of six panels, row by row; the sixth is for layers. `zip` below stops before it.
     panels = [("step", "train_loss"), ("seconds", "train_loss"), ("step", "error")]
     panels += [("step", "validation"), ("seconds", "validation")]
     styles, wide = method_styles(summary), spans_decades(summary)
@@ -44,13 +45,14 @@ def curves(summary: Summary, setting: Setting) -> Figure:
             for ax, (along, what) in zip(axes.flat, panels, strict=False):
                 _band(ax, data, along, what, style, log=what != "validation" or wide)
             _per_layer(axes[1, 2], row, style)
+        # After the curves: the ticks and the lines across depend on what has been drawn.
         for ax, (along, what) in zip(axes.flat, panels, strict=False):
             log = what != "validation" or wide
             label_axis(ax, names[what], f"training {'steps' if along == 'step' else along}", log=log)
             if what == "validation" and setting.target is not None:
                 target_line(ax, setting.target)
         label_axis(axes[1, 2], "‖XXᵀ−I‖/√p per layer, at the end", "constrained layer", log=True)
-        for ax in axes[:, 2]:
+        for ax in axes[:, 2]:  # the two panels of orthogonality errors
             for tolerance in TOLERANCES:
                 target_line(ax, tolerance)
         draw_legend(figure, styles)
@@ -75,6 +77,7 @@ def _band(ax: Any, data: dict[str, Any], along: str, what: str, style: dict[str,
         return
     # An error of exactly zero has no place on a logarithmic axis.
     y = np.maximum(data[what], 1e-16) if log else data[what]
+    # Points that every run has a number at: before training there is no loss.
     known = ~np.isnan(y).any(axis=0)
     x, y = np.median(data[along], axis=0)[known], y[:, known]
     ax.plot(x, np.median(y, axis=0), **style)
@@ -86,7 +89,9 @@ def _per_layer(ax: Any, row: Row, style: dict[str, Any]) -> None:
     layers = [[number(value) for value in end["orthogonality"]["layers"].values()] for end in row.ends]
     if not layers:
         return
+    # (run, layer) → (layer,)
     heights = np.maximum(np.median(np.array(layers), axis=0), 1e-16)
     ax.plot(range(1, len(heights) + 1), heights, marker="o", ms=3, **style)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8, min_n_ticks=1))
+    # Half a layer of margin; limits only grow, as every method draws into the same panel.
     ax.set_xlim(min(ax.get_xlim()[0], 0.5), max(ax.get_xlim()[1], len(heights) + 0.5))

@@ -34,6 +34,7 @@ def profiles(summaries: Sequence[Summary]) -> Figure:
     with mpl.rc_context(STYLE):
         figure, axes = grid(1, 2, (4.6, 2.7), legend=list(legend_of(styles)))
         for ax, table, unit in zip(axes.flat, tables, ("steps", "seconds"), strict=True):
+            # A profile is constant from its last step on: each line continues at its last height to the right edge.
             far = max(2.0, float(table.index.max()) * 1.1)
             for label in ranking.index:
                 ax.step([*table.index, far], [*table[label], table[label].iloc[-1]], where="post", **styles[label])

@@ -41,6 +41,7 @@ def sensitivity(summary: Summary) -> Figure:
         for row in setting.rows:
             found[row.label].append((i, row))
     columns = min(5, len(found))
+    # −(−a // b) is a / b rounded up: the last row of panels may be partly empty.
     with mpl.rc_context(STYLE):
         figure, axes = grid(
             -(-len(found) // columns),
@@ -58,6 +59,8 @@ def sensitivity(summary: Summary) -> Figure:
             ax.xaxis.set_major_formatter(POWERS)
         for ax in axes.flat[len(found) :]:
             ax.set_visible(False)
+        # The lowest panel of each column, which is not in the last row where that is partly empty: with shared axes,
+        # matplotlib labels the last row alone.
         for ax in axes.flat[max(0, len(found) - columns) : len(found)]:
             ax.set_xlabel("learning rate")
             ax.tick_params(labelbottom=True)
@@ -80,6 +83,8 @@ def _sensitivity_of(ax: Any, row: Row, i: int, summary: Summary) -> None:
     if good:
         ax.plot(*zip(*good, strict=True), color=colour, ls=style, marker="o", ms=2.5, lw=1.2)
     if bad:
+        # Settings have crosses at heights of their own, so that they do not hide each other. The transform takes x in
+        # data and y as a fraction of the panel.
         edge = 0.05 + min(0.08, 0.6 / len(summary.settings)) * i  # of the axes, on the side of bad values
         edges = [edge if summary.higher_is_better else 1 - edge] * len(bad)
         ax.plot(bad, edges, ls="", marker="x", ms=4, color=colour, transform=ax.get_xaxis_transform())
@@ -90,6 +95,7 @@ def _sensitivity_of(ax: Any, row: Row, i: int, summary: Summary) -> None:
 
 def defaults(summary: Summary) -> Figure:
     """Validation metric of each method at its default setting (hollow) and as tuned (full): a panel per setting."""
+    # Heights count upwards: reversed, the first name is at the top.
     columns, labels = min(4, len(summary.settings)), summary.labels[::-1]
     size = (2.6, 0.3 + 0.17 * len(labels))
     with mpl.rc_context(STYLE):
@@ -97,12 +103,14 @@ def defaults(summary: Summary) -> Figure:
         figure, axes = grid(-(-len(summary.settings) // columns), columns, size, legend=marks, margin=1.5, between=0.25)
         for ax, setting in zip(axes.flat, summary.settings, strict=False):
             known = {row.label: (_validation(row.default), _validation(row.tuned)) for row in setting.rows}
+            # Both (method,), NaN where not known: matplotlib draws nothing there.
             before, after = np.array([known.get(label, (math.nan, math.nan)) for label in labels]).T
             heights = np.arange(len(labels))
             ax.hlines(heights, before, after, color=COLOURS[0], lw=1)
             ax.plot(before, heights, ls="", marker="o", ms=4.5, mfc="none", mec=COLOURS[0])
             ax.plot(after, heights, ls="", marker="o", ms=4.5, color=COLOURS[0])
             ax.set(title=setting.title, xlabel=f"validation {summary.metric}", ylim=(-0.7, len(labels) - 0.3))
+            # Ticks, with names, are at the left panels only, so the faint lines across are drawn by hand.
             ax.set_yticks([])
             ax.hlines(heights, 0, 1, transform=ax.get_yaxis_transform(), color=GREY, alpha=0.25, lw=0.8)
             if spans_decades(summary):

@@ -21,6 +21,8 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
+from stiefel.compare.plan.plan import RACE_SEEDS, RACED
+
 PROBLEM = """
 import multiprocessing, os, time
 from dataclasses import dataclass
@@ -77,12 +79,12 @@ class Outcome:
 
 
 def kill_and_resume(folder: Path, kills: int, seed: int, methods: int = 2, rates: int = 5, seeds: int = 3) -> Outcome:
-    """Run a grid of ``methods · (rates · seeds + 5)`` runs with ``kills`` kills in between."""
+    """Run a grid of ``methods · (rates · seeds + 4 · min(3, rates) + 5)`` runs with ``kills`` kills in between."""
     problem, runs, witness = folder / "slow.py", folder / "runs", folder / "witness.txt"
     problem.write_text(PROBLEM)
     command = [sys.executable, "-m", "stiefel", "compare", str(problem), "--jobs", "2", "--scale", "1", "--no-cost"]
     command += ["--methods", *["own", "soft"][:methods], "--lr", *[str(0.01 * (k + 1)) for k in range(rates)]]
-    command += ["--tuning-seeds", str(seeds), "--out", str(runs)]
+    command += ["--tuning-seeds", str(seeds), "--seeds", "5", "--out", str(runs)]
     moments, seen, finished, start = random.Random(seed), {}, [], time.monotonic()
     for _ in range(kills):
         driver = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -103,7 +105,7 @@ def kill_and_resume(folder: Path, kills: int, seed: int, methods: int = 2, rates
     last = snapshot(runs)
     processes = {tuple(line.split()[1:]) for line in witness.read_text().splitlines()}
     begun = Counter(run for run, _ in processes if len(run) == 16)
-    expected = methods * (rates * seeds + 5)
+    expected = methods * (rates * seeds + RACE_SEEDS * min(RACED, rates) + 5)
     return Outcome(
         kills=kills,
         runs=expected,

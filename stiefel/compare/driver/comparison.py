@@ -82,16 +82,20 @@ class Comparison:
         plan, execution = self.plan, self.execution
         # A cell is one method in one setting at one scale; every cell has the same tuning budget.
         cells = len(list(plan.cells()))
-        trials = cells * (plan.trials or len(plan.rates)) * plan.tuning_seeds
-        finals, costs = cells * plan.seeds, len(plan.timed()) if self.cost else 0
-        beyond = ", more if a grid is extended" if self.extend else ""
-        where = "" if executors.engine(execution.executor).here else f" with {execution.executor}"
+        each, costs = plan.trials or len(plan.rates), len(plan.timed()) if self.cost else 0
+        trials = cells * each * plan.tuning_seeds
+        beyond = ", and what the grid is continued by" if self.extend else ""
+        if plan.studies:
+            design, reported = f"{plan.studies} studies", f"then {cells} runs at what each chose"
+        else:
+            design, reported = "one tuning", f"then {cells * plan.seeds} with fresh seeds at the best of a race"
+        where = "" if executors.engine(execution.executor).here else f" by {execution.executor}"
         threads = f"{execution.threads} {'thread' if execution.threads == 1 else 'threads'}"
         lines = [
             f"{plan.problem}: methods {len(plan.variants)} × settings {len(plan.settings)} × scales {len(plan.scales)}",
-            f"{trials} tuning runs ({len(plan.rates)} learning rates, {plan.trials or len(plan.rates)} trials each)"
-            f"{beyond}, then {finals} with fresh seeds and {costs} cost runs",
-            f"runs at a time: {execution.jobs}{where}, {threads} each; records in {out}/",
+            f"{design}: {trials} tuning runs ({len(plan.rates)} learning rates, {each} trials each){beyond}, "
+            f"{reported}, {costs} cost runs",
+            f"{execution.jobs} at a time{where}, {threads} each; records in {out}/",
         ]
         return "\n".join(lines)
 
@@ -142,12 +146,9 @@ class Comparison:
                 return found
 
             tuned = plan.tuned(stage("tuning", plan.tuning()))
-            # A winner may move to the new edge, so this repeats, up to three decades beyond the grid (Plan.extension).
-            while self.extend and (more := plan.extension(tuned)):
-                tuned += stage("extend", more)
-            # After the extension: knobs and finer rates are tried around the rate that won in the end.
-            if more := plan.refinement(tuned):
-                tuned += stage("refine", more)
+            # Each step may move the winners, and with them what is tried next.
+            while more := plan.following(tuned, extend=self.extend):
+                tuned += stage(*more)
             # A winner was selected by its tuning score, which is therefore biased: only fresh seeds are reported.
             records = [*tuned.records, *stage("final", plan.final(tuned))]
             if self.cost:

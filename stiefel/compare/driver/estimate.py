@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
-from stiefel.compare.plan.plan import Plan
+from stiefel.compare.plan.plan import RACE_SEEDS, RACED, Plan
 from stiefel.compare.plan.variants import label_of
 from stiefel.compare.record.records import Record
 from stiefel.compare.record.spec import RunSpec
@@ -112,8 +112,8 @@ def start_seconds(module: str) -> float:
 
 def whole(plan: Plan, *, cost: bool) -> list[RunSpec]:
     """Every run of a plan from nothing, with cells in place of what tuning has yet to choose."""
-    # Extensions of the grid are not counted: only results can tell whether there are any.
-    return plan.tuning() + _trials(plan) + _final(plan, cost)
+    # What --extend adds is not counted: only results can tell whether there is any.
+    return plan.tuning() + _trials(plan) + _raced(plan) + _final(plan, cost)
 
 
 def left(plan: Plan, records: Mapping[str, Record], *, cost: bool, extend: bool) -> list[RunSpec]:
@@ -134,15 +134,16 @@ def left(plan: Plan, records: Mapping[str, Record], *, cost: bool, extend: bool)
     ended: list[Record] = []
     # A stage is known run by run once all before it have ended; from the first gap on, runs are counted by cell.
     lacking = missing(plan.tuning())
-    while not lacking and extend and (more := plan.extension(plan.tuned(ended))):
-        lacking = missing(more)
-    if lacking:
-        return lacking + _trials(plan) + _final(plan, cost)
-    lacking = missing(plan.refinement(plan.tuned(ended)))
-    if lacking:
-        return lacking + _final(plan, cost)
-    tuned = plan.tuned(ended)
-    return missing(plan.final(tuned) + (plan.cost(tuned) if cost else []))
+    stage = "tuning"
+    while not lacking and (more := plan.following(plan.tuned(ended), extend=extend)):
+        stage, runs = more
+        lacking = missing(runs)
+    if not lacking:
+        tuned = plan.tuned(ended)
+        return missing(plan.final(tuned) + (plan.cost(tuned) if cost else []))
+    raced = [] if stage == "race" else _raced(plan)
+    refined = _trials(plan) if stage in ("tuning", "extend") else []
+    return lacking + refined + raced + _final(plan, cost)
 
 
 def _trials(plan: Plan) -> list[RunSpec]:
@@ -151,7 +152,13 @@ def _trials(plan: Plan) -> list[RunSpec]:
     return [cell for cell in plan.cells() for _ in range(each)]
 
 
+def _raced(plan: Plan) -> list[RunSpec]:
+    """What each cell's best choices are run again, where one tuning serves all."""
+    each = 0 if plan.studies or len(plan.rates) < 2 else min(RACED, len(plan.rates)) * RACE_SEEDS
+    return [cell for cell in plan.cells() for _ in range(each)]
+
+
 def _final(plan: Plan, cost: bool) -> list[RunSpec]:
     """Fresh seeds of each cell, and its cost."""
-    fresh = [cell for cell in plan.cells() for _ in range(plan.seeds)]
+    fresh = [cell for cell in plan.cells() for _ in range(1 if plan.studies else plan.seeds)]
     return fresh + [replace(cell, kind="cost") for cell in plan.timed() if cost]

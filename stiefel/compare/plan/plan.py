@@ -1,32 +1,32 @@
-"""Which runs a comparison consists of: tuning, its winners with fresh seeds, a cost pass.
+"""Which runs a comparison consists of: studies, each a tuning and a fresh run at what it chose, and a cost pass.
 
-Imports ``record``, ``variants`` and ``constraint``.
+A replicate is a study: two runs at one tuned rate share the luck of that tuning, which no interval over them shows. Ten
+equal methods that are tuned once and run again with ten fresh seeds each are told apart by a perfect test in 29 to 48 %
+of comparisons; with a tuning for each replicate in 4 %. The cheaper way, one tuning and ``seeds`` fresh runs, therefore
+says less: what holds at the rates chosen.
+
+Imports ``record``, ``trials`` and ``variants``.
 """
 
 from __future__ import annotations
 
 import itertools
-import math
-from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
+from stiefel.compare.plan import trials
 from stiefel.compare.plan.variants import Variant, label_of
 from stiefel.compare.record.choice import Choice, Tuned, cell_key
 from stiefel.compare.record.records import Record
-from stiefel.compare.record.spec import RunSpec
-from stiefel.constraint import get, is_number
+from stiefel.compare.record.spec import RunSpec, fixed
 from stiefel.errors import OptionError, ProblemError
 
 FRESH = 1000  # first seed of reported runs, far from any tuning seed
 
 
-REACH = 1e3  # how far beyond its ends a grid may be continued
-
-
-# Halves first: they split the gaps to both neighbours evenly.
-_BETWEEN = (0.5, -0.5, 0.25, -0.25, 0.75, -0.75, 0.125, -0.125)  # steps of the grid away from the best rate
+RACED, RACE_SEEDS = 3, 4  # choices of a single tuning that are run again before one is chosen, and on how many seeds
 
 
 @dataclass(frozen=True)
@@ -39,10 +39,12 @@ class Plan:
         variants: methods with options.
         scales: values of the option ``scale``.
         rates: the learning-rate grid, the same for every method.
-        seeds: how many fresh seeds each winner is run with.
+        seeds: how many fresh seeds each winner of a single tuning is run with; used where there are no studies.
+        studies: how many times each method is tuned and then run at what that tuning chose; 0: one tuning for all.
         tuning_seeds: how many seeds each trial is made with.
-        trials: tuning budget of each method in each setting: the grid, then what is left goes to its own knobs, one at
-            a time at its best rate, and to rates between those of the grid. None is the grid alone.
+        trials: tuning budget of each method in each setting and study: the grid, then rates beyond its edge where the
+            best lies there, and rates in between until the best is known to a factor of 2; what is left goes to the
+            method's own knobs, one at a time at its best rate. None is the grid alone.
         device, dtype: of every run.
         higher_is_better: of the problem's metric.
     """
@@ -53,7 +55,8 @@ class Plan:
     variants: tuple[Variant, ...]
     scales: tuple[Any, ...]
     rates: tuple[float, ...]
-    seeds: int
+    seeds: int = 0
+    studies: int = 0
     tuning_seeds: int = 1
     trials: int | None = None
     device: str = "cpu"
@@ -70,13 +73,6 @@ class Plan:
                 "every method is tried at; raise --trials, or give fewer rates with --lr"
             )
 
-    @property
-    def step(self) -> float:
-        """The ratio of neighbouring rates of the grid."""
-        span = max(self.rates) / min(self.rates)
-        # A single rate has no neighbours: half a decade.
-        return span ** (1 / (len(self.rates) - 1)) if span > 1 else 10**0.5
-
     def tuning(self) -> list[RunSpec]:
         """Every setting × scale × method × learning rate × tuning seed."""
         return [run for cell in self.cells() for lr in self.rates for run in self._seeded(Choice(lr).apply(cell))]
@@ -85,10 +81,27 @@ class Plan:
         """Tuning runs of this plan that have ended, with their winners."""
         return Tuned(tuple(records), self.higher_is_better)
 
-    def extension(self, tuned: Tuned) -> list[RunSpec]:
-        """One more rate beyond each edge of a setting's grid on which a winner lies; none beyond three decades.
+    def following(self, tuned: Tuned, *, extend: bool = False) -> tuple[str, list[RunSpec]] | None:
+        """What tuning does next, by name: to extend the grid, to refine it, to race the best; None when it has ended.
 
-        It is tried with every method of the setting, so that their budgets stay equal.
+        Args:
+            tuned: what has been tried.
+            extend: whether grids on whose edge a winner lies are continued beyond the budget.
+        """
+        tried = {record.spec.hash for record in tuned.records}
+        # Once choices have been raced nothing else is tried: on one seed it could not win against them.
+        raced = not self.studies and any(record.spec.seed >= self.tuning_seeds for record in tuned.records)
+        stages: dict[str, Callable[[], list[RunSpec]]] = {
+            "extend": lambda: self.extension(tuned) if extend and not raced else [],
+            "refine": lambda: self.refinement(tuned, free_edges=extend) if not raced else [],
+            "race": lambda: [run for run in self.race(tuned) if run.hash not in tried],
+        }
+        return next(((name, runs) for name, stage in stages.items() if (runs := stage())), None)
+
+    def extension(self, tuned: Tuned) -> list[RunSpec]:
+        """One more rate beyond each edge of a point's grid on which a winner lies; none beyond three decades.
+
+        It is tried with every method at every scale of the point, so that their budgets stay equal.
         """
         # The driver repeats this until no winner lies on an edge.
         best = tuned.winners
@@ -97,14 +110,9 @@ class Plan:
             tried[_setting_key(record.spec)].add(record.spec.lr)
         beyond: dict[tuple[Any, ...], set[float]] = defaultdict(set)
         for cell in self.cells():
-            rates, choice = tried[_setting_key(cell)], best.get(cell_key(cell))
-            if choice is None:  # every run failed
-                continue
-            # self.rates, not `rates`: the limit is a distance from the grid as it was given.
-            if choice.lr == max(rates) and choice.lr < max(self.rates) * REACH:
-                beyond[_setting_key(cell)].add(_rounded(max(rates) * self.step))
-            if choice.lr == min(rates) and choice.lr > min(self.rates) / REACH:
-                beyond[_setting_key(cell)].add(_rounded(min(rates) / self.step))
+            key = _setting_key(cell)
+            if choice := best.get(cell_key(cell)):
+                beyond[key].update(trials.beyond(choice.lr, sorted(tried[key]), self.rates))
         return [
             run
             for cell in self.cells()
@@ -112,33 +120,45 @@ class Plan:
             for run in self._seeded(Choice(lr).apply(cell))
         ]
 
-    def refinement(self, tuned: Tuned) -> list[RunSpec]:
-        """The rest of each method's trials, around its best rate; a method whose every run failed has no such rate."""
-        best = tuned.winners
-        tried = defaultdict(set)
-        for record in tuned.records:
-            tried[cell_key(record.spec)].add(record.spec.lr)
-        # Rates that `extension` added are not part of the budget: every method of the setting has tried them.
-        left = (self.trials or len(self.rates)) - len(self.rates)
-        return [
-            run
-            for cell in self.cells()
-            if (key := cell_key(cell)) in best
-            for choice in itertools.islice(self._around(cell, best[key], tried[key]), left)
-            for run in self._seeded(choice.apply(cell))
-        ]
+    def refinement(self, tuned: Tuned, *, free_edges: bool = False) -> list[RunSpec]:
+        """The next trials of each method, around its best rate; to be asked again until there are none.
 
-    def _around(self, cell: RunSpec, best: Choice, tried: set[float]) -> Iterator[Choice]:
-        """Trials near a choice: other values of the method's knobs in turn, nearest first, then rates in between."""
-        for knob, value in _other_values(cell):
-            yield Choice(best.lr, ((knob, value),))
-        # Rounding may make a rate equal to another or to one already tried: a run twice would waste a trial.
-        seen = set(tried)
-        for exponent in _BETWEEN:
-            lr = _rounded(best.lr * self.step**exponent)
-            if lr not in seen:
-                seen.add(lr)
-                yield Choice(lr)
+        A method whose every run failed has no best rate, and no trials.
+
+        Args:
+            tuned: what has been tried.
+            free_edges: whether rates beyond the ends of the grid, as :meth:`extension` adds them, are free.
+        """
+        best = tuned.winners
+        tried: dict[tuple[Any, ...], set[Choice]] = defaultdict(set)
+        for record in tuned.records:
+            tried[cell_key(record.spec)].add(Choice.of(record.spec))
+        free = trials.continued(self.rates) if free_edges else frozenset()
+        runs = []
+        for cell in self.cells():
+            key = cell_key(cell)
+            if key not in best:
+                continue
+            counted = [choice for choice in tried[key] if choice.knobs or choice.lr not in free]
+            left = max(0, (self.trials or len(self.rates)) - len(counted))
+            for choice in itertools.islice(trials.following(cell, best[key], tried[key], self.rates), left):
+                runs += self._seeded(choice.apply(cell))
+        return runs
+
+    def race(self, tuned: Tuned) -> list[RunSpec]:
+        """The three best choices of a single tuning again on four more seeds, before one of them is chosen.
+
+        With studies there is none: the luck of each tuning is then part of what is reported. Nor is there one where
+        a method has a single choice.
+        """
+        cells = [] if self.studies else list(self.cells())
+        return [
+            replace(choice.apply(cell), seed=self.tuning_seeds + seed)
+            for cell in cells
+            if len(choices := tuned.ranked.get(cell_key(cell), [])) > 1
+            for choice in choices[:RACED]
+            for seed in range(RACE_SEEDS)
+        ]
 
     def final(self, tuned: Tuned) -> list[RunSpec]:
         """The winner of each cell again, with fresh seeds; a cell whose every tuning run failed has none."""
@@ -147,33 +167,35 @@ class Plan:
             best[cell_key(cell)].apply(cell, seed=FRESH + seed, phase="final")
             for cell in self.cells()
             if cell_key(cell) in best
-            for seed in range(self.seeds)
+            for seed in ([cell.study] if cell.study is not None else range(self.seeds))
         ]
 
     def cost(self, tuned: Tuned) -> list[RunSpec]:
         """One cost run for each setting and method, at the last scale and the smallest rate: neither changes the cost.
 
-        It has the winner's knobs, which may cost. A step costs the same at any rate; at a large one the timed steps,
-        which go on beyond the training, may diverge.
+        It has the winner's knobs, which may cost; of several studies those that most of them chose. A step costs the
+        same at any rate; at a large one the timed steps, which go on beyond the training, may diverge.
         """
-        # A method whose tuning failed has no winner, and is timed with its default knobs.
-        best, lowest = tuned.winners, min(self.rates)
-        chosen = [(cell, best.get(cell_key(cell), Choice(lowest))) for cell in self.timed()]
+        chosen: dict[str, list[tuple[Any, ...]]] = defaultdict(list)
+        for cell in self.cells():
+            if choice := tuned.winners.get(cell_key(cell)):
+                chosen[_without_study(cell).hash].append(choice.knobs)
+        lowest = min(self.rates)
         return [
-            Choice(lowest, choice.knobs).apply(cell, seed=FRESH, phase="final", kind="cost") for cell, choice in chosen
+            Choice(lowest, _most_common(chosen[cell.hash])).apply(cell, seed=FRESH, phase="final", kind="cost")
+            for cell in self.timed()
         ]
 
     def timed(self) -> list[RunSpec]:
         """The cells whose cost is measured: the last scale of each setting and method."""
-        # Later cells replace earlier ones of the same key, and the scale is the innermost loop of `cells`.
-        return list({(repr(cell.fields), label_of(cell)): cell for cell in self.cells()}.values())
+        cells = map(_without_study, self.cells())
+        return list({(repr(cell.fields), label_of(cell)): cell for cell in cells}.values())
 
     def cells(self) -> Iterator[RunSpec]:
-        """Every setting × method × scale, as a tuning run without its rate and seed."""
+        """Every setting × method × scale × study, as a tuning run without its rate and seed."""
+        studies = range(self.studies) if self.studies else [None]
         for setting, variant in itertools.product(self.settings, self.variants):
-            own = dict(variant.options)
-            # A scale that is written with the method is its only one.
-            for scale in (own["scale"],) if "scale" in own else self.scales:
+            for options, study in itertools.product(variant.at(self.scales), studies):
                 yield RunSpec(
                     kind="quality",
                     phase="tuning",
@@ -181,45 +203,28 @@ class Plan:
                     digest=self.digest,
                     fields=setting,
                     method=variant.method,
-                    options={**own, "scale": scale},
+                    options=options,
                     lr=0.0,
                     seed=0,
                     device=self.device,
                     dtype=self.dtype,
+                    study=study,
                 )
 
     def _seeded(self, spec: RunSpec) -> list[RunSpec]:
-        return [replace(spec, seed=seed) for seed in range(self.tuning_seeds)]
+        """A trial on its seeds, which no other study uses."""
+        first = (spec.study or 0) * self.tuning_seeds
+        return [replace(spec, seed=first + seed) for seed in range(self.tuning_seeds)]
 
 
-def _other_values(cell: RunSpec) -> Iterator[tuple[str, Any]]:
-    """Other values of a method's knobs, each valid alone: one of each knob in turn, nearest numbers first."""
-    method = get(cell.method, **cell.options)
-    columns = []
-    for knob, values in method.tuning.items():
-        now = getattr(method, knob)
-        others = [v for v in values if knob not in cell.options and v != now and _valid(cell, knob, v)]
-        # Numbers by their ratio to the current value, as knobs such as penalty weights span decades.
-        if all(is_number(v) and v > 0 for v in (now, *others)):
-            others = [v for _, v in sorted((abs(math.log(v / now)), v) for v in others)]
-        columns.append([(knob, value) for value in others])
-    for row in itertools.zip_longest(*columns):
-        yield from filter(None, row)  # without the None that fills up shorter columns
+def _without_study(cell: RunSpec) -> RunSpec:
+    return replace(cell, study=None)
 
 
-def _valid(cell: RunSpec, knob: str, value: Any) -> bool:
-    try:
-        get(cell.method, **{**cell.options, knob: value})
-    except OptionError:
-        return False
-    return True
-
-
-def _rounded(rate: float) -> float:
-    """Two significant digits: rates that people can write, equal on every machine."""
-    return float(f"{rate:.2g}")
+def _most_common(found: list[tuple[Any, ...]]) -> tuple[Any, ...]:
+    return Counter(found).most_common(1)[0][0] if found else ()
 
 
 def _setting_key(spec: RunSpec) -> tuple[Any, ...]:
-    """What the runs of one setting share: a cell's key without the method and its options, but with the scale."""
-    return (tuple(sorted(spec.fields.items())), str(spec.options.get("scale")), spec.device, spec.dtype)
+    """What the runs of one point and study share, whatever their method, options and scale."""
+    return (tuple(sorted(fixed(spec.fields).items())), spec.device, spec.dtype, spec.study)

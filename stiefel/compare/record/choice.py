@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import Any
 
 from stiefel.compare.record.records import ENDED, Record
-from stiefel.compare.record.spec import RunSpec
+from stiefel.compare.record.spec import RunSpec, canonical, fixed
 
 
 @dataclass(frozen=True)
@@ -33,42 +33,53 @@ class Choice:
 
 
 def cell_key(spec: RunSpec) -> tuple[Any, ...]:
-    """What the runs of one method in one setting share: all but rate, knobs, seed, phase and kind."""
+    """What the runs of one method in one setting and study share: all but rate, knobs, seed, phase and kind."""
     return (
         spec.problem,
         spec.digest,
-        tuple(sorted(spec.fields.items())),
+        tuple(sorted(fixed(spec.fields).items())),
         spec.method,
-        tuple(sorted((k, str(v)) for k, v in spec.options.items())),
+        tuple(sorted((k, str(canonical(v))) for k, v in spec.options.items())),
         spec.device,
         spec.dtype,
+        spec.study,
     )
 
 
-def winners(tuned: Iterable[Record], higher_is_better: bool) -> dict[tuple[Any, ...], Choice]:
-    """The choice of each cell whose best validation metric, averaged over tuning seeds, is best.
+def ranked(tuned: Iterable[Record], higher_is_better: bool) -> dict[tuple[Any, ...], list[Choice]]:
+    """The choices of each cell, best first, by their best validation metric, averaged over tuning seeds.
 
-    A choice at which a run failed (diverged, timed out, crashed) wins only where every choice had failures; one at
-    which every run failed never wins. Ties go to the default knobs, then to the smallest rate.
+    Choices that were raced, on more seeds than others, come first, because a mean of fewer seeds owes more to luck; but
+    not those of which half the runs failed (diverged, timed out, crashed). Then choices with fewer failures come first.
+    One at which every run failed is left out. Ties go to the default knobs, then to the smallest rate.
     """
     scores: dict[tuple[Any, ...], dict[Choice, list[Record]]] = defaultdict(lambda: defaultdict(list))
     for record in tuned:
         if record.spec.kind == "quality" and record.spec.phase == "tuning":
             scores[cell_key(record.spec)][Choice.of(record.spec)].append(record)
-    best = {}
+
+    def place(choice: Choice, records: list[Record]) -> tuple[Any, ...]:
+        good = [record.summary["best_validation"] for record in records if record.status in ENDED]
+        mean = sum(good) / len(good)
+        value = -mean if higher_is_better else mean
+        ended = len(good) / len(records)
+        return ended <= 0.5, -len(records), -ended, value, bool(choice.knobs), choice.lr
+
+    found = {}
     for key, choices in scores.items():
-        ranked = []
-        for choice, records in choices.items():
-            good = [r for r in records if r.status in ENDED]
-            if good:
-                mean = sum(r.summary["best_validation"] for r in good) / len(good)
-                value = mean if higher_is_better else -mean
-                # In this order: share of runs that trained to the end, mean metric, default knobs, small rate.
-                ranked.append((len(good) / len(records), value, not choice.knobs, -choice.lr, choice))
-        if ranked:
-            # The choice itself is not compared: choices have no order.
-            best[key] = max(ranked, key=lambda entry: entry[:-1])[-1]
-    return best
+        placed = [
+            (place(choice, records), choice)
+            for choice, records in choices.items()
+            if any(record.status in ENDED for record in records)
+        ]
+        if placed:
+            found[key] = [choice for _, choice in sorted(placed, key=lambda entry: entry[0])]
+    return found
+
+
+def winners(tuned: Iterable[Record], higher_is_better: bool) -> dict[tuple[Any, ...], Choice]:
+    """The first of each cell's choices as :func:`ranked` orders them."""
+    return {key: choices[0] for key, choices in ranked(tuned, higher_is_better).items()}
 
 
 @dataclass(frozen=True)
@@ -86,7 +97,12 @@ class Tuned:
     @cached_property
     def winners(self) -> dict[tuple[Any, ...], Choice]:
         """The choice of each cell, by :func:`cell_key`; a cell whose runs all failed has no entry."""
-        return winners(self.records, self.higher_is_better)
+        return {key: choices[0] for key, choices in self.ranked.items()}
+
+    @cached_property
+    def ranked(self) -> dict[tuple[Any, ...], list[Choice]]:
+        """The choices of each cell, best first."""
+        return ranked(self.records, self.higher_is_better)
 
     def __add__(self, more: Iterable[Record]) -> Tuned:
         """The same with more records."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import Any
 
@@ -26,6 +26,8 @@ class RunSpec:
         lr: learning rate.
         seed: of the start and the order of batches.
         knobs: options of the method's tuning space that the comparison chose, in place of its defaults.
+        study: the replicate that it belongs to: a tuning of its own and a run at what that chose; None where one
+            tuning serves all reported runs.
         device: ``"cpu"`` or ``"cuda"``.
         dtype: of the weights.
     """
@@ -42,23 +44,24 @@ class RunSpec:
     device: str = "cpu"
     dtype: str = "float32"
     knobs: dict[str, Any] = field(default_factory=dict)
+    study: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, with the schema's version; without knobs where none was turned."""
-        data = {"schema": SCHEMA, **asdict(self)}
-        # Left out when empty, so that hashes stay those of records written before there were knobs.
-        return data if self.knobs else {key: value for key, value in data.items() if key != "knobs"}
+        """Plain data, with the schema's version; without what is at its default, so that hashes of before hold."""
+        data = {"schema": SCHEMA, **{f.name: getattr(self, f.name) for f in fields(self)}}
+        left_out = {"knobs": not self.knobs, "study": self.study is None}
+        return {key: value for key, value in data.items() if not left_out.get(key)}
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> RunSpec:
-        """Inverse of :meth:`to_dict`."""
-        return cls(**{key: value for key, value in data.items() if key != "schema"})
+        """Inverse of :meth:`to_dict`, of its JSON too, where a sequence has become a list."""
+        return cls(**{key: fixed(value) for key, value in data.items() if key != "schema"})
 
     @cached_property
     def hash(self) -> str:
         """16 hexadecimal digits of the SHA-256 of the canonical JSON."""
-        canonical = json.dumps(_canonical(self.to_dict()), sort_keys=True, separators=(",", ":"))
-        return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+        text = json.dumps(canonical(self.to_dict()), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     @property
     def method_options(self) -> dict[str, Any]:
@@ -78,10 +81,17 @@ def written(method: str, options: dict[str, Any]) -> str:
     return f"{method}:{changed}" if changed else method
 
 
-def _canonical(value: Any) -> Any:
+def fixed(value: Any) -> Any:
+    """Sequences as tuples: cells are told apart by what their runs share, which must be hashable."""
+    if isinstance(value, dict):
+        return {key: fixed(item) for key, item in value.items()}
+    return tuple(map(fixed, value)) if isinstance(value, (list, tuple)) else value
+
+
+def canonical(value: Any) -> Any:
     """Equal numbers in one form: 1.0 and 1 are the same run."""
     if isinstance(value, dict):
-        return {key: _canonical(item) for key, item in value.items()}
+        return {key: canonical(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_canonical(item) for item in value]
+        return [canonical(item) for item in value]
     return int(value) if isinstance(value, float) and value.is_integer() else value

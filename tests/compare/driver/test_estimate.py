@@ -71,35 +71,39 @@ def test_times_are_those_of_the_setting_before_those_of_the_method():
 
 
 @pytest.mark.parametrize("extend", [False, True])
-def test_what_is_left_is_what_a_comparison_would_still_run(extend):
+@pytest.mark.parametrize("studies", [0, 3])
+def test_what_is_left_is_what_a_comparison_would_still_run(extend, studies):
     """Its stages as ``Comparison.run`` has them, run by run, with the best rate on the edge of the grid."""
     variants = parse_variants(["own", "soft", "unconstrained"])
-    plan = Plan("toy", "d", ({"depth": 4}, {"depth": 8}), variants, (1.0,), RATES, seeds=2, trials=5)
-    records, ended = {}, []
+    design = {"studies": studies} if studies else {"seeds": 2}
+    plan = Plan("toy", "d", ({"depth": 4}, {"depth": 8}), variants, (1.0,), RATES, trials=5, **design)
+    records, ended, names = {}, [], []
 
     def left():
         return estimate.left(plan, records, cost=True, extend=extend)
 
     def run(specs):
         for i, one in enumerate(specs):
-            assert {s.hash for s in specs[i:]} <= {s.hash for s in left()}
+            if i % 7 == 0:
+                assert {s.hash for s in specs[i:]} <= {s.hash for s in left()}
             failed = one.method == "own" and one.fields["depth"] == 8
             ended.append(trained(one, 1.0, value=one.lr, status="diverged" if failed else "done"))
             records[one.hash] = ended[-1]
 
-    from_nothing = estimate.whole(plan, cost=True)
-    assert len(left()) == len(from_nothing) == 6 * (5 + 2 + 1)
+    cells, from_nothing = 6 * max(1, studies), estimate.whole(plan, cost=True)
+    raced, reported = (0, 1) if studies else (3 * 4, 2)
+    assert len(left()) == len(from_nothing) == cells * (5 + raced + reported) + 6
     run(plan.tuning())
-    extended = 0
-    while extend and (more := plan.extension(plan.tuned(ended))):
-        extended += len(more)
-        run(more)
-    assert (extended > 0) == extend
-    run(plan.refinement(plan.tuned(ended)))
-    tuned = list(ended)
-    rest = plan.final(plan.tuned(tuned)) + plan.cost(plan.tuned(tuned))
+    while more := plan.following(plan.tuned(ended), extend=extend):
+        names.append(more[0])
+        run(more[1])
+    assert ("extend" in names) == extend
+    assert ("race" in names) == (not studies)
+    assert "refine" in names
+    tuned = plan.tuned(ended)
+    rest = plan.final(tuned) + plan.cost(tuned)
     assert [s.hash for s in left()] == [s.hash for s in rest]
-    assert len(rest) == 5 * 2 + 6  # a method whose every run failed has no fresh seeds
+    assert len(rest) == 5 * (studies or 2) + 6  # a method whose every run failed has no fresh seeds
     run(rest[:4])
     assert [s.hash for s in left()] == [s.hash for s in rest[4:]]
     run(rest[4:])

@@ -179,7 +179,7 @@ def test_killed_drivers_lose_nothing_and_repeat_nothing(tmp_path):
     """A short form of ``python tests/support/kill_and_resume.py``, whose full result is in docs/comparison.md."""
     outcome = kill_and_resume(tmp_path, kills=2, seed=5, methods=1, rates=2, seeds=2)
     assert outcome.passed, outcome
-    assert outcome.runs == 9
+    assert outcome.runs == 2 * 2 + 2 * 4 + 5
 
 
 # --- records and storage ---

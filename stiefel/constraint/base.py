@@ -91,6 +91,8 @@ class Constraint(ABC):
     """Values of the method's own options that a comparison may try, beside learning rates."""
     comparison: ClassVar[Mapping[str, Any]] = {}
     """Options that a comparison sets by default, so that all methods optimize over the same set."""
+    aliases: ClassVar[Mapping[str, Mapping[str, Any]]] = {}
+    """Names that comparisons have for the method with certain options."""
 
     def __post_init__(self) -> None:
         if isinstance(self.scale, str):
@@ -144,6 +146,11 @@ class Constraint(ABC):
     def moves(self) -> bool:
         """Whether the weight itself is moved along its set in the step, by an optimizer made for that alone."""
         return self.lifts
+
+    @property
+    def orthogonal_start(self) -> bool:
+        """Whether training starts from an orthogonal weight of this scale, or from the weight as it is."""
+        return True
 
     @property
     def dtypes(self) -> tuple[torch.dtype, ...]:

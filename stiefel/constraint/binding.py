@@ -47,4 +47,6 @@ class Binding:
     @torch.no_grad()
     def nearest(self, weight: Tensor) -> Tensor:
         """The weight on the method's set that is nearest to a given one."""
+        if not self.constraint.orthogonal_start:
+            return weight  # as it is, to the bit: dividing by the scale and multiplying again would round
         return self.layout.weight(self.constraint.nearest(self.layout.points(weight), self.layout))

@@ -61,9 +61,9 @@ def get(name: str, **options: Any) -> Constraint:
     known = [f.name for f in fields(cls)]
     for option in options:
         if option not in known:
-            raise OptionError(
-                f"{name!r} has no option {option!r}; {nearest_names(option, known)} (all: {', '.join(known)})"
-            )
+            names, everything = nearest_names(option, known), ", ".join(known)
+            more = f" (all: {everything})" if names.startswith("did") else ""  # else they are listed already
+            raise OptionError(f"{name!r} has no option {option!r}; {names}{more}")
     return cls(**options)
 
 

@@ -31,7 +31,7 @@ class Centred(Reparameterization):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.center not in (True, False, "auto"):
+        if not (isinstance(self.center, bool) or self.center == "auto"):  # 0 and 1 equal False and True
             raise OptionError(f"center={self.center!r}: expected True, False or 'auto'")
 
     def check(self, layout: Layout) -> None:

@@ -4,13 +4,8 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
-
-if TYPE_CHECKING:
-    pass
-
 
 ROUNDING = 64
 """What counts as rounding in ‖XXᵀ − I‖_F/√p, in units of the dtype's epsilon: 8e-6 in float32, 1e-14 in float64."""

@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from stiefel.constraint import Claim, Reparameterization, register
+from stiefel.constraint import Claim, Reparameterization, is_count, register
 from stiefel.errors import OptionError
 from stiefel.layout import Layout
 from stiefel.linalg import iterated, unit_sized
@@ -47,7 +47,7 @@ class Bjorck(Reparameterization):
         super().__post_init__()
         if self.iterations != "auto":
             self.require_count("iterations")
-        if self.order not in range(1, len(SERIES) + 1) or isinstance(self.order, bool):
+        if not is_count(self.order) or self.order > len(SERIES):
             raise OptionError(f"order={self.order!r}: expected a whole number from 1 to {len(SERIES)}")
 
     @property

@@ -87,7 +87,8 @@ def forms(name: str, **options: Any) -> list[stiefel.Constraint]:
         literal = get_args(hints[option]) if get_origin(hints[option]) is Literal else ()
         if values := [v for v in first.tuning.get(option, literal) if isinstance(v, str)]:
             words[option] = sorted(values, key=lambda v: v != getattr(first, option))  # its own value comes first
-    return [replace(first, **dict(zip(words, choice, strict=True))) for choice in product(*words.values())]
+    found = [replace(first, **dict(zip(words, choice, strict=True))) for choice in product(*words.values())]
+    return [method for method in found if method.orthogonal_start]  # laws are of sets, and of none the network as it is
 
 
 def on_common_set(method: stiefel.Constraint) -> stiefel.Constraint:

@@ -12,12 +12,14 @@ from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from stiefel.attach import optimizer, release
-from stiefel.compare.problem.batches import Batch, Batches, seed_everything
-from stiefel.compare.problem.problem import Problem
+from stiefel.compare.problem.batches import Batch, Batches, examples, seed_everything
+from stiefel.compare.problem.problem import Problem, mean_of
 from stiefel.compare.record.spec import RunSpec
 from stiefel.constraint import control, get
 from stiefel.errors import LayoutError, OptimizerError, OptionError, WeightError
 
+PARTS = 20
+"""Parts of the test set on which reported runs are scored one by one, at least."""
 UNSUPPORTED = (LayoutError, OptimizerError, OptionError, WeightError)
 """A method that cannot hold a layer, or be served by the optimizer, is skipped with the reason: nothing has failed."""
 
@@ -26,16 +28,18 @@ class Training:
     """A model of a problem with a method on it, ready to step.
 
     For one seed every method starts from the same network: its constrained weights are first moved to the nearest
-    orthogonal ones of the scale, a point of every method's set.
+    orthogonal ones of the scale, a point of every method's set; but for the control that takes the network as it is.
     """
 
     def __init__(self, problem: Problem, spec: RunSpec, device: torch.device) -> None:
         self.problem, self.device = problem, device
         seed_everything(spec.seed)
         model = problem.make_model().to(device, getattr(torch, spec.dtype))
-        # Constraining moves the weights onto the set; releasing leaves them there, as plain parameters.
-        release(problem.constrain(model, get(control(), **control_options(spec.options))))
-        self.model = problem.constrain(model, get(spec.method, **spec.method_options))
+        method = get(spec.method, **spec.method_options)
+        if method.orthogonal_start:
+            # Constraining moves the weights onto the set; releasing leaves them there, as plain parameters.
+            release(problem.constrain(model, get(control(), **control_options(spec.options))))
+        self.model = problem.constrain(model, method)
         self.optimizer = optimizer(self.model, problem.optimizer, lr=spec.lr, **problem.hyper)
         # Averages gradients over processes. Parameters are shared, so evaluation uses the model, without communication.
         self.network: nn.Module = DistributedDataParallel(self.model) if distributed.is_initialized() else self.model
@@ -49,6 +53,23 @@ class Training:
         """The problem's measures on a part of the data."""
         with self.evaluating():
             return self.problem.measure(self.model, part.all(self.problem.evaluation_batch))
+
+    @torch.no_grad()
+    def evaluate_parts(self, part: Batches) -> tuple[dict[str, float], list[float] | None]:
+        """The problem's measures on a part of the data, and the metric on each of some 20 equal parts of that.
+
+        The parts tell how much the choice of examples matters. There are none where the metric is not a mean over
+        examples, or where the data are not tensors, whose batches are equal.
+        """
+        problem = self.problem
+        whole = type(problem).measure is Problem.measure and isinstance(part.part, tuple)
+        size = min(len(part.part[0]) // PARTS, problem.evaluation_batch) if whole else 0  # type: ignore[index]
+        if not size:
+            return self.evaluate(part), None
+        with self.evaluating():
+            found = [(examples(batch), problem.evaluate(self.model, batch)) for batch in part.all(size)]
+        # The last batch may be smaller: it counts in the mean and is no part.
+        return mean_of(found), [measures[problem.metric] for count, measures in found if count == size]
 
     @torch.no_grad()
     def keep(self, folder: Path) -> None:

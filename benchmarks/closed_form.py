@@ -45,6 +45,7 @@ class ClosedForm(Problem):
 
     metric = "gap"
     higher_is_better = False
+    log_scale = True
     scales = (1.0,)
     learning_rates = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
     default_rate = 1.0

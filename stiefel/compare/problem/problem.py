@@ -58,6 +58,8 @@ class Problem(ABC):
 
     metric: ClassVar[str] = "accuracy"
     higher_is_better: ClassVar[bool] = True
+    log_scale: ClassVar[bool] = False
+    """Whether the metric spans decades, as a gap to an optimum does: then means are geometric, and ratios are told."""
     target: ClassVar[float | None] = None
     """A validation metric that a run must reach to be `done` rather than `target missed`."""
     layers: ClassVar[Any] = None
@@ -138,15 +140,7 @@ class Problem(ABC):
         Default: the mean of :meth:`evaluate` over its batches, weighted by their numbers of examples. Override it
         for a metric that is not a mean over examples (an F score, a distance of distributions).
         """
-        sums: dict[str, float] = {}
-        count = 0
-        # Batches may differ in size: a mean of their means would give the examples of a small one more weight.
-        for batch in batches:
-            size = examples(batch)
-            for name, value in self.evaluate(model, batch).items():
-                sums[name] = sums.get(name, 0.0) + size * value
-            count += size
-        return {name: total / count for name, total in sums.items()}
+        return mean_of((examples(batch), self.evaluate(model, batch)) for batch in batches)
 
     def keep(self, model: nn.Module, folder: Path) -> None:  # noqa: B027  may be left as it is
         """Write files that show what was learned, such as pictures, into the run's folder. Default: none.
@@ -180,6 +174,18 @@ class Problem(ABC):
     def settings(self) -> dict[str, Any]:
         """All field values."""
         return {f.name: getattr(self, f.name) for f in fields(self)}
+
+
+def mean_of(found: Iterable[tuple[int, Mapping[str, float]]]) -> dict[str, float]:
+    """The means of batches' measures, weighted by their numbers of examples."""
+    sums: dict[str, float] = {}
+    count = 0
+    # Batches may differ in size: a mean of their means would give the examples of a small one more weight.
+    for size, measures in found:
+        for name, value in measures.items():
+            sums[name] = sums.get(name, 0.0) + size * value
+        count += size
+    return {name: total / count for name, total in sums.items()}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from collections.abc import Iterator
 from pathlib import Path
 
 PREFIX = "stiefel_problem_"
@@ -18,15 +19,30 @@ def _collect(path: Path, root: Path, found: dict[Path, ast.Module]) -> None:
     # Entered before its imports are followed, so that files that import each other end the recursion.
     found[path] = ast.parse(path.read_text(encoding="utf-8"))
     for node in ast.walk(found[path]):
-        names: list[str] = []
-        if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            # `from net import x`: x may be a name in net.py or the file net/x.py.
-            names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
-        for name in names:
-            # From the problem's folder, also for imports of files below it: that folder is what `load_problem` adds to
-            # sys.path.
-            beside = root.joinpath(*name.split(".")).with_suffix(".py")
-            if beside not in found and beside.is_file():
-                _collect(beside, root, found)
+        for base, name in _imports(node, path, root):
+            for beside in _files(base, name):
+                if beside not in found and beside.is_file():
+                    _collect(beside, root, found)
+
+
+def _imports(node: ast.AST, path: Path, root: Path) -> Iterator[tuple[Path, str]]:
+    """The dotted names that a statement imports, each with the folder that it starts from."""
+    if isinstance(node, ast.Import):
+        # From the problem's folder, also in files below it: that folder is what `load_problem` adds to sys.path.
+        yield from ((root, alias.name) for alias in node.names)
+    elif isinstance(node, ast.ImportFrom):
+        # A leading dot stands for the file's own folder, each further one for the folder above.
+        base = path.parents[node.level - 1] if node.level else root
+        if node.module:
+            yield base, node.module
+        # `from net import x`: x may be a name in net.py or the file net/x.py.
+        yield from ((base, ".".join(filter(None, (node.module, alias.name)))) for alias in node.names)
+
+
+def _files(base: Path, name: str) -> Iterator[Path]:
+    """The files that importing a dotted name runs: of each package on the way its ``__init__``, last the module."""
+    folder = base
+    for part in name.split("."):
+        folder /= part
+        yield folder / "__init__.py"
+    yield base.joinpath(*name.split(".")).with_suffix(".py")

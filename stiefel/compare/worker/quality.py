@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch.nn.utils import parametrize
 
-from stiefel.compare.problem.batches import size_of
+from stiefel.compare.problem.batches import Batches, size_of
 from stiefel.compare.problem.problem import Problem
-from stiefel.compare.record.run_folder import RunFolder, writing
+from stiefel.compare.record.run_folder import RunFolder
 from stiefel.compare.record.spec import RunSpec
 from stiefel.compare.worker.data import parts
 from stiefel.compare.worker.probes import Moment, probe
@@ -25,6 +25,9 @@ from stiefel.measure.cost.clock import StepClock
 from stiefel.measure.cost.compilation import CompileClock
 from stiefel.measure.cost.memory import peak_allocated_bytes, peak_resident_bytes
 from stiefel.measure.model.orthogonality import errors
+
+EVERY = 200
+"""Steps between two measurements of orthogonality, late in a training."""
 
 
 def run_quality(problem: Problem, spec: RunSpec, folder: RunFolder) -> dict[str, Any]:
@@ -61,6 +64,7 @@ class QualityRun:
         self.steps, self.seconds, self.compiling = 0, 0.0, CompileClock()
         self.rows: list[dict[str, Any]] = []
         self.diverged: str | None = None
+        self.worst, self.moments = (0.0, 0), 0
 
     def train(self) -> None:
         """All epochs, with a row before the first and after each, until one diverges."""
@@ -71,8 +75,7 @@ class QualityRun:
                 return
             self.measure(epoch, loss)
         if is_first():
-            with writing(self.folder.path):
-                self.training.keep(self.folder.path)
+            self.training.keep(self.folder.path)  # its errors are the problem's, not the disk's
 
     def train_epoch(self, epoch: int) -> float | None:
         """The mean loss of an epoch's steps; None where it diverged: ``diverged`` then says where."""
@@ -82,6 +85,9 @@ class QualityRun:
                 with clock, self.compiling:
                     losses.append(self.training.step(batch))  # left on the device: reading it would synchronize
                 self.steps += 1
+                if due(self.steps):
+                    with parametrize.cached():
+                        self.note(max(errors(self.training.model).values()))
         except (RuntimeError, ArithmeticError) as error:
             # Factorizations raise on non-finite input: with non-finite weights the error is divergence, else a fault.
             if self.training.finite() and not isinstance(error, DivergenceError):
@@ -106,13 +112,14 @@ class QualityRun:
         training, moment = self.training, Moment(epoch, self.problem.epochs, self.spec.phase == "final")
         with parametrize.cached():  # the weights do not change meanwhile: compute them once
             layers = errors(training.model)
+            test, test_parts = self.scored()
             row = {
                 "step": self.steps,
                 "epoch": epoch,
                 "seconds": self.seconds,
                 "train_loss": loss,
                 "validation": training.evaluate(self.data["validation"]),
-                "test": training.evaluate(self.data["test"]),
+                "test": test,
                 "orthogonality": {"worst": max(layers.values()), "layers": layers},
                 **probe(training, self.data["validation"], moment, copies=False),
             }
@@ -120,7 +127,20 @@ class QualityRun:
         row |= probe(training, self.data["validation"], moment, copies=True)
         if is_first():
             self.folder.append(row)
-        self.rows.append(row)
+        self.note(max(layers.values()))
+        self.rows.append(row | {"test_parts": test_parts})  # of which the summary keeps those of the best epoch
+
+    def scored(self) -> tuple[dict[str, float], list[float] | None]:
+        """Measures on the test set; of a reported run also the metric on parts of it."""
+        if self.spec.phase == "final":
+            return self.training.evaluate_parts(self.data["test"])
+        return self.training.evaluate(self.data["test"]), None
+
+    def note(self, error: float) -> None:
+        """Keep the largest orthogonality error of all moments that are measured, and its step."""
+        self.moments += 1
+        if error > self.worst[0]:
+            self.worst = (error, self.steps)
 
     def conclude(self) -> dict[str, Any]:
         """The record's ``status``, ``reason`` and ``summary``."""
@@ -131,6 +151,10 @@ class QualityRun:
         }
         if "best_validation" in outcome["summary"]:  # missing where no epoch had a finite metric
             outcome["summary"] |= {
+                "orthogonality_worst": self.worst[0],
+                "orthogonality_worst_step": self.worst[1],
+                "orthogonality_moments": self.moments,
+                "test_examples": _examples(self.data["test"]),
                 "steps": self.steps,
                 "seconds": self.seconds,
                 "peak_resident_bytes": peak_resident_bytes(),
@@ -166,10 +190,10 @@ def _outcome(problem: Problem, rows: list[dict[str, Any]], diverged: str | None)
         "best_epoch": best["epoch"],
         "best_validation": value,
         "test_at_best": best["test"][problem.metric],
+        "test_parts": best["test_parts"],
         "final_validation": rows[-1]["validation"][problem.metric],
         "steps_to_target": reached[0]["step"] if reached else None,
         "seconds_to_target": reached[0]["seconds"] if reached else None,
-        "orthogonality_worst": max(row["orthogonality"]["worst"] for row in rows),
         "orthogonality_final": rows[-1]["orthogonality"]["worst"],
     }
     return {"status": status, "reason": reason, "summary": summary}
@@ -181,5 +205,20 @@ def _declared(problem: Problem) -> dict[str, Any]:
         "metric": problem.metric,
         "target": problem.target,
         "higher_is_better": problem.higher_is_better,
+        "log_scale": problem.log_scale,
         "default_rate": problem.default_rate,
     }
+
+
+def due(step: int) -> bool:
+    """Whether the weights are measured after a training step, beside the ends of epochs.
+
+    At steps 1, 2, 4, 8, … and every 200th: dense at first, where weights leave a set or come back to it, and within
+    some 1 % of the time, as one measurement costs about a Gram matrix of each weight. The steps do not depend on a
+    clock, so that runs of one seed measure at the same ones.
+    """
+    return step & (step - 1) == 0 or step % EVERY == 0
+
+
+def _examples(part: Batches) -> int | None:
+    return len(part.part[0]) if isinstance(part.part, tuple) else None

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 import torch
-from common import compare
+from common import FAULTY, compare
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -349,3 +349,31 @@ def test_the_digest_covers_what_is_imported_from_beside_the_file(tmp_path):
         sys.path.remove(str(tmp_path))
         for name in ("p_net", "p_parts", "p_parts.width"):
             sys.modules.pop(name, None)
+
+
+@pytest.mark.parametrize(
+    ("statement", "file"),
+    [
+        ("import nets", "nets/__init__.py"),
+        ("from nets import Net", "nets/__init__.py"),
+        ("from nets.deep import Net", "nets/deep.py"),
+        ("from nets.deep import Net", "nets/__init__.py"),
+        ("import nets", "nets/parts.py"),  # which the package imports itself, by a relative import
+    ],
+)
+def test_the_digest_covers_packages_beside_the_file(statement, file, tmp_path):
+    problem, package = tmp_path / "problem.py", tmp_path / "nets"
+    package.mkdir()
+    (package / "__init__.py").write_text("from . import parts\nfrom .deep import Net\n")
+    (package / "parts.py").write_text("SIZE = 3\n")
+    (package / "deep.py").write_text("from .parts import SIZE\nclass Net: pass\n")
+    problem.write_text(statement + "\n" + FAULTY)
+    try:
+        first = load_problem(problem).digest()
+        with (tmp_path / file).open("a") as stream:
+            stream.write("CHANGED = True\n")
+        assert load_problem(problem).digest() != first
+    finally:
+        sys.path.remove(str(tmp_path))
+        for name in [name for name in sys.modules if name.partition(".")[0] == "nets"]:
+            del sys.modules[name]

@@ -9,10 +9,13 @@ from specs import OMDSM, spec
 
 import stiefel
 from stiefel.compare import load_problem
+from stiefel.compare.problem.batches import Batches, seed_everything
 from stiefel.compare.record.run_folder import RunFolder
-from stiefel.compare.worker.cost import run_cost
-from stiefel.compare.worker.quality import run_quality
+from stiefel.compare.worker import cost
+from stiefel.compare.worker.cost import doubt_of, run_cost
+from stiefel.compare.worker.quality import due, run_quality
 from stiefel.compare.worker.training import Training
+from stiefel.measure.cost.clock import Spread
 
 
 def test_every_method_starts_from_the_same_network_and_sees_the_same_batches(tmp_path):
@@ -86,3 +89,123 @@ def test_a_layout_that_a_method_refuses_is_a_skipped_run(toy, tmp_path):
     outcome = run_quality(load_problem(toy)(), skipped, folder)
     assert outcome["status"] == "skipped"
     assert "center=True" in outcome["reason"]
+
+
+# --- what a verdict needs ---
+
+
+def reported(problem, folder, **changes):
+    run = spec(phase="final", **changes)
+    run_folder = RunFolder(folder, run)
+    run_folder.start()
+    return run_quality(problem, run, run_folder)["summary"]
+
+
+def test_a_reported_run_has_its_metric_on_equal_parts_of_the_test_set(tmp_path):
+    problem = load_problem(OMDSM)(depth=2, epochs=2)
+    summary = reported(problem, tmp_path)
+    data = problem.make_data().test
+    assert summary["test_examples"] == len(data[0])
+    size = len(data[0]) // 20
+    assert len(summary["test_parts"]) == len(data[0]) // size
+    rest = len(data[0]) - size * len(summary["test_parts"])
+    whole = size * sum(summary["test_parts"])
+    # What is over after the equal parts is in the score: it can only add between none and all of its examples.
+    assert whole <= summary["test_at_best"] * len(data[0]) + 1e-6 <= whole + rest + 2e-6
+
+
+def test_parts_are_those_of_the_best_epoch_and_of_no_tuning_run(tmp_path):
+    problem = load_problem(OMDSM)(depth=2, epochs=2)
+    run = spec()
+    folder = RunFolder(tmp_path, run)
+    folder.start()
+    assert run_quality(problem, run, folder)["summary"]["test_parts"] is None
+    training = Training(problem, run, torch.device("cpu"))
+    part = Batches(problem.make_data().test, problem.batch_size, 0)
+    measures, parts = training.evaluate_parts(part)
+    assert measures == pytest.approx(training.evaluate(part))
+    first = tuple(t[: len(t) // 20] for t in part.part)
+    with torch.no_grad():
+        assert parts[0] == pytest.approx(problem.evaluate(training.model, first)["accuracy"])
+
+
+def test_there_are_no_parts_where_the_metric_is_no_mean(toy, tmp_path):
+    own = '    def measure(self, model, batches):\n        return {"loss": 0.0, "accuracy": 0.5}\n'
+    toy.write_text(FAULTY + "\n" + own)
+    assert reported(load_problem(toy)(), tmp_path)["test_parts"] is None
+
+
+def test_orthogonality_is_measured_between_epochs_and_its_moments_are_counted(toy, tmp_path):
+    assert [step for step in range(1, 1001) if due(step)] == [
+        1,
+        2,
+        4,
+        8,
+        16,
+        32,
+        64,
+        128,
+        200,
+        256,
+        400,
+        512,
+        600,
+        800,
+        1000,
+    ]
+    problem = load_problem(toy)()
+    summary = reported(problem, tmp_path, method="unconstrained", lr=0.5)
+    steps = summary["steps"]
+    assert summary["orthogonality_moments"] == problem.epochs + 1 + sum(due(step) for step in range(1, steps + 1))
+    assert 0 < summary["orthogonality_worst_step"] <= steps
+    assert summary["orthogonality_worst"] >= summary["orthogonality_final"]
+
+
+def test_the_default_is_the_network_as_its_author_made_it(toy):
+    problem = load_problem(toy)()
+    for options in ({"start": "given"}, {"start": "given", "scale": 3.0}):
+        trained = Training(problem, spec(method="unconstrained", options=options, seed=7), torch.device("cpu"))
+        seed_everything(7)
+        made = problem.make_model()
+        assert trained.model.state_dict().keys() == made.state_dict().keys()
+        for name, value in made.state_dict().items():
+            assert torch.equal(trained.model.state_dict()[name], value), name
+
+
+# --- costs that can be believed ---
+
+
+def spread(median, width=0.02):
+    return Spread(median, median * (1 - width / 2), median * (1 + width / 2), 60)
+
+
+@pytest.mark.parametrize(
+    ("again", "width", "words"),
+    [(1.0, 0.02, None), (1.04, 0.1, None), (1.07, 0.02, "1.07 times itself"), (1.0, 0.2, "20% between")],
+)
+def test_a_busy_machine_is_seen_by_the_control_beside_itself(again, width, words):
+    doubt = doubt_of({"control": spread(1.0), "again": spread(again), "method": spread(2.0, width)})
+    assert (doubt is None) if words is None else (words in doubt)
+
+
+def test_a_cost_that_cannot_be_believed_is_measured_again_longer(toy, tmp_path, monkeypatch):
+    asked = []
+
+    def busy(steps, device, *, warmup, repeats):
+        asked.append((sorted(steps), warmup, repeats))
+        return {"control": spread(1.0), "again": spread(1.2), "method": spread(2.0)}
+
+    monkeypatch.setattr(cost, "interleaved", busy)
+    run = spec(kind="cost", phase="final")
+    summary = cost.run_cost(load_problem(toy)(), run, RunFolder(tmp_path, run))["summary"]
+    assert asked == [(["again", "control", "method"], w, r) for w, r in ((20, 60), (0, 120), (0, 240))]
+    assert summary["cost_attempts"] == 3
+    assert "1.20 times itself" in summary["cost_doubt"]
+    assert (summary["step_ratio"], summary["self_ratio"]) == (2.0, 1.2)
+
+
+def test_the_control_costs_what_it_costs(toy, tmp_path):
+    run = spec(kind="cost", phase="final", method="unconstrained")
+    summary = cost.run_cost(load_problem(toy)(), run, RunFolder(tmp_path, run))["summary"]
+    assert (summary["step_ratio"], summary["constraint_share"]) == (1.0, 0.0)
+    assert summary["self_ratio"] > 0

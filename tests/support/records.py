@@ -79,7 +79,7 @@ def diagnosed(layers: int, level: float) -> dict:
     }
 
 
-def timed(root: Path, run: RunSpec, ratio: float, spread=0.1, environment=CPU, **changes):
+def timed(root: Path, run: RunSpec, ratio: float, spread=0.05, environment=CPU, **changes):
     """The record of a cost run."""
     control = {"median": 0.01, "q1": 0.0099, "q3": 0.0102, "n": 60}
     ends = {"median": ratio, "q1": ratio * (1 - spread), "q3": ratio * (1 + spread)}

@@ -1,19 +1,21 @@
-"""Records of runs that have ended, read from disk and checked. Imports ``spec`` and the errors."""
+"""Records of runs that have ended, read from disk and checked. Imports ``spec``, ``check``, ``portable``, the errors.
+
+Any file in a folder of records may be torn or strange: what cannot be read is a :class:`RecordError` that names it.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from stiefel.compare.record.check import check_outcome, check_spec, moment, printable, shown
+from stiefel.compare.record.portable import portable
 from stiefel.compare.record.spec import SCHEMA, RunSpec
 from stiefel.errors import RecordError
-
-if TYPE_CHECKING:
-    pass
-
 
 ENDED = ("done", "target missed")
 """The statuses of a run that trained to its end."""
@@ -27,23 +29,13 @@ STATUSES = (*ENDED, "diverged", *BROKEN, "skipped")
 """Every status; ``skipped``: the method does not fit a layer or the optimizer, for the recorded reason."""
 
 
-_NUMBERS = (
-    "best_epoch", "best_validation", "test_at_best", "final_validation", "target", "default_rate", "higher_is_better",
-    "steps", "seconds", "steps_to_target", "seconds_to_target", "compile_seconds", "orthogonality_worst",
-    "orthogonality_final", "peak_resident_bytes", "step_seconds", "step_ratio", "constraint_share", "matmul_flops",
-    "factorization_flops", "operators", "gpu_peak_bytes", "gpu_reserved_bytes", "gpu_energy_joules",
-)  # fmt: skip
-"""Entries of a summary that reports calculate with: numbers, null, or objects of these."""
-_TEXTS = ("metric", "faults", "gpu_reason", "flops_reason")
-"""Entries that reports show unchanged. Other keys are not checked: a later version may have written them."""
-
-
 @dataclass(frozen=True)
 class Record:
     """One finished run as read from disk; ``wall_seconds`` is how long its process took, evaluation included.
 
     ``label`` is the method as reports name it (as 0.1.0 did, where the record does not say), ``control`` whether it is
-    the one that others are compared with.
+    the one that others are compared with, ``written`` when it ended (where the record does not say, when its file was
+    last written). ``reason`` and ``traceback`` are without the folders of the machine.
     """
 
     path: Path
@@ -63,9 +55,12 @@ class Record:
             object.__setattr__(self, "label", self.spec.plain_label)
 
     def metrics(self) -> list[dict[str, Any]]:
-        """Its rows of measurements."""
-        lines = (self.path / "metrics.jsonl").read_text().splitlines()
-        return [json.loads(line) for line in lines]
+        """Its rows of measurements as they were written; lines that are not JSON are left out."""
+        rows = []
+        for line in (self.path / "metrics.jsonl").read_text(encoding="utf-8", errors="replace").splitlines():
+            with contextlib.suppress(ValueError, RecursionError):
+                rows.append(json.loads(line))
+        return rows
 
 
 def read(path: Path) -> Record | None:
@@ -76,36 +71,46 @@ def read(path: Path) -> Record | None:
     """
     file = path / "run.json"
     try:
-        raw = json.loads(file.read_text())
-        # Before the spec is built: another schema may have other fields.
-        if raw["schema"] != SCHEMA:
-            raise RecordError(
-                f"{file} is of schema {raw['schema']}, this version reads schema {SCHEMA}; read it with the version "
-                "that wrote it, or run the comparison again with another --out folder"
-            )
-        spec = RunSpec.from_dict(raw["spec"])
-        _check(raw, spec)
-        return Record(
-            path=path,
-            spec=spec,
-            status=raw["status"],
-            reason=raw["reason"],
-            summary=raw["summary"],
-            environment=raw["environment"],
-            written=file.stat().st_mtime,
-            wall_seconds=raw.get("wall_seconds"),
-            traceback=tuple(raw.get("traceback", ())),
-            label=str(raw.get("label", "")),
-            control=bool(raw.get("control", _was_control(spec))),
-        )
+        return _record(path, json.loads(file.read_bytes()), file.stat().st_mtime)
     except FileNotFoundError:
         return None
     except OSError as error:
         raise RecordError(f"{file} cannot be read: {error.strerror}; fix its permissions") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        what = str(printable(str(error)))
         raise RecordError(
-            f"{file} is corrupt ({type(error).__name__}: {error}); stiefel compare puts it aside and repeats its run"
+            f"{file} is corrupt ({type(error).__name__}: {what}); stiefel compare puts it aside and repeats its run"
         ) from error
+
+
+def _record(path: Path, raw: Any, modified: float) -> Record:
+    if raw["schema"] != SCHEMA:
+        raise RecordError(
+            f"{path / 'run.json'} is of schema {shown(raw['schema'])}, this version reads schema {SCHEMA}; read it "
+            "with the version that wrote it, or run the comparison again into another folder"
+        )
+    spec = RunSpec.from_dict(raw["spec"])
+    if raw["hash"] != spec.hash:
+        raise ValueError(f"the hash of its spec is {spec.hash}, not {shown(raw['hash'])}")
+    written, raw = raw["spec"], printable(raw)
+    if raw["spec"] != written:
+        raise ValueError("its spec holds texts or numbers that no run writes")
+    check_spec(written)
+    check_outcome(raw)
+    _check_result(raw, spec)
+    return Record(
+        path=path,
+        spec=spec,
+        status=raw["status"],
+        reason=None if raw["reason"] is None else portable(raw["reason"]),
+        summary=raw["summary"],
+        environment=raw["environment"],
+        written=modified if raw.get("ended") is None else moment(raw["ended"]),
+        wall_seconds=raw.get("wall_seconds"),
+        traceback=tuple(map(portable, raw.get("traceback", ()))),
+        label=raw.get("label") or "",
+        control=bool(raw.get("control", _was_control(spec))),
+    )
 
 
 def _was_control(spec: RunSpec, name: str = "unconstrained") -> bool:
@@ -113,37 +118,18 @@ def _was_control(spec: RunSpec, name: str = "unconstrained") -> bool:
     return spec.method == name
 
 
-def _check(raw: dict[str, Any], spec: RunSpec) -> None:
-    """Raise where a record is JSON and yet not what a run wrote, before a report calculates with it."""
-    status, summary, environment = raw["status"], raw["summary"], raw["environment"]
+def _check_result(raw: dict[str, Any], spec: RunSpec) -> None:
+    """Raise where a record lacks the results that its status promises."""
+    status, summary = raw["status"], raw["summary"]
     if status not in STATUSES:
-        raise ValueError(f"its status {status!r} is not one of the known ones")
-    # Plans look a run up by its hash, which a spec edited by hand no longer has.
-    if raw["hash"] != spec.hash:
-        raise ValueError(f"the hash of its spec is {spec.hash}, not {raw['hash']}")
-    if not (isinstance(summary, dict) and isinstance(environment, dict)):
-        raise TypeError("summary and environment must be JSON objects")
-    for key in _TEXTS:
-        if not isinstance(summary.get(key), (str, type(None))):
-            raise TypeError(f"{key} is {summary[key]!r}, not a string or null")
-    numbers = [(key, summary.get(key)) for key in _NUMBERS]
-    for key, value in (*numbers, ("wall_seconds", raw.get("wall_seconds"))):
-        # bool is a subclass of int: higher_is_better passes.
-        if not all(leaf is None or isinstance(leaf, (int, float)) for leaf in _leaves(value)):
-            raise TypeError(f"{key} is {value!r}, not numbers or null")
+        raise ValueError(f"status {shown(status)}")
     if spec.kind == "quality" and status in ENDED and summary.get("best_validation") is None:
         raise ValueError("its summary has no best_validation")
     if spec.kind == "cost" and status == "done":
-        steps = [summary["step_seconds"][who][what] for who in ("method", "control") for what in ("median", "q1", "q3")]
+        timed = {"method", "control", *summary["step_seconds"]}
+        steps = [summary["step_seconds"][who][what] for who in timed for what in ("median", "q1", "q3", "n")]
         if None in (*steps, summary["step_ratio"], summary["constraint_share"]):
             raise ValueError("its summary has null for step_seconds, step_ratio or constraint_share")
-
-
-def _leaves(value: Any) -> Iterator[Any]:
-    for item in value.values() if isinstance(value, dict) else ():
-        yield from _leaves(item)
-    if not isinstance(value, dict):
-        yield value
 
 
 def read_all(roots: Iterable[Path]) -> tuple[list[Record], list[str]]:
@@ -151,10 +137,15 @@ def read_all(roots: Iterable[Path]) -> tuple[list[Record], list[str]]:
     records, faults = [], []
     for root in roots:
         for path in sorted(Path(root).glob("*/run.json")):
+            name = printable(path.parent.name)
+            if name != path.parent.name:
+                faults.append(f"{name} is a folder whose name is no text; rename it")
+                continue
             try:
                 record = read(path.parent)
             except RecordError as error:
-                faults.append(str(error))
+                # Whoever reads a report knows where the records are: it names no folders above them.
+                faults.append(str(error).replace(str(path.parent), name))
             else:
                 records += [record] if record is not None else []
     return records, faults

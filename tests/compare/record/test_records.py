@@ -14,7 +14,7 @@ import pytest
 from common import FAULTY, compare
 from specs import spec
 
-from stiefel.compare import cli, load_problem
+from stiefel.compare import cli, load_problem, read_report
 from stiefel.compare.plan.plan import Plan
 from stiefel.compare.plan.variants import Variant, label_of, parse_variants
 from stiefel.compare.record.records import Record, read, read_all
@@ -86,6 +86,61 @@ def test_a_record_says_what_the_method_is_called(tmp_path):
     assert read(plain.path).control
 
 
+OLD_SPEC = {
+    "schema": 1, "kind": "quality", "phase": "final", "problem": "omdsm", "digest": "0f3a",
+    "fields": {"depth": 8, "width": 100, "bias": True, "lr_decay": 1.0}, "method": "riemannian",
+    "options": {"scale": "relu", "metric": "euclidean"}, "lr": 0.3, "seed": 1001, "device": "cpu", "dtype": "float32",
+}  # fmt: skip
+OLD_SUMMARY = {
+    "metric": "accuracy", "target": 0.95, "higher_is_better": True, "default_rate": 0.1, "best_epoch": 2,
+    "best_validation": 0.75, "test_at_best": 0.7, "final_validation": 0.74, "steps_to_target": None,
+    "seconds_to_target": None, "orthogonality_worst": 3e-7, "orthogonality_final": 2e-7, "compile_seconds": 0.0,
+    "faults": "", "steps": 32, "seconds": 0.7, "peak_resident_bytes": 300000000, "gpu_peak_bytes": None,
+}  # fmt: skip
+OLD_STEP = {"median": 0.01, "q1": 0.0099, "q3": 0.0102, "n": 60}
+OLD_COST = {
+    "step_seconds": {"control": OLD_STEP, "method": OLD_STEP}, "step_ratio": 1.0, "constraint_share": 0.0,
+    "parameters": 9000, "constrained_weights": 8, "matmul_flops": 1000, "factorization_flops": 10, "operators": 90,
+    "flops_reason": None, "gpu_peak_bytes": None, "gpu_reserved_bytes": None, "gpu_energy_joules": None,
+    "gpu_reason": "no CUDA device",
+}  # fmt: skip
+OLD_ENVIRONMENT = {
+    "stiefel": "0.1.0", "commit": "5199a250cca7", "python": "3.11.7", "torch": "2.13.0+cpu", "geoopt": None,
+    "numpy": "2.3.0", "scipy": "1.16.0", "platform": "Linux", "cpu": "a processor", "cores": 2, "threads": 1,
+    "device": "cpu", "gpu": None, "gpu_reason": "no CUDA device",
+}  # fmt: skip
+OLD_ROW = {
+    "step": 16, "epoch": 1, "seconds": 0.35, "train_loss": 0.5, "validation": {"accuracy": 0.75, "loss": None},
+    "test": {"accuracy": 0.7, "loss": 0.9}, "orthogonality": {"worst": 3e-7, "layers": {"1.weight": 3e-7}},
+}  # fmt: skip
+
+
+def test_records_of_version_0_1_0_are_read_and_reported(tmp_path):
+    """With the hashes that it gave them, short of the target, without what later versions added."""
+    short = "best validation accuracy 0.75, target 0.95"
+    runs = [
+        ("791df2dfc5e579f4", {"knobs": {"retraction": "qr"}}, "target missed", short, OLD_SUMMARY),
+        ("b4541f1851dfdcd2", {"method": "unconstrained", "options": {"scale": "relu"}, "lr": 1}, "target missed", short,
+         OLD_SUMMARY | {"test_at_best": 0.72}),
+        ("1dbb75ecdda341c0", {"knobs": {"retraction": "qr"}, "kind": "cost", "seed": 1000}, "done", None, OLD_COST),
+    ]  # fmt: skip
+    for name, changes, status, reason, summary in runs:
+        (tmp_path / name).mkdir()
+        record = {"schema": 1, "hash": name, "spec": OLD_SPEC | changes, "status": status, "reason": reason}
+        record |= {"summary": summary, "wall_seconds": 2.0, "environment": OLD_ENVIRONMENT}
+        (tmp_path / name / "run.json").write_text(json.dumps(record, indent=1))
+        (tmp_path / name / "metrics.jsonl").write_text(json.dumps(OLD_ROW) + "\n" if summary is not OLD_COST else "")
+    report = read_report(tmp_path)
+    assert report.faults == ()
+    rows = report.table().set_index("method")
+    assert list(rows.test_accuracy) == [0.72, 0.7]
+    own = rows.loc["riemannian:metric=euclidean"]
+    assert (own.n, own.failed, own.short_of_target, own.step_ratio, own.knobs) == (1, 0, 1, 1.0, "retraction=qr")
+    assert len(report.epochs()) == 2
+    assert set(report.runs().status) == {"done", "target missed"}
+    assert cli.main(["report", str(tmp_path)]) == 0
+
+
 def test_a_run_that_did_not_end_needs_no_validation(tmp_path):
     folder = RunFolder(tmp_path, spec())
     folder.start()
@@ -130,8 +185,9 @@ def test_default_options_do_not_make_another_variant():
 
 def test_a_knob_that_is_given_is_held_also_at_its_default():
     variants = parse_variants(["riemannian:metric=euclidean,retraction=qr", "riemannian"])
-    plan = Plan("toy", "d", ({},), variants, (1.0,), (0.1, 1.0), seeds=1, trials=5)
-    tuned = [Record(Path("."), s, "done", None, {"best_validation": s.lr}, {}) for s in plan.tuning()]
+    plan = Plan("toy", "d", ({},), variants, (1.0,), (0.1, 0.2, 0.4), seeds=1, trials=5)
+    # The best rate is inside and known to a factor of 2, so that what is left goes to knobs.
+    tuned = [Record(Path("."), s, "done", None, {"best_validation": -abs(s.lr - 0.2)}, {}) for s in plan.tuning()]
     knobs = {(label_of(s), key) for s in plan.refinement(plan.tuned(tuned)) for key in s.knobs}
     assert knobs == {("riemannian", "metric"), ("riemannian", "retraction")}
     assert {label_of(s) for s in plan.cells()} == {"riemannian:metric=euclidean,retraction=qr", "riemannian"}

@@ -7,10 +7,11 @@ from typing import Any
 
 import pandas as pd
 
-from stiefel.compare.analyse.recommend import in_setting, overall
-from stiefel.compare.analyse.scores import Interval
+from stiefel.compare.analyse.requirements import answers as answers_of
+from stiefel.compare.analyse.statistics.scores import Interval
 from stiefel.compare.analyse.summary import Summary
 from stiefel.compare.analyse.values import WHERE, Line, values
+from stiefel.compare.analyse.verdict import Verdict
 from stiefel.compare.record.measurements import lines_of, parsed
 from stiefel.compare.record.records import Record
 
@@ -54,38 +55,71 @@ def epochs(records: Iterable[Record]) -> pd.DataFrame:
     for record in (r for r in records if r.spec.kind == "quality"):  # cost runs have no epochs
         for m in parsed(lines_of(record)):
             parts = {f"{part}_{key}": v for part in ("validation", "test") for key, v in m.get(part, {}).items()}
-            # The row of epoch 0 is measured before training, so its train_loss is null.
-            told = {key: m[key] for key in ("epoch", "step", "seconds", "train_loss")}
+            told = {key: m.get(key) for key in ("epoch", "step", "seconds", "train_loss")}
             rows.append({"hash": record.spec.hash, **told, **parts, "error": m["orthogonality"]["worst"]})
     return pd.DataFrame(rows)
 
 
+def verdict(problems: Iterable[Summary]) -> pd.DataFrame:
+    """A row per comparison that a verdict rests on: what was compared, the difference, whether it is told apart."""
+    rows: list[dict[str, Any]] = []
+    for summary in problems:
+        found = Verdict(summary)
+        rows += [
+            {
+                "setting": found.title,
+                "method": c.first.name,
+                "against": c.second.name,
+                "n": c.difference.n,
+                "difference": c.difference.value,
+                "low": c.difference.low,
+                "high": c.difference.high,
+                "told_apart": c.difference.apart,
+                "ratio": c.is_ratio,
+                "p": c.difference.p,
+                "detectable": c.difference.detectable,
+                "family": "control" if c.second.control else "pairs",
+                "studies": summary.studies,
+                **_identity(summary),
+            }
+            for c in found.comparisons
+        ]
+    frame = pd.DataFrame(rows, columns=[*COMPARED, "problem", "digest", "device", "dtype"])
+    return frame.astype({"told_apart": "boolean"})
+
+
+COMPARED = (
+    "setting", "method", "against", "n", "difference", "low", "high", "told_apart", "ratio", "p", "detectable",
+    "family", "studies",
+)  # fmt: skip
+"""Columns of :func:`verdict` that say what was compared."""
+
+
 def recommendations(problems: Iterable[Summary]) -> pd.DataFrame:
-    """A row per problem, setting (or all of them) and requirement: the method, its evidence, its rivals."""
+    """A row per problem and requirement, over all settings: the method, its evidence, its rivals."""
     rows = []
     for summary in problems:
-        parts = [("all settings", overall(summary)), *((s.title, in_setting(summary, s)) for s in summary.settings)]
-        for title, found in parts:
-            for r in found:
-                best, score = r.best, r.best.score if r.best else None
-                rows.append(
-                    {
-                        **_identity(summary),
-                        "setting": title,
-                        "requirement": r.requirement,
-                        "method": best.name if best else None,
-                        "choice": best.choice if best else None,
-                        **_interval(f"test_{summary.metric}", score),
-                        "n": score.n if score else 0,
-                        "failed": best.failures if best else None,
-                        "runs": best.runs if best else None,
-                        "error_worst": best.error if best else None,
-                        "step_ratio": best.step.value if best and best.step else None,
-                        "not_told_apart": ", ".join(other.name for other in r.rivals),
-                        "evidence": r.evidence or r.reason,
-                        "hardware": summary.hardware,
-                    }
-                )
+        found = Verdict(summary)
+        for answer in answers_of(found):
+            best, score = answer.best, answer.best.score if answer.best else None
+            rows.append(
+                {
+                    **_identity(summary),
+                    "setting": found.title,
+                    "requirement": answer.requirement,
+                    "method": best.name if best else None,
+                    "choice": best.choice if best else None,
+                    **_interval(f"test_{summary.metric}", score),
+                    "n": score.n if score else 0,
+                    "failed": best.failures if best else None,
+                    "runs": best.runs if best else None,
+                    "error_worst": best.error if best else None,
+                    "step_ratio": best.step.value if best and best.step else None,
+                    "not_told_apart": ", ".join(other.name for other in answer.rivals),
+                    "evidence": answer.evidence or answer.reason,
+                    "hardware": summary.hardware,
+                }
+            )
     return pd.DataFrame(rows)
 
 

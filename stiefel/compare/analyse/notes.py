@@ -1,6 +1,6 @@
 """What a reader must know before believing a summary: where the protocol was not kept.
 
-Imports ``summary`` and ``records``.
+Imports ``summary``.
 """
 
 from __future__ import annotations
@@ -9,12 +9,13 @@ import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 
+from stiefel.compare.analyse.costs import hardware
 from stiefel.compare.analyse.rows import Row
-from stiefel.compare.analyse.summary import Setting, Summary, hardware
-from stiefel.compare.record.records import ENDED
+from stiefel.compare.analyse.statistics.scores import ENOUGH
+from stiefel.compare.analyse.summary import Setting, Summary
 
-DECADES, FRESH_SEEDS = 3.0, 5
-"""What the protocol asks for: the span of the learning rates, and fresh seeds of each winner."""
+DECADES = 3.0
+"""What the protocol asks for: the span of the learning rates."""
 STEADY = 1.5
 """Largest ratio of the control's step times between cost runs of one point of the grid, where its step is the same."""
 
@@ -36,6 +37,8 @@ def _mixed(summary: Summary) -> Iterator[str]:
     if summary.older:
         what = "1 record is" if summary.older == 1 else f"{summary.older} records are"
         yield f"{what} left out: made with an earlier source of {summary.problem}, which counts as another problem"
+    if summary.single:
+        yield f"{summary.single} runs of a single tuning (--seeds) are left out: the report is of the studies"
     environments = [r.environment for r in summary.records if r.environment]
     # Code that is not in a git checkout has no commit: its version stands for it.
     code = sorted({str(e.get("commit") or e.get("stiefel")) for e in environments})
@@ -69,9 +72,14 @@ def _tuning(summary: Summary) -> Iterator[str]:
     yield from _where(summary, span, f"the learning rates span {{}} decades, the protocol asks for {DECADES:g}")
     yield from _where(
         summary,
-        lambda setting: few(row.label for row in setting.rows if row.edge),
-        "* the best learning rate is on the edge of the grid, a better one may lie outside: {}",
+        lambda setting: few(_on_edge(row) for row in setting.rows if row.edge),
+        "* the best learning rate is on the edge of those tried, a better one may lie outside: {}",
     )
+
+
+def _on_edge(row: Row) -> str:
+    """A method, and in how many of its studies its best rate lies on the edge."""
+    return row.label + (f" (in {len(row.edges)} of {len(row.choices)} studies)" if len(row.choices) > 1 else "")
 
 
 def _compiled(summary: Summary) -> Iterator[str]:
@@ -87,21 +95,21 @@ def _compiled(summary: Summary) -> Iterator[str]:
 def _evidence(summary: Summary) -> Iterator[str]:
     def seeds(setting: Setting) -> str:
         counts = [row.runs for row in setting.rows if row.runs]
-        return str(min(counts)) if counts and min(counts) < FRESH_SEEDS else ""
+        return str(min(counts)) if counts and min(counts) < ENOUGH else ""
 
     def none(setting: Setting) -> str:
         return few(row.label for row in setting.rows if not row.runs and row.choice is not None)
 
-    def torn(setting: Setting) -> str:  # `ends` has an entry for each run whose last line can be read
-        return few(row.label for row in setting.rows if len(row.ends) < sum(r.status in ENDED for r in row.final))
+    def torn(setting: Setting) -> str:
+        return few(f"{row.label} (in {few(row.torn, 3)})" for row in setting.rows if row.torn)
 
     if not summary.settings:
         yield "there are only cost runs, so nothing is known of how the methods train"
     yield from _where(
-        summary, seeds, f"only n = {{}} fresh seeds, the protocol asks for {FRESH_SEEDS}: intervals are too narrow"
+        summary, seeds, f"only n = {{}} replicates: there is no verdict and no interval below n = {ENOUGH}"
     )
     yield from _where(summary, none, "no run with fresh seeds, so no score: {}")
-    yield from _where(summary, torn, "some runs have unreadable measurements, and their curves are left out: {}")
+    yield from _where(summary, torn, "measurements are torn, and shown as far as they can be read, of runs of {}")
     if not summary.cost:
         yield "there is no cost pass, so nothing is known of what a step costs"
     else:

@@ -7,6 +7,7 @@ the fastest method of that case needs. Imports ``summary``, numpy and pandas.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from typing import Literal
 
@@ -26,10 +27,14 @@ def times(summaries: Sequence[Summary], unit: Unit) -> pd.DataFrame:
     without a target are left out.
     """
     rows = {}
+    # One problem in two precisions is two cases.
+    dtypes = Counter(summary.problem for summary in summaries)
     for summary in summaries:
         for setting in summary.settings:
             if setting.target is not None:
                 name = f"{summary.problem}, {setting.title}" if len(summaries) > 1 else setting.title
+                if dtypes[summary.problem] > 1:
+                    name += f", {summary.dtype}"
                 rows[name] = {row.label: _time(row, unit) for row in setting.rows}
     frame = pd.DataFrame.from_dict(rows, orient="index", dtype=float)
     return frame[sorted(frame.columns)]

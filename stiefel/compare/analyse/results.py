@@ -86,14 +86,24 @@ class Results:
         return pd.concat([frames.table(summary) for summary in self.problems], ignore_index=True)
 
     def recommendations(self) -> pd.DataFrame:
-        """A row per problem, setting (or all of them) and requirement: the method, its evidence, its rivals."""
+        """A row per problem and requirement, over all settings: the method, its evidence, its rivals."""
         return frames.recommendations(self.problems)
+
+    def verdict(self) -> pd.DataFrame:
+        """A row per comparison: ``setting, method, against, n, difference, low, high, told_apart`` and how it was made.
+
+        ``difference`` is the method's score less that of what it is compared with, where ``ratio`` their ratio.
+        ``told_apart`` is empty where fewer than five replicates of either are known. Where ``against`` is a control,
+        the correction is for all comparisons with controls, else for all pairs.
+        """
+        return frames.verdict(self.problems)
 
     def runs(self) -> pd.DataFrame:
         """A row per run, with what it ran on."""
         rows, where = frames.runs(self.records), frames.where(self.records)
         where.index = rows.index  # both have a row per record, in the same order
-        return rows.assign(**{str(name): where[name] for name in where})
+        # A problem's factor may be called like one of these (threads, cores): it keeps its name.
+        return rows.assign(**{f"machine_{name}" if name in rows else str(name): where[name] for name in where})
 
     def epochs(self) -> pd.DataFrame:
         """A row per training run and epoch: steps, seconds, loss, what was measured, worst orthogonality error."""

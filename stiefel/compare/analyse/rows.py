@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
@@ -11,7 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from stiefel.compare.analyse.scores import Interval, iqm, median
+from stiefel.compare.analyse.costs import CostRow
+from stiefel.compare.analyse.statistics.differences import shared_variance
+from stiefel.compare.analyse.statistics.scores import Interval, Metric, exp
 from stiefel.compare.record.choice import Choice
 from stiefel.compare.record.measurements import lines_of, parsed
 from stiefel.compare.record.records import ENDED, Record
@@ -35,35 +36,8 @@ def number(value: Any) -> float:
 
 
 @dataclass(frozen=True)
-class CostRow:
-    """What a step of one method costs at one point of the grid, beside the control in the same process.
-
-    Args:
-        step, control: seconds per step: ``median``, ``q1``, ``q3``, ``n``.
-        ratio: of their medians.
-        share: of the step that the constraint takes.
-        memory: peak resident bytes of its training runs, less the control's.
-        counts: ``matmul_flops``, ``factorization_flops`` and ``operators`` per step; None where not recorded.
-        gpu: the ``gpu_*`` fields, null with ``gpu_reason``.
-        hardware: what it was measured on.
-    """
-
-    label: str
-    setting: str
-    fields: dict[str, Any]
-    step: dict[str, float]
-    control: dict[str, float]
-    ratio: float
-    share: float
-    memory: float | None
-    counts: dict[str, float | None]
-    gpu: dict[str, Any]
-    hardware: str
-
-
-@dataclass(frozen=True)
 class Trial:
-    """Tuning runs with one choice: how many, and their mean best validation metric; infinite where one failed."""
+    """Tuning runs with one choice: how many, and their mean best validation metric; infinite where half failed."""
 
     choice: Choice
     validation: float
@@ -76,28 +50,54 @@ class Row:
 
     Args:
         label: the method with its options.
-        control: whether it is the one that others are compared with.
-        choice: what tuning chose; None where every tuning run failed or there is none.
-        edge: whether the chosen rate is at an end of those tried with default knobs.
-        final: the runs with fresh seeds of that choice.
+        control: whether it is one that others are compared with.
+        metric: what is compared.
+        choices: what tuning chose, by study (None: one tuning for all); empty where every tuning run failed.
+        edges: the studies whose chosen rate is at an end of those tried with default knobs.
+        final: the runs with fresh seeds of those choices.
         tuning: the runs that chose.
-        worst: the score of a failed run: −∞ where higher is better, else ∞.
         cost: its cost run.
+        untuned: how many studies have no run to report, because every tuning run failed.
     """
 
     label: str
     control: bool
-    choice: Choice | None
-    edge: bool
+    metric: Metric
+    choices: dict[int | None, Choice]
+    edges: tuple[int | None, ...]
     final: tuple[Record, ...] = field(repr=False)
     tuning: tuple[Record, ...] = field(repr=False)
-    worst: float = -math.inf
     cost: CostRow | None = None
+    untuned: int = 0
+
+    @cached_property
+    def choice(self) -> Choice | None:
+        """What most studies chose; None where nothing was chosen."""
+        return Counter(self.choices.values()).most_common(1)[0][0] if self.choices else None
+
+    @property
+    def edge(self) -> bool:
+        """Whether a better rate may lie outside the grid, so that the score is a lower bound of what is possible."""
+        return bool(self.edges)
+
+    @property
+    def scaled(self) -> bool:
+        """Whether the setting's scale is its own; the network as it is has none."""
+        return any("scale" in record.spec.options for record in (*self.tuning, *self.final))
 
     @cached_property
     def scores(self) -> dict[int, float]:
-        """Test metric at the best validation epoch, by seed."""
-        return {r.spec.seed: value(r, "test_at_best", self.worst) for r in self.final}
+        """Test metric at the best validation epoch, by seed, of the runs that trained to their end."""
+        found = {r.spec.seed: value(r, "test_at_best", math.nan) for r in self.final}
+        return {seed: score for seed, score in found.items() if math.isfinite(score)}
+
+    @cached_property
+    def parts(self) -> tuple[float, ...]:
+        """The mean score on each part of the test set; empty where runs did not record them."""
+        found = [r.summary.get("test_parts") or [] for r in self.final if r.status in ENDED]
+        if self.metric.log_scale or not found or len(set(map(len, found))) > 1 or any(None in part for part in found):
+            return ()
+        return tuple(np.mean(found, axis=0).tolist())
 
     @cached_property
     def steps(self) -> dict[int, float]:
@@ -111,18 +111,23 @@ class Row:
 
     @cached_property
     def test(self) -> Interval | None:
-        """Interquartile mean of the scores of all runs; None where there is none."""
-        return Interval.of(self.scores.values(), iqm) if self.final else None
+        """The mean score, geometric on a log scale; None where at most half of the runs have one."""
+        if 2 * len(self.scores) <= self.runs:
+            return None
+        if self.metric.log_scale:
+            return Interval.mean(map(self.metric.log, self.scores.values())).map(exp)
+        resolution = self.metric.resolution
+        return Interval.mean(self.scores.values(), resolution, shared_variance(self.parts, resolution))
 
     @cached_property
     def steps_to_target(self) -> Interval | None:
-        """Median over all runs."""
-        return Interval.of(self.steps.values(), median) if self.final else None
+        """Median and range over all runs."""
+        return Interval.median(self.steps.values()) if self.final else None
 
     @cached_property
     def seconds_to_target(self) -> Interval | None:
-        """Median over all runs."""
-        return Interval.of(self.seconds.values(), median) if self.final else None
+        """Median and range over all runs."""
+        return Interval.median(self.seconds.values()) if self.final else None
 
     @cached_property
     def faults(self) -> str:
@@ -135,30 +140,46 @@ class Row:
         return self.steps_to_target is not None and self.steps_to_target.finite
 
     @property
+    def at_start(self) -> bool:
+        """Whether the median run meets the target before its first step, so that its time says nothing."""
+        return self.steps_to_target is not None and self.steps_to_target.value == 0
+
+    @property
+    def short(self) -> int:
+        """How many runs trained to their end without reaching the target."""
+        return sum(r.status == "target missed" for r in self.final)
+
+    @property
+    def nearest(self) -> float | None:
+        """The best validation metric of the median run."""
+        known = [r.summary["best_validation"] for r in self.final if r.status in ENDED]
+        return float(np.median(known)) if known else None
+
+    @property
     def error_worst(self) -> float:
-        """Largest orthogonality error of any run at any time; infinite where a run failed."""
-        return max((value(r, "orthogonality_worst") for r in self.final), default=math.inf)
+        """Largest orthogonality error of any run that trained to its end, at any moment; infinite where none did."""
+        return max((value(r, "orthogonality_worst") for r in self.final if r.status in ENDED), default=math.inf)
 
     @property
     def error_final(self) -> float:
-        """Largest orthogonality error of any run at its end; infinite where a run failed."""
-        return max((value(r, "orthogonality_final") for r in self.final), default=math.inf)
+        """Largest orthogonality error of any run that trained to its end, at that end; infinite where none did."""
+        return max((value(r, "orthogonality_final") for r in self.final if r.status in ENDED), default=math.inf)
 
     @property
     def feasible(self) -> float | None:
         """The tightest tolerance that its worst error meets, or None."""
-        # From tight to loose: the first that holds is the tightest.
         return next((tolerance for tolerance in TOLERANCES if self.error_worst <= tolerance), None)
 
     @property
     def runs(self) -> int:
-        """How many runs are reported."""
-        return len(self.final)
+        """How many replicates are reported, those included whose every tuning run failed."""
+        return len(self.final) + self.untuned
 
     @property
     def failures(self) -> dict[str, int]:
-        """Numbers of reported runs by status, ``done`` left out."""
-        return dict(Counter(r.status for r in self.final if r.status != "done"))
+        """Numbers of reported runs that did not train to their end, by status."""
+        found = Counter(r.status for r in self.final if r.status not in ENDED)
+        return dict(found) | ({"failed at every rate": self.untuned} if self.untuned else {})
 
     @property
     def failed(self) -> str:
@@ -181,26 +202,29 @@ class Row:
 
     @property
     def state(self) -> str:
-        """Why there is no score, in words; empty where there is one."""
+        """Why there is no score; empty where there is one."""
         if self.test is not None:
             return ""
         if self.skipped is not None:
             return "skipped"
-        return "every run failed" if self.choice is None else "no fresh-seed run"
+        if self.choice is None:
+            return "every run failed"
+        return f"failed in {self.failed} runs" if self.final else "no fresh-seed run"
 
     @cached_property
     def trials(self) -> list[Trial]:
         """What tuning tried, by choice: defaults and small rates first."""
         grouped: dict[Choice, list[Record]] = defaultdict(list)
+        worst = self.metric.worst
         for record in self.tuning:
             if record.status != "skipped":
                 grouped[Choice.of(record.spec)].append(record)
-        # One failed run makes a choice's mean infinite. `winners` of record/choice.py is milder: it averages the runs
-        # that ended, and prefers choices with fewer failures.
-        found = [
-            Trial(choice, float(np.mean([value(r, "best_validation", self.worst) for r in records])), len(records))
-            for choice, records in grouped.items()
-        ]
+        found = []
+        for choice, records in grouped.items():
+            ended = [r.summary["best_validation"] for r in records if r.status in ENDED]
+            # A mean of the runs that ended, where most did: as `ranked` of record/choice.py has it.
+            mean = float(np.mean(ended)) if 2 * len(ended) > len(records) else worst
+            found.append(Trial(choice, mean, len(records)))
         # str: the values of knobs may be of types that do not compare with each other.
         return sorted(found, key=lambda trial: (len(trial.choice.knobs), str(trial.choice.knobs), trial.choice.lr))
 
@@ -225,29 +249,41 @@ class Row:
 
     @cached_property
     def _measured(self) -> list[list[str]]:
-        """The lines of measurements of each reported run that trained to its end; those that can be read."""
-        found = [lines_of(record) for record in self.final if record.status in ENDED]
-        return [lines for lines in found if lines]
+        """The lines of measurements of each reported run that trained to its end."""
+        return [lines_of(record) for record in self.final if record.status in ENDED]
+
+    @cached_property
+    def torn(self) -> tuple[str, ...]:
+        """The folders of runs that trained to their end and of whose measurements some or all cannot be read."""
+        ended = [record for record in self.final if record.status in ENDED]
+        return tuple(
+            record.path.name
+            for record, lines in zip(ended, self._measured, strict=True)
+            # What a copy that broke off has lost is the end of the last line.
+            if not parsed(lines[-1:]) or not all(line[0] == "{" and line[-1] == "}" for line in lines)
+        )
 
     @cached_property
     def curves(self) -> list[list[dict[str, Any]]]:
         """Measurements of each reported run that trained to its end, thinned evenly to what a curve can show."""
-        # Indices of POINTS lines, the first and the last among them; `unique` drops repeats where a run has fewer.
-        kept = [np.unique(np.linspace(0, len(lines) - 1, POINTS).round().astype(int)) for lines in self._measured]
-        curves = [parsed([lines[i] for i in at]) for lines, at in zip(self._measured, kept, strict=True)]
-        return [curve for curve in curves if curve]  # `parsed` gives nothing where one of the lines is torn
+        kept = [sorted(set(np.linspace(0, len(s) - 1, POINTS).round().astype(int))) for s in self._measured if s]
+        curves = [parsed(lines[i] for i in at) for lines, at in zip(filter(None, self._measured), kept, strict=True)]
+        return [curve for curve in curves if curve]
 
     @cached_property
     def ends(self) -> list[dict[str, Any]]:
-        """The last measurement of each reported run that trained to its end."""
-        return [row for lines in self._measured for row in parsed(lines[-1:])]
+        """The last measurement of each reported run that trained to its end; of those with the layers of most runs."""
+        last = (next((row for line in reversed(lines) for row in parsed([line])), None) for lines in self._measured)
+        found = [row for row in last if row is not None]
+        layers = Counter(tuple(row["orthogonality"]["layers"]) for row in found).most_common(1)
+        return [row for row in found if tuple(row["orthogonality"]["layers"]) == layers[0][0]]
 
     @cached_property
     def diagnoses(self) -> list[list[dict[str, Any]]]:
         """The measurements of each reported run that explain its score: those with energies or effective rates."""
         # Most lines of a long run have neither: search the text, and parse those that do.
         marks = ('"energy"', '"effective_rate"')
-        return [[json.loads(line) for line in lines if any(m in line for m in marks)] for lines in self._measured]
+        return [parsed(line for line in lines if any(m in line for m in marks)) for lines in self._measured]
 
     @property
     def redundancy(self) -> float | None:

@@ -1,23 +1,25 @@
 """From the records of one problem to one row per method and setting: choice, scores, feasibility, cost, failures.
 
-Imports ``summary``, ``rows``, ``scores``, ``record`` and numpy.
+Imports ``summary``, ``rows``, ``record`` .
 """
 
 from __future__ import annotations
 
-import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from typing import Any
 
-import numpy as np
-
-from stiefel.compare.analyse.rows import CostRow, Row
-from stiefel.compare.analyse.scores import iqm, median, resample
-from stiefel.compare.analyse.summary import Setting, Summary, hardware
-from stiefel.compare.record.choice import Choice, cell_key, on_edge, winners
-from stiefel.compare.record.records import BROKEN, ENDED, Record
+from stiefel.compare.analyse.costs import CostRow, costs_of, point_key, point_of
+from stiefel.compare.analyse.rows import Row
+from stiefel.compare.analyse.statistics.scores import Metric
+from stiefel.compare.analyse.summary import Setting, Summary
+from stiefel.compare.record.choice import Choice, on_edge, winners
+from stiefel.compare.record.records import BROKEN, Record
 from stiefel.compare.record.spec import RunSpec
+
+EXACT, WHOLE = 1e-6, 0.02
+"""How far float32 may put a fraction above 1, and a number of examples from a whole one."""
 
 
 def summaries(records: Iterable[Record]) -> Iterator[Summary]:
@@ -47,20 +49,14 @@ def summaries(records: Iterable[Record]) -> Iterator[Summary]:
 
 def _summary(records: list[Record], older: int) -> Summary:
     first = records[0].spec
-    # Skipped runs do not say what the problem measures: ask the first run that does.
-    declared = next((r.summary for r in records if "metric" in r.summary), {})
-    higher = bool(declared.get("higher_is_better", True))
+    training = [r for r in records if r.spec.kind == "quality"]
+    studies = any(r.spec.study is not None for r in training)
+    reported = [r for r in training if (r.spec.study is not None) is studies]
+    metric = _metric(records, reported)
     factors = _varying(records)
-    cost = _cost(records, factors)
-    cells: dict[Any, dict[str, list[Record]]] = defaultdict(lambda: defaultdict(list))
-    for record in records:
-        if record.spec.kind == "quality":
-            cells[_order(record.spec, factors)][record.label].append(record)
-    drafts = [_draft(methods, higher, cost) for _, methods in sorted(cells.items())]
-    scored = [row for rows in drafts for row in rows if row.final]
-    # One bootstrap for all rows is faster than one for each; rows find their intervals ready.
-    resample((row.scores.values() for row in scored), iqm)
-    resample((results.values() for row in scored for results in (row.steps, row.seconds)), median)
+    cost = costs_of(records, factors)
+    cells = _cells(reported, factors)
+    drafts = [_draft(methods, metric, cost) for _, methods in sorted(cells.items())]
     failures = tuple(
         r for r in records if r.status in (*BROKEN, "skipped") or (r.status == "diverged" and r.spec.phase == "final")
     )  # divergence in tuning is expected at large rates: counted in the table, not listed
@@ -69,14 +65,53 @@ def _summary(records: list[Record], older: int) -> Summary:
         digest=first.digest,
         device=first.device,
         dtype=first.dtype,
-        metric=declared.get("metric", "metric"),
-        higher_is_better=higher,
-        settings=tuple(_setting(rows, factors, higher) for rows in drafts),
+        measure=metric,
+        settings=tuple(_setting(rows, factors) for rows in drafts),
         cost=tuple(cost[key] for key in sorted(cost, key=lambda key: (cost[key].setting, cost[key].ratio))),
         failures=failures,
         records=tuple(records),
         older=older,
+        studies=studies,
+        single=len(training) - len(reported),
     )
+
+
+DECLARED: dict[str, Any] = {"metric": "metric", "higher_is_better": True, "log_scale": False}
+"""What every run records of its problem, with what stands for it in a record of a version that did not."""
+
+
+def _metric(every: list[Record], records: list[Record]) -> Metric:
+    """The metric as the problem declared it, with its resolution."""
+    # As most records say: one that was changed on the disk must not turn the order of all the others. Skipped runs do
+    # not say what the problem measures.
+    said = [r.summary for r in every if r.summary.get("metric")]
+    told = [tuple(value if s.get(key) is None else s[key] for key, value in DECLARED.items()) for s in said]
+    name, higher, log_scale = Counter(told).most_common(1)[0][0] if told else tuple(DECLARED.values())
+    return Metric(name, higher, log_scale, 0.0 if log_scale else _resolution(records))
+
+
+def _resolution(records: list[Record]) -> float:
+    """1 / examples of the test set, where every score is a whole number of examples; else 0."""
+    sizes = Counter(r.summary["test_examples"] for r in records if r.summary.get("test_examples"))
+    scores = [r.summary["test_at_best"] for r in records if r.summary.get("test_at_best") is not None]
+    if not sizes or not scores:
+        return 0.0
+    examples = sizes.most_common(1)[0][0]
+    counts = [score * examples for score in scores]
+    whole = all(0 <= count <= examples * (1 + EXACT) and abs(count - round(count)) < WHOLE for count in counts)
+    return 1 / examples if whole else 0.0
+
+
+def _cells(records: list[Record], factors: list[str]) -> dict[Any, dict[str, list[Record]]]:
+    """The records of each point and scale by method; those without a scale belong to every scale of their point."""
+    cells: dict[Any, dict[str, list[Record]]] = defaultdict(lambda: defaultdict(list))
+    # Those with a scale first, so that the others find the scales that there are.
+    for record in sorted(records, key=lambda r: "scale" not in r.spec.options):
+        *point, scale = _order(record.spec, factors)
+        at = [key for key in cells if list(key[:-1]) == point] if "scale" not in record.spec.options else []
+        for key in at or [(*point, scale)]:
+            cells[key][record.label].append(record)
+    return cells
 
 
 def _varying(records: Iterable[Record]) -> list[str]:
@@ -100,21 +135,22 @@ def scale_name(scale: Any) -> str:
     return "√2" if scale == "relu" else f"{scale:g}" if isinstance(scale, (int, float)) else str(scale)
 
 
-def _draft(methods: dict[str, list[Record]], higher: bool, cost: dict[tuple[str, str], CostRow]) -> list[Row]:
+def _draft(methods: dict[str, list[Record]], metric: Metric, cost: dict[tuple[str, str], CostRow]) -> list[Row]:
     """The rows of one setting, in no order."""
-    # A cost run is made at one scale, and its result stands at every scale of the point: `_at` ignores the scale.
-    return [_row(label, runs, higher, cost.get((label, _at(runs[0].spec)))) for label, runs in methods.items()]
+    # Settings may differ in their test sets, and so in what one example counts.
+    here = [record for found in methods.values() for record in found]
+    own = replace(metric, resolution=0.0 if metric.log_scale else _resolution(here))
+    return [_row(label, runs, own, cost.get((label, point_key(runs[0].spec)))) for label, runs in methods.items()]
 
 
-def _setting(rows: list[Row], factors: list[str], higher: bool) -> Setting:
+def _setting(rows: list[Row], factors: list[str]) -> Setting:
     records = [record for row in rows for record in (*row.tuning, *row.final)]
-    spec = records[0].spec
-    point, scale = _point(spec, factors), scale_name(spec.options.get("scale", 1.0))
-    sign = -1 if higher else 1
+    spec = next((r.spec for r in records if "scale" in r.spec.options), records[0].spec)
+    point, scale = point_of(spec, factors), scale_name(spec.options.get("scale", 1.0))
 
     # Known faults last, then rows without a score; of equal scores, fewer failures first.
     def place(row: Row) -> tuple[Any, ...]:
-        score = sign * row.test.value if row.test else 0.0
+        score = -row.metric.better(row.test.value) if row.test else 0.0
         return bool(row.faults), row.test is None, score, sum(row.failures.values()), row.label
 
     return Setting(
@@ -127,63 +163,27 @@ def _setting(rows: list[Row], factors: list[str], higher: bool) -> Setting:
     )
 
 
-def _point(spec: RunSpec, factors: list[str]) -> str:
-    return ", ".join(f"{name} {spec.fields.get(name)}" for name in factors)
-
-
-def _at(spec: RunSpec) -> str:
-    return repr(sorted(spec.fields.items()))
-
-
-def _row(label: str, records: list[Record], higher: bool, cost: CostRow | None) -> Row:
+def _row(label: str, records: list[Record], metric: Metric, cost: CostRow | None) -> Row:
     tuning = [r for r in records if r.spec.phase == "tuning"]
     finals = sorted((r for r in records if r.spec.phase == "final"), key=lambda r: r.spec.seed)
-    choice = winners(tuning, higher).get(cell_key(records[0].spec))
-    if choice is None and not tuning and finals:  # fresh seeds alone, as a folder of results may hold them
-        choice = Choice.of(max(finals, key=lambda r: r.written).spec)
-    # The grid that the choice may lie on the edge of. Knobs are tried at the best rate alone, so they add no rates.
-    rates = sorted({r.spec.lr for r in tuning if not r.spec.knobs})
+    chosen = winners(tuning, metric.higher_is_better)
+    choices = {key[-1]: choice for key, choice in chosen.items()}
+    if not tuning and finals:  # fresh seeds alone, as a folder of results may hold them
+        choices = {r.spec.study: Choice.of(r.spec) for r in sorted(finals, key=lambda r: r.written)}
+    lost = {r.spec.study for r in tuning if r.status != "skipped"} - set(choices) - {None}
+    rates: dict[int | None, list[float]] = defaultdict(list)
+    for record in tuning:
+        if not record.spec.knobs:
+            rates[record.spec.study].append(record.spec.lr)
     return Row(
         label=label,
         control=records[0].control,
-        choice=choice,
-        edge=choice is not None and on_edge(choice.lr, rates),
+        metric=metric,
+        choices=choices,
+        edges=tuple(study for study, choice in choices.items() if rates[study] and on_edge(choice.lr, rates[study])),
         # Records of an earlier, smaller grid may hold final runs of a choice that has lost since.
-        final=tuple(r for r in finals if Choice.of(r.spec) == choice),
+        final=tuple(r for r in finals if Choice.of(r.spec) == choices.get(r.spec.study)),
         tuning=tuple(tuning),
-        worst=-math.inf if higher else math.inf,
         cost=cost,
+        untuned=len(lost),
     )
-
-
-def _cost(records: list[Record], factors: list[str]) -> dict[tuple[str, str], CostRow]:
-    """The newest cost run of each method and point of the grid."""
-    measured: dict[tuple[str, str], Record] = {}
-    for record in sorted(records, key=lambda r: r.written):  # of several runs the one written last stays
-        if record.spec.kind == "cost" and record.status == "done":
-            measured[record.label, _at(record.spec)] = record
-    # Peak memory comes from training runs; the label "" collects the control's.
-    peaks = defaultdict(list)
-    for record in records:
-        peak = record.summary.get("peak_resident_bytes")
-        if record.spec.kind == "quality" and record.status in ENDED and peak is not None:
-            peaks[record.label, _at(record.spec)].append(peak)
-            if record.control:
-                peaks["", _at(record.spec)].append(peak)
-    rows = {}
-    for (label, at), record in measured.items():
-        summary, own, others = record.summary, peaks[label, at], peaks["", at]
-        rows[label, at] = CostRow(
-            label=label,
-            setting=_point(record.spec, factors) or "all",
-            fields=record.spec.fields,
-            step=summary["step_seconds"]["method"],
-            control=summary["step_seconds"]["control"],
-            ratio=summary["step_ratio"],
-            share=summary["constraint_share"],
-            memory=float(np.median(own) - np.median(others)) if own and others else None,
-            counts={key: summary.get(key) for key in ("matmul_flops", "factorization_flops", "operators")},
-            gpu={key: value for key, value in summary.items() if key.startswith("gpu_")},
-            hardware=hardware([record]),
-        )
-    return rows

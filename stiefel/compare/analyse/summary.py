@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from stiefel.compare.analyse.rows import TOLERANCES, CostRow, Row
+from stiefel.compare.analyse.costs import CostRow, hardware
+from stiefel.compare.analyse.rows import TOLERANCES, Row
+from stiefel.compare.analyse.statistics.scores import Metric
 from stiefel.compare.record.records import Record
 
 
@@ -45,11 +45,10 @@ class Setting:
 
     @cached_property
     def _ranks(self) -> dict[float | None, dict[str, int]]:
-        # −sign(worst) turns scores so that higher is better: worst is −∞ where it is, ∞ where lower is.
         ranks: dict[float | None, dict[str, int]] = {}
         for tolerance in (None, *TOLERANCES):
             known = [
-                (row.label, -math.copysign(1, row.worst) * row.test.value)
+                (row.label, row.metric.better(row.test.value))
                 for row in self.rows
                 if row.test
                 and row.test.finite
@@ -66,25 +65,38 @@ class Summary:
 
     Args:
         problem, digest, device, dtype: what its records share.
-        metric, higher_is_better: what is compared.
+        measure: the metric that is compared.
         settings: the grid's points and scales.
         cost: what a step costs.
         failures: runs without a result that a reader should know of.
         records: all of its runs.
         older: how many records of earlier sources of the problem are left out.
+        studies: whether each reported run has a tuning of its own; else one tuning chose for all.
+        single: how many records of a single tuning are left out, because there are studies.
     """
 
     problem: str
     digest: str
     device: str
     dtype: str
-    metric: str
-    higher_is_better: bool
+    measure: Metric
     settings: tuple[Setting, ...]
     cost: tuple[CostRow, ...]
     failures: tuple[Record, ...]
     records: tuple[Record, ...] = field(repr=False)
     older: int = 0
+    studies: bool = False
+    single: int = 0
+
+    @property
+    def metric(self) -> str:
+        """The metric's name."""
+        return self.measure.name
+
+    @property
+    def higher_is_better(self) -> bool:
+        """Of the metric."""
+        return self.measure.higher_is_better
 
     @cached_property
     def labels(self) -> list[str]:
@@ -112,7 +124,7 @@ class Summary:
         measured = [r for r in self.records if r.spec.kind == "cost"] or list(self.records)
         return f"{self.problem} · {'GPU' if self.device == 'cuda' else 'CPU'} cost, {hardware(measured)}"
 
-    @property
+    @cached_property
     def hardware(self) -> str:
         """What the training runs ran on."""
         return hardware(self.records)
@@ -121,14 +133,3 @@ class Summary:
 def dagger(label: str) -> str:
     """The name of a method with known faults, as reports write it."""
     return f"{label} †"
-
-
-def hardware(records: Iterable[Record]) -> str:
-    """The processors or GPUs that records come from, with the threads of each run."""
-    found = []
-    for environment in (r.environment for r in records if r.environment):
-        threads = environment.get("threads")
-        count = "" if not threads else f", {threads} thread{'s' * (threads != 1)}"
-        # A run on a GPU is known by the GPU alone, one on the CPU by the processor and its threads.
-        found.append(environment.get("gpu") or f"{environment.get('cpu') or 'unknown processor'}{count}")
-    return " and ".join(dict.fromkeys(found)) or "unknown hardware"

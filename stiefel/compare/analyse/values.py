@@ -9,8 +9,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from stiefel.compare.analyse.rows import TOLERANCES, CostRow, Row, powers
-from stiefel.compare.analyse.scores import Interval
+from stiefel.compare.analyse.costs import CostRow
+from stiefel.compare.analyse.rows import TOLERANCES, Row, powers
+from stiefel.compare.analyse.statistics.scores import Interval
 from stiefel.compare.analyse.summary import Setting, Summary
 
 WHERE = ("commit", "cpu", "cores", "threads", "gpu", "torch")
@@ -41,6 +42,11 @@ Value = Callable[[Line], Any]
 
 def _cost(of: Callable[[CostRow], Any], missing: Any = None) -> Value:
     return lambda at: missing if at.row.cost is None else of(at.row.cost)
+
+
+def _believed(of: Callable[[CostRow], Any]) -> Value:
+    """A time, which is empty where it is not credible."""
+    return _cost(lambda cost: of(cost) if cost.credible else None)
 
 
 def _interval(name: str, of: Callable[[Row], Interval | None], prefix: str = "") -> dict[str, Value]:
@@ -75,7 +81,7 @@ VALUES: dict[str, Value] = {
     "lr_on_edge": lambda at: at.row.edge,
     "state": lambda at: at.row.state or "scored",
     **_interval("test_{metric}", lambda row: row.test),
-    "n": lambda at: at.row.runs,
+    "n": lambda at: len(at.row.scores),
     "failed": lambda at: sum(at.row.failures.values()),
     "runs": lambda at: at.row.runs,
     "rank": _rank(),
@@ -87,9 +93,9 @@ VALUES: dict[str, Value] = {
     **_interval("steps_to_target", lambda row: row.steps_to_target, "steps_"),
     **_interval("seconds_to_target", lambda row: row.seconds_to_target, "seconds_"),
     "redundancy": lambda at: at.row.redundancy,
-    "step_ratio": _cost(lambda cost: cost.ratio),
-    "step_seconds": _cost(lambda cost: cost.step["median"]),
-    "constraint_share": _cost(lambda cost: cost.share),
+    "step_ratio": _believed(lambda cost: cost.ratio),
+    "step_seconds": _believed(lambda cost: cost.step["median"]),
+    "constraint_share": _believed(lambda cost: cost.share),
     "memory_bytes": _cost(lambda cost: cost.memory),
     "counts": _cost(lambda cost: cost.counts, {}),
     # gpu_reason is a sentence that says why the numbers are null, so it gets no column.
@@ -101,6 +107,9 @@ VALUES: dict[str, Value] = {
     "tuning_runs": lambda at: len(at.row.tuning),
     "tuning_failures": lambda at: at.row.tuning_failures,
     "where": _where,
+    "short_of_target": lambda at: at.row.short,
+    "studies_on_edge": lambda at: len(at.row.edges),
+    "cost_doubt": _cost(lambda cost: cost.doubt or None),
 }
 """A function of a line by name. In files ``{metric}`` becomes the metric's name, a dictionary a column per entry."""
 

@@ -1,0 +1,1 @@
+"""Means, intervals and tests: numbers in, numbers out. No records."""

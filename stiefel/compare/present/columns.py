@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any, Generic, Literal, TypeVar
 
-from stiefel.compare.analyse.rows import TOLERANCES, CostRow, powers
+from stiefel.compare.analyse.costs import CostRow
+from stiefel.compare.analyse.rows import TOLERANCES, powers
 from stiefel.compare.analyse.summary import Setting, Summary
 from stiefel.compare.analyse.values import VALUES, Line
 from stiefel.compare.present import formatting as words
@@ -100,7 +101,14 @@ def _method(at: Line) -> str:
 
 
 def _score(at: Line) -> str:
-    return str(at.row.test) if at.row.test else at.row.state
+    return words.bound(at.row) + str(at.row.test) if at.row.test else at.row.state
+
+
+def _step_cost(at: Line) -> str:
+    ratio = VALUES["step_ratio"](at)
+    if ratio is not None:
+        return words.ratio(ratio)
+    return words.NONE if at.row.cost is None else words.DOUBTED
 
 
 def _ran(at: Line, text: str) -> str:
@@ -144,7 +152,7 @@ RESULTS: tuple[Column[Line], ...] = (
     Column("steps to\ntarget", _median_steps, where=TERMINAL),
     Column("steps to\ntarget", lambda at: words.steps(at.row.steps_to_target), VALUES["steps_to_target"]),
     Column("seconds to\ntarget", lambda at: words.seconds(at.row.seconds_to_target), VALUES["seconds_to_target"]),
-    valued("step\ncost", VALUES["step_ratio"], words.ratio, where=BOTH),
+    Column("step\ncost", _step_cost, VALUES["step_ratio"], where=BOTH),
     valued("redundancy", VALUES["redundancy"], "{:.3g}".format, optional=True),
     Column("tuning\nruns", lambda at: str(VALUES["tuning_runs"](at))),
     Column("failed,\ntuning", lambda at: str(at.row.tuning_failures)),
@@ -157,22 +165,27 @@ def _spread(at: CostLine) -> str:
     return f"{median} ({low}–{high})"
 
 
+def _believed(of: Callable[[CostRow], float]) -> Callable[[CostLine], float | None]:
+    """A number that rests on times; None where these are not credible."""
+    return lambda at: of(at.cost) if at.cost.credible else None
+
+
 def _counted(heading: str, name: str) -> Column[CostLine]:
     return valued(heading, lambda at: at.cost.counts[name], words.count)
 
 
 def _of_gpu(heading: str, name: str, form: Callable[[Any], str]) -> Column[CostLine]:
-    return valued(heading, lambda at: at.cost.gpu.get(name), form, missing="null")
+    return valued(heading, lambda at: at.cost.gpu.get(name), form, optional=True)
 
 
 COSTS: tuple[Column[CostLine], ...] = (
     Column("method", lambda at: at.summary.marked(at.cost.label)),
     Column("setting", lambda at: at.cost.setting, prose=True),
-    valued("ratio", lambda at: at.cost.ratio, "{:.2f}×".format),
+    valued("ratio", _believed(lambda cost: cost.ratio), "{:.2f}×".format, missing=words.DOUBTED),
     Column("ms per step", _spread, lambda at: at.cost.step["median"]),
     Column("n", lambda at: str(at.cost.step["n"])),
     valued("control,\nms", lambda at: at.cost.control["median"], words.milliseconds),
-    valued("constraint's\nshare", lambda at: at.cost.share, lambda share: f"{100 * share:.0f} %"),
+    valued("constraint's\nshare", _believed(lambda cost: cost.share), lambda share: f"{100 * share:.0f} %"),
     _counted("matmul\nFLOPs", "matmul_flops"),
     _counted("factorization\nFLOPs", "factorization_flops"),
     _counted("operators", "operators"),

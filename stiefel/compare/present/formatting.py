@@ -6,14 +6,19 @@ import math
 from typing import Any
 
 from stiefel.compare.analyse.rows import TOLERANCES, Row, powers
-from stiefel.compare.analyse.scores import Interval
+from stiefel.compare.analyse.statistics.scores import Interval
 
-NONE = "—"
+NONE, NOT_REACHED, DOUBTED = "—", "not reached", "not credible"
 
 
 def rate(row: Row) -> str:
     """The chosen learning rate, with a mark where it is on the edge of its grid."""
     return NONE if row.choice is None else f"{row.choice.lr:g}" + ("*" if row.edge else "")
+
+
+def bound(row: Row) -> str:
+    """The sign of a score that a better rate may beat, where the best one lies on the edge; else empty."""
+    return "" if not row.edge else "≥ " if row.metric.higher_is_better else "≤ "
 
 
 def knobs(row: Row) -> str:
@@ -38,12 +43,12 @@ def tone(value: float) -> str:
 
 def steps(interval: Interval | None) -> str:
     """Steps to the target with their interval."""
-    return NONE if interval is None else interval.format(".0f")
+    return NONE if interval is None else interval.format(".0f", NOT_REACHED)
 
 
 def seconds(interval: Interval | None) -> str:
     """Seconds to the target with their interval."""
-    return NONE if interval is None else interval.format(".3g")
+    return NONE if interval is None else interval.format(".3g", NOT_REACHED)
 
 
 def ratio(value: float) -> str:

@@ -14,9 +14,10 @@ import jinja2
 from stiefel import __version__
 from stiefel.compare.analyse.layers import Why
 from stiefel.compare.analyse.notes import few, notes, skips
-from stiefel.compare.analyse.recommend import Candidate, Recommendation, candidates, in_setting, overall, reference
+from stiefel.compare.analyse.requirements import Answer
 from stiefel.compare.analyse.summary import Setting, Summary
 from stiefel.compare.analyse.values import Line
+from stiefel.compare.analyse.verdict import Verdict
 from stiefel.compare.present import columns
 from stiefel.compare.present import formatting as words
 from stiefel.compare.present.columns import CostLine, Grid
@@ -25,6 +26,7 @@ from stiefel.compare.present.figures.layers import depth, heat
 from stiefel.compare.present.figures.profiles import profiles
 from stiefel.compare.present.figures.style import svg
 from stiefel.compare.present.figures.tuning import defaults, sensitivity
+from stiefel.compare.present.sentences import grouped, sentences
 from stiefel.compare.record.records import Record
 
 if TYPE_CHECKING:
@@ -62,23 +64,19 @@ class Section:
     curves: int = CURVES
 
     @cached_property
-    def overall(self) -> list[Recommendation]:
+    def verdict(self) -> Verdict:
         """Over all points of the grid."""
-        return overall(self.summary)
-
-    @cached_property
-    def by_setting(self) -> list[tuple[Setting, list[Recommendation], Candidate | None]]:
-        """In each setting, with the control beside."""
-        higher = self.summary.higher_is_better
-        return [
-            (s, in_setting(self.summary, s), reference([Candidate((row,)) for row in s.rows], higher))
-            for s in self.summary.settings
-        ]
+        return Verdict(self.summary)
 
     @property
-    def reference(self) -> Candidate | None:
-        """The control over all points."""
-        return reference(candidates(self.summary), self.summary.higher_is_better)
+    def sentences(self) -> list[str]:
+        """The verdict in words, the core first."""
+        return sentences(self.verdict)
+
+    @cached_property
+    def answers(self) -> tuple[list[tuple[str, Answer, list[str]]], list[str]]:
+        """What to use under which requirements, and those that nothing meets."""
+        return grouped(self.verdict)
 
     @property
     def scales(self) -> bool:
@@ -162,7 +160,6 @@ def write_html(report: Results, path: Path) -> None:
         .render(
             report=report,
             sections=sections,
-            requirements=max(([r.requirement for r in section.overall] for section in sections), key=len),
             profiles=list(_profiles(report)),
             version=__version__,
             limit=FAILURES,

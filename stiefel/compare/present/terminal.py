@@ -10,18 +10,31 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
+from stiefel.compare.analyse.candidates import Candidate
 from stiefel.compare.analyse.notes import few, skips
-from stiefel.compare.analyse.recommend import Candidate, candidates, overall, reference
+from stiefel.compare.analyse.requirements import Answer
 from stiefel.compare.analyse.summary import Setting, Summary
+from stiefel.compare.analyse.verdict import Verdict
 from stiefel.compare.present import columns
 from stiefel.compare.present import formatting as words
+from stiefel.compare.present.sentences import grouped, sentences
 
 _LEFT: dict[str, Any] = {"title_justify": "left", "pad_edge": False}
 
 
-def terminal_tables(summary: Summary) -> list[Table]:
-    """A table per setting, a line per method, and the recommendations last, where a terminal shows them."""
-    return [*(_setting(summary, setting) for setting in summary.settings), recommendations(summary)]
+def terminal_tables(summary: Summary) -> list[Table | Text]:
+    """The verdict in words, what to use under which requirement, then a table per setting."""
+    if not summary.settings:
+        return []
+    verdict = Verdict(summary)
+    spoken = [Text(f"{summary.title}\n", style="bold"), *map(_prose, sentences(verdict)), Text()]
+    return [*spoken, recommendations(verdict), *(_setting(summary, setting) for setting in summary.settings)]
+
+
+def _prose(sentence: str) -> Text:
+    """A sentence with its `code` in bold."""
+    parts = sentence.split("`")
+    return Text.assemble(*((part, "bold" if i % 2 else "") for i, part in enumerate(parts)))
 
 
 def failure_lines(summary: Summary) -> list[str]:
@@ -36,36 +49,40 @@ def failure_lines(summary: Summary) -> list[str]:
     folders = {(r.status, r.label, r.reason): r.path for r in reversed(failed)}
     for key, n in reasons.most_common(8):
         status, label, reason = key
-        lines.append(f"{label}: {n} {status}: {reason} (see {folders[key]})")
+        lines.append(f"{label}: {n} {status}: {reason} (see {folders[key].name})")
     return lines + ([f"and {len(reasons) - 8} other failures, in report.html"] if len(reasons) > 8 else [])
 
 
-def recommendations(summary: Summary) -> Table:
-    """What to take under which requirement, over all settings, with the evidence."""
-    out = Table(box=None, title=_title(summary, "recommended over all settings"), **_LEFT, padding=(0, 1, 0, 0))
+def recommendations(verdict: Verdict) -> Table:
+    """What to use under which requirement, each method once, with the evidence."""
+    out = Table(box=None, title="what to use, by what you require", **_LEFT, padding=(0, 1, 0, 0))
     out.show_header = False
-    out.add_column(width=21)
+    out.add_column(width=26)
     out.add_column(ratio=1)
-    for found in overall(summary):
-        text = found.reason if found.best is None else _evidence(summary, found.best, found.evidence)
-        out.add_row(found.requirement, text + _apart([other.name for other in found.rivals]))
-    control = reference(candidates(summary), summary.higher_is_better)
-    if control is not None:
-        out.add_row("for reference", _evidence(summary, control))
+    groups, missing = grouped(verdict)
+    for words_, answer, more in groups:
+        if answer.best is not None:
+            text = _evidence(verdict.summary, answer.best, "; ".join(more))
+            out.add_row(escape(words_), text + _related(answer))
+    for text in missing:
+        requirement, _, reason = text.partition(": ")
+        out.add_row(escape(requirement), escape(reason))
     return out
 
 
 def _evidence(summary: Summary, best: Candidate, more: str = "") -> str:
     step = "" if best.step is None else f", step {best.step.value:.1f}×"
+    failed = f", failed {best.failures}/{best.runs}" if best.failures else ""
     n, metric = best.score.n if best.score else 0, escape(summary.metric)
     return (
         f"[b]{escape(best.name)}[/] ({escape(best.choice)}){': ' + more if more else ''}\n"
-        f"{metric} {best.score}, n = {n}, failed {best.failures}/{best.runs}, error {words.error(best.error)}{step}"
+        f"{metric} {best.score}, n = {n}{failed}, error {words.error(best.error)}{step}"
     )
 
 
-def _apart(names: list[str]) -> str:
-    return f"\nnot told apart from {escape(few(names, 4))}" if names else ""
+def _related(answer: Answer) -> str:
+    names = [other.name for other in answer.rivals]
+    return f"\n{escape(few(names, 4))}: {answer.relation}" if names else ""
 
 
 def _setting(summary: Summary, setting: Setting) -> Table:
@@ -86,4 +103,4 @@ def _cell(text: str) -> Text:
 
 
 def _title(summary: Summary, rest: str) -> str:
-    return escape(f"{summary.title}\n{rest}")
+    return escape(rest)

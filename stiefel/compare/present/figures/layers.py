@@ -15,6 +15,7 @@ from stiefel.compare.analyse.layers import SIGNALS, Why
 from stiefel.compare.analyse.summary import Summary
 from stiefel.compare.present.figures.style import (
     INK,
+    PLAIN,
     STYLE,
     draw_legend,
     grid,
@@ -98,7 +99,7 @@ def heat(summary: Summary, why: Why) -> Figure | None:
         for ax, (title, square) in zip(axes.flat, squares.items(), strict=False):
             size = len(square)
             image = ax.imshow(square, norm=norm, cmap="viridis", extent=(0.5, size + 0.5, size + 0.5, 0.5))
-            ax.set_title(title, fontsize=9)
+            ax.set_title(title, fontsize=9, **PLAIN)
             ax.grid(visible=False)
             ax.spines[:].set_visible(False)
             for axis in (ax.xaxis, ax.yaxis):
@@ -160,7 +161,7 @@ def _leave_out(ax: Any) -> None:
     ax.yaxis.set_major_locator(LogLocator(numticks=6) if kept.max() > 30 * kept.min() else MaxNLocator(4))
     if told:
         text = "\n".join(["above:", *told])
-        ax.text(0.98, 0.98, text, transform=ax.transAxes, ha="right", va="top", fontsize=7)
+        ax.text(0.98, 0.98, text, transform=ax.transAxes, ha="right", va="top", fontsize=7, **PLAIN)
 
 
 def _say_nothing(ax: Any) -> None:

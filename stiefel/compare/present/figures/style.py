@@ -45,6 +45,10 @@ _FAULTY: dict[str, Any] = {"ls": (0, (1, 1.4)), "lw": 1.4, "alpha": 0.8, "zorder
 OTHER: dict[str, Any] = {"color": GREY, "lw": 0.6, "alpha": 0.6, "zorder": 2, "label": "_other"}
 
 
+PLAIN: Any = {"parse_math": False}
+"""Names are a user's, and no TeX: a dollar sign in one would end the whole report."""
+
+
 STYLE: Any = {
     "axes.edgecolor": INK,
     "axes.labelcolor": INK,
@@ -154,9 +158,9 @@ def wrapped(label: str, width: int = 26) -> str:
 
 def label_axis(ax: Any, title: str, xlabel: str, *, log: bool) -> None:
     """A panel's title, what runs along it, and a logarithmic height where that is asked for."""
-    ax.set_title(title)
+    ax.set_title(title, **PLAIN)
     if xlabel:
-        ax.set_xlabel(xlabel)
+        ax.set_xlabel(xlabel, **PLAIN)
     if log:
         ax.set_yscale("log")
         low, high = ax.get_ylim()
@@ -212,7 +216,9 @@ def legend_of(styles: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
 def legend_below(figure: Figure, handles: Sequence[Any], labels: Sequence[str]) -> None:
     """A legend of as many columns as fit, below the panels."""
     columns = min(columns_of(figure.get_size_inches()[0], labels), len(labels))
-    figure.legend(handles, labels, loc="lower center", ncols=columns, borderaxespad=0.1)
+    legend = figure.legend(handles, labels, loc="lower center", ncols=columns, borderaxespad=0.1)
+    for text in legend.get_texts():
+        text.set(**PLAIN)
 
 
 def spans_decades(summary: Summary) -> bool:

@@ -16,6 +16,7 @@ from stiefel.compare.analyse.summary import Summary
 from stiefel.compare.present.figures.style import (
     COLOURS,
     GREY,
+    PLAIN,
     POWERS,
     STYLE,
     STYLES,
@@ -65,7 +66,7 @@ def sensitivity(summary: Summary) -> Figure:
             ax.set_xlabel("learning rate")
             ax.tick_params(labelbottom=True)
         for ax in axes[:, 0]:
-            ax.set_ylabel(f"validation {summary.metric}")
+            ax.set_ylabel(f"validation {summary.metric}", **PLAIN)
         handles = [
             Line2D([], [], color=COLOURS[i % len(COLOURS)], ls=STYLES[i // len(COLOURS) % len(STYLES)])
             for i in range(len(summary.settings))
@@ -109,7 +110,9 @@ def defaults(summary: Summary) -> Figure:
             ax.hlines(heights, before, after, color=COLOURS[0], lw=1)
             ax.plot(before, heights, ls="", marker="o", ms=4.5, mfc="none", mec=COLOURS[0])
             ax.plot(after, heights, ls="", marker="o", ms=4.5, color=COLOURS[0])
-            ax.set(title=setting.title, xlabel=f"validation {summary.metric}", ylim=(-0.7, len(labels) - 0.3))
+            ax.set_ylim(-0.7, len(labels) - 0.3)
+            ax.set_title(setting.title, **PLAIN)
+            ax.set_xlabel(f"validation {summary.metric}", **PLAIN)
             # Ticks, with names, are at the left panels only, so the faint lines across are drawn by hand.
             ax.set_yticks([])
             ax.hlines(heights, 0, 1, transform=ax.get_yaxis_transform(), color=GREY, alpha=0.25, lw=0.8)
@@ -118,7 +121,7 @@ def defaults(summary: Summary) -> Figure:
             else:
                 ax.xaxis.set_major_locator(MaxNLocator(4))
         for ax in axes[:, 0]:
-            ax.set_yticks(range(len(labels)), [short_name(summary.marked(label)) for label in labels])
+            ax.set_yticks(range(len(labels)), [short_name(summary.marked(label)) for label in labels], **PLAIN)
         for ax in axes.flat[len(summary.settings) :]:
             ax.set_visible(False)
         hollow, full = (Line2D([], [], ls="", marker="o", mfc=c, mec=COLOURS[0]) for c in ("none", COLOURS[0]))

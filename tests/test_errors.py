@@ -112,6 +112,8 @@ BAD_OPTIONS: dict[str, tuple[str, dict[str, Any], str]] = {
     "fractional group size": ("own", {"group_size": 2.0}, "whole"),
     "boolean group size": ("own", {"group_size": True}, "whole"),
     "centre by an unknown word": ("own", {"center": "yes"}, "'auto'"),
+    "centre by a number": ("own", {"center": 0}, "'auto'"),
+    "order as a float": ("bjorck", {"order": 2.0}, "whole number from 1 to 4"),
     "eps of zero": ("own", {"eps": 0.0}, "between"),
     "eps too large": ("own", {"eps": 0.5}, "between"),
     "eps as text": ("own", {"eps": "small"}, "between"),
@@ -157,6 +159,7 @@ def test_a_constraint_is_a_name_or_an_object(constraint: Any) -> None:
         (mlp(), {"layers": []}),
         (mlp(), {"layers": lambda name, layer: False}),
         (mlp(), {"exclude": ["0", "2"]}),
+        (mlp(), {"exclude": ""}),
         (mlp(), {"layers": "0", "exclude": "0.weight"}),
     ],
 )

@@ -137,8 +137,8 @@ def _excluded(modules: dict[str, nn.Module], name: str) -> list[Target]:
         for prefix, owner in modules.items()
         # A parametrized tensor is no longer among its module's parameters.
         for tensor in [*parameters_of(owner), *getattr(owner, "parametrizations", {})]
-        # With the dots "conv1" does not cover "conv10".
-        if f"{_join(prefix, tensor)}.".startswith(f"{name}.")
+        # With the dots "conv1" does not cover "conv10"; the empty name is the whole model's.
+        if not name or f"{_join(prefix, tensor)}.".startswith(f"{name}.")
     ]
 
 

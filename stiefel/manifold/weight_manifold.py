@@ -113,8 +113,10 @@ class StiefelWeight(geoopt.Stiefel):
     def random(self, *size: Any, dtype: torch.dtype | None = None, device: Any = None, **kwargs: Any) -> Tensor:
         """A weight drawn uniformly; ``generator=`` makes it reproducible."""
         generator = kwargs.pop("generator", None) or torch.default_generator
-        # Drawn on the CPU, where torch's default generator is, and then moved.
-        points = geometry.random_stiefel(*self.layout.matrix_shape, generator=generator, dtype=dtype or torch.float32)
+        # Drawn where the generator is, torch's default one on the CPU, and then moved.
+        points = geometry.random_stiefel(
+            *self.layout.matrix_shape, generator=generator, dtype=dtype or torch.float32, device=generator.device
+        )
         return geoopt.ManifoldTensor(self.layout.weight(points).to(device=device), manifold=self)
 
     random_naive = random

@@ -15,6 +15,18 @@ import stiefel.methods
 from stiefel.attach.weights import constrained_weights
 
 
+def test_a_singular_weight_has_no_sign_and_infinite_condition() -> None:
+    model = stiefel.constrain(nn.Linear(3, 3), "unconstrained")
+    with torch.no_grad():
+        model.weight.zero_()
+    (row,) = stiefel.report(model).rows
+    assert (row.determinant, row.condition) == (None, math.inf)
+    with torch.no_grad():
+        model.weight.copy_(torch.diag(torch.tensor([1.0, 1.0, -1.0])))
+    (row,) = stiefel.report(model).rows
+    assert (row.determinant, row.condition) == (-1, 1.0)
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_report_measures_by_definition(method: str) -> None:
     torch.manual_seed(0)

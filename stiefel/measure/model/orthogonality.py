@@ -20,7 +20,8 @@ class WeightRow:
     ``error`` is ‖XXᵀ − I‖_F, ``relative`` the same divided by √p, ``sigma_max`` and ``sigma_min`` the extreme singular
     values of X, ``condition`` their ratio. ``steps`` are the optimizer steps taken, ``shortened`` how many of them the
     method shortened to keep its promise (None for methods that shorten none). ``determinant`` is the sign of a square
-    weight's determinant, which continuous methods cannot change: 1, −1, 0 where its matrices differ, None where p < n.
+    weight's determinant, which continuous methods cannot change: 1, −1, 0 where its matrices differ, None where p < n
+    or where it is singular.
     """
 
     name: str
@@ -90,6 +91,8 @@ def _determinant(x: Tensor) -> int | None:
     if x.shape[-2] != x.shape[-1] or x.is_complex():
         return None
     signs = one_by_one(torch.linalg.det, x).sign()  # one for each matrix
+    if not bool((signs.abs() == 1).all()):  # singular, or NaN: there is no sign
+        return None
     return int(signs[0]) if (signs == signs[0]).all() else 0
 
 
@@ -119,7 +122,7 @@ def report(module: nn.Module) -> OrthogonalityReport:
                 relative=relative,
                 sigma_max=high.max().item(),
                 sigma_min=low.min().item(),
-                condition=(high / low).max().item(),
+                condition=torch.where(low == 0, torch.inf, high / low).max().item(),  # also of a zero weight
                 steps=tally.steps,
                 shortened=None if tally.shortened is None else int(tally.shortened),
                 determinant=_determinant(x),

@@ -1,4 +1,4 @@
-# make compare   set up .venv, compare four methods on digits, print where the report is (a short form: see COMPARE)
+# make compare   set up .venv, compare three methods with no constraint on digits, print the verdict (see COMPARE)
 # make cost      what the methods cost beside other packages (a short form: make cost COST=--full for all of it)
 # make reproduce the published small comparison on Fashion-MNIST again (some 40 minutes); goes on where it stopped
 # make test      set up .venv, run the tests
@@ -8,8 +8,8 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
-METHODS ?= own riemannian soft unconstrained
-COMPARE ?= --seeds 3 --trials 7
+METHODS ?= own riemannian soft unconstrained default
+COMPARE ?= --depth 4 --scale relu --epochs 20
 COST ?= --short
 ARGS ?=
 

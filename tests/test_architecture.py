@@ -42,7 +42,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "measure/monitor": {"measure/model", "measure/cost", "attach"},
     "compare/record": set(),
     "compare/problem": {"attach", "constraint", "compat"},
-    "compare/plan": {"compare/record", "constraint"},
+    "compare/plan": {"compare/record", "methods"},
     "compare/worker": {
         "compare/record",
         "compare/problem",
@@ -55,7 +55,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "compare/driver": {"compare/record", "compare/plan", "compare/problem", "compare/worker", "constraint"},
     "compare/analyse": {"compare/record"},
     "compare/present": {"compare/analyse", "compare/record"},
-    "compare/cli": {"compare/driver", "compare/plan", "compare/problem", "compare/present", "compare/record"},
+    "compare/arguments": {"compare/driver", "compare/plan"},
+    "compare/cli": {"compare/arguments", "compare/driver", "compare/problem", "compare/present", "compare/record"},
     "compare": {"compare/problem", "compare/present"},
 }
 FACES = {"__init__", "__main__"}

@@ -25,7 +25,7 @@ from stability import stability
 
 from stiefel.compare import cli
 from stiefel.compare.analyse.rows import Row
-from stiefel.compare.analyse.scores import Interval
+from stiefel.compare.analyse.statistics.scores import Interval
 from stiefel.compare.present import formatting as words
 from stiefel.compare.present.page import write_html
 from stiefel.compare.present.publish import file_name, flat
@@ -96,7 +96,7 @@ def run(name: str, more: Sequence[str]) -> int:
     print(f"stiefel {shlex.join([*command(name), *more])}\n", flush=True)
     status = cli.main([*command(name), *more])
     published = HERE / "results" / name
-    if "--dry-run" not in more and status in (0, 1) and published.is_dir():
+    if "--dry-run" not in more and status in (0, 1, 3) and published.is_dir():
         print(beside(Report.read(RUNS / name).table(), tables.Result(published).summary))
     return status
 
@@ -110,8 +110,8 @@ def beside(here: pd.DataFrame, published: pd.DataFrame) -> str:
     lines = [f"{len(both)} scores beside the published ones, here → published; ≠ where the 95 % intervals are apart:"]
     for _, row in both.iterrows():
         cells = [
-            str(Interval(*(row[f"{part}_{where}"] for part in (score, "low", "high", "n"))))
-            for where in ("here", "published")
+            str(Interval(row[f"{score}_{at}"], row[f"low_{at}"], row[f"high_{at}"], row[f"n_{at}"], "interval"))
+            for at in ("here", "published")
         ]
         apart = row["low_here"] > row["high_published"] or row["high_here"] < row["low_published"]
         lines.append(f"{'≠' if apart else ' '} {row['setting']}, {row['method']}: {cells[0]} → {cells[1]}")

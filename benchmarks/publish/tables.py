@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pandas as pd
 
-from stiefel.compare.analyse.scores import Interval
+from stiefel.compare.analyse.statistics.scores import Interval
 from stiefel.compare.analyse.summary import dagger
 from stiefel.compare.present import formatting as words
 from stiefel.methods import control
@@ -90,7 +90,7 @@ class Result:
     def interval(self, method: str, setting: str) -> Interval:
         """Its score over fresh seeds."""
         row = self.row(method, setting)
-        return Interval(row[self.metric], row["low"], row["high"], int(row["n"]))
+        return Interval(row[self.metric], row["low"], row["high"], int(row["n"]), "interval")
 
     def score(self, method: str, setting: str) -> float:
         """Its score without the interval."""

@@ -58,7 +58,7 @@ def test_dry_run_runs_nothing(toy, capsys):
     out = toy.parent / "runs"
     assert cli.main(["compare", str(toy), "--dry-run", "--methods", "own", "--out", str(out)]) == 0
     said = capsys.readouterr().out
-    assert "20 tuning runs (7 learning rates, 10 trials each)" in said  # two scales
+    assert "10 studies: 200 tuning runs (7 learning rates, 10 trials each), then 20 runs" in said  # two scales
     assert "no estimate yet" in said
     assert not out.exists()
 
@@ -66,6 +66,7 @@ def test_dry_run_runs_nothing(toy, capsys):
 def test_dry_run_estimates_from_what_has_ended(toy, capsys):
     out = toy.parent / "runs"
     arguments = ["compare", str(toy), "--methods", "own", "--out", str(out), "--lr", "0.1", "1", "--scale", "1"]
+    arguments += ["--seeds", "5"]
     assert cli.main([*arguments, "--dry-run", "--jobs", "2"]) == 0
     plan = Plan("toy", load_problem(toy).digest(), (load_problem(toy)().identity(),), parse_variants(["own"]), (1,),
                 (0.1, 1.0), seeds=5)  # fmt: skip
@@ -74,5 +75,5 @@ def test_dry_run_estimates_from_what_has_ended(toy, capsys):
     folder.finish({"status": "done", "reason": None, "summary": {"best_validation": 0.9}, "wall_seconds": 60.0}, {})
     capsys.readouterr()
     assert cli.main([*arguments, "--dry-run", "--jobs", "2", "--no-cost"]) == 0
-    said = capsys.readouterr().out  # (2 + 5) runs of a minute, two at a time, of which one has ended
-    assert "from scratch about 3 min 30 s, about 3 min 00 s left; estimated from 1 finished training runs" in said
+    said = capsys.readouterr().out  # (2 + 8 + 5) runs of a minute, two at a time, of which one has ended
+    assert "from scratch about 7 min 30 s, about 7 min 00 s left; estimated from 1 finished training runs" in said

@@ -17,7 +17,7 @@ import torch
 
 from stiefel.compare.driver.comparison import ExecutionOptions
 from stiefel.compare.driver.executors import EXECUTORS, engine
-from stiefel.compare.driver.runner import available_cores
+from stiefel.compare.driver.runner import available_cores, threads_for
 from stiefel.compare.plan.plan import Plan
 from stiefel.compare.plan.variants import literal, parse_variants
 from stiefel.errors import OptionError, ProblemError, StiefelError
@@ -67,21 +67,40 @@ def execution_of(args: argparse.Namespace) -> ExecutionOptions:
     """Where and how the options ask for the runs."""
     if args.device == "cuda" and not torch.cuda.is_available() and engine(args.executor).here:
         raise OptionError("--device cuda: there is no CUDA device on this machine; use --device cpu")
-    cores = available_cores()
-    jobs = args.jobs or (max(1, torch.cuda.device_count()) if args.device == "cuda" else cores)
+    jobs = args.jobs or (max(1, torch.cuda.device_count()) if args.device == "cuda" else available_cores())
     return ExecutionOptions(
         file=str(Path(args.file).resolve()),
         root=args.out.resolve(),
         jobs=jobs,
-        threads=max(1, cores // (jobs * args.processes)),  # per process, when all run at once
-        cores=max(1, cores // args.processes),  # of a cost run, which runs alone
+        threads=threads_for(jobs * args.processes),  # per process, when all run at once
+        cores=threads_for(args.processes),  # of a cost run, which runs alone
         timeout=args.timeout,
-        memory=None if args.memory is None else int(args.memory * 1e9),  # GB to bytes
+        memory=_bytes(args.memory),
         processes=args.processes,
         executor=args.executor,
         executor_options=_executor_options(args.executor_options),
         retry_failed=args.retry_failed,
     )
+
+
+def limits_of(options: Sequence[str]) -> tuple[float, int | None]:
+    """The timeout in seconds and the memory in bytes that the options allow each process with the problem's code.
+
+    They are needed to import its file, before the other options are known.
+    """
+    parser = argparse.ArgumentParser(prog="stiefel compare", add_help=False)
+    _limits(parser)
+    given, _ = parser.parse_known_args(options)
+    return given.timeout, _bytes(given.memory)
+
+
+def _limits(where: Any) -> None:
+    where.add_argument("--timeout", type=_positive, default=3600.0, help="limit per run in seconds (default 3600)")
+    where.add_argument("--memory", type=_positive, metavar="GB", help="limit per run in 10⁹ bytes (default: none)")
+
+
+def _bytes(gigabytes: float | None) -> int | None:
+    return None if gigabytes is None else int(gigabytes * 1e9)
 
 
 def _what(parser: argparse.ArgumentParser, problem: Any) -> None:
@@ -129,13 +148,14 @@ def _where(parser: argparse.ArgumentParser) -> None:
     where.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     where.add_argument("--jobs", type=_count, help="runs at a time (default: one per core, or per GPU)")
     where.add_argument("--processes", type=_count, default=1, help="per run, under torchrun (default 1: without it)")
-    where.add_argument("--timeout", type=_positive, default=3600.0, help="limit per run in seconds (default 3600)")
-    where.add_argument("--memory", type=_positive, metavar="GB", help="limit per run in 10⁹ bytes (default: none)")
+    _limits(where)
     where.add_argument("--executor", choices=list(EXECUTORS), default="local", help="where runs go (default local)")
     where.add_argument(
         "--executor-options", nargs="+", default=[], metavar="NAME=VALUE", help="e.g. address=tcp://host:8786"
     )
-    where.add_argument("--retry-failed", action="store_true", help="repeat crashes, errors, timeouts, out of memory")
+    where.add_argument(
+        "--retry-failed", action="store_true", help="repeat errors, crashes, kills, timeouts and out of memory"
+    )
     where.add_argument("--dry-run", action="store_true", help="print the plan and its estimated duration, run nothing")
 
 

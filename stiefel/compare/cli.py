@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import gc
 import io
+import signal
 import sys
 from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
@@ -16,7 +17,13 @@ from stiefel.errors import ProblemError, StiefelError, StorageError
 
 _USES = ("jinja2", "matplotlib", "pandas", "rich", "sklearn")
 _NEEDS = "stiefel compare needs the extra 'compare': pip install 'stiefel[compare]'"
-_KEPT = "Interrupted. Finished runs are kept; run the same command again to continue."
+_KEPT = "Finished runs are kept; run the same command again to continue."
+FAILED, IMPOSSIBLE, SIGNAL = 3, 2, 128
+"""Exit statuses: some runs failed; the command could not be carried out; and what a signal's number is added to."""
+_STATUSES = (
+    "exit status: 0 all runs ended; 3 some failed (error, crashed, killed, out of memory, timeout); 2 the command "
+    "could not be carried out; 130, 143, 129 interrupted by Ctrl-C, SIGTERM, SIGHUP: finished runs are kept"
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -28,15 +35,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     missing = [name for name in _USES if find_spec(name) is None]
     if missing:
         print(f"{_NEEDS} (not installed: {', '.join(missing)})", file=sys.stderr)
-        return 2
+        return IMPOSSIBLE
+    from stiefel.compare.driver import interruption
+
     try:
-        return _dispatch(arguments)
+        with interruption.raising():
+            return _dispatch(arguments)
     except StiefelError as error:
         print(f"stiefel: {type(error).__name__}: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("\n" + _KEPT, file=sys.stderr)
-        return 130  # 128 + SIGINT, as a shell reports it
+        return IMPOSSIBLE
+    except KeyboardInterrupt as error:
+        number = error.number if isinstance(error, interruption.Interrupted) else signal.SIGINT
+        what = "Interrupted" if number == signal.SIGINT else f"Ended by {signal.Signals(number).name}"
+        print(f"\n{what}. {_KEPT}", file=sys.stderr)
+        return SIGNAL + number  # as a shell reports it
 
 
 def _dispatch(arguments: list[str]) -> int:
@@ -46,10 +58,13 @@ def _dispatch(arguments: list[str]) -> int:
         "compare",
         help="run a comparison and report it",
         description="Run a comparison and report it. Runs that have a record already are not repeated.",
-        epilog="stiefel compare FILE --help lists all options, among them one for each factor of the problem in FILE.",
+        epilog="stiefel compare FILE --help lists all options, among them one for each factor of the problem in FILE; "
+        + _STATUSES,
     )
     compare.add_argument("file", help="a Python file that defines a problem")
-    report = commands.add_parser("report", help="report existing records", description="Report the records in folders.")
+    report = commands.add_parser(
+        "report", help="report existing records", description="Report the records in folders.", epilog=_STATUSES
+    )
     report.add_argument("folders", nargs="+", type=Path)
     report.add_argument("--html", type=Path, help="where to write the page (default: report.html in the first folder)")
     report.add_argument("--figures", type=Path, metavar="DIR", help="also write the figures as PNG, into this folder")
@@ -61,10 +76,9 @@ def _dispatch(arguments: list[str]) -> int:
     new.add_argument("file", type=Path, help="where to write it, e.g. my_problem.py")
     # The problem's factors become options, so its file is loaded before the arguments are parsed.
     if arguments[:1] == ["compare"] and len(arguments) > 1 and not arguments[1].startswith("-"):
+        problem = _problem(arguments[1], arguments[2:])
         from stiefel.compare.arguments import add_options
-        from stiefel.compare.problem.load import load_problem
 
-        problem = load_problem(arguments[1])
         add_options(compare, problem)
         return _compare(parser.parse_args(arguments), problem)
     parsed = parser.parse_args(arguments)
@@ -73,6 +87,26 @@ def _dispatch(arguments: list[str]) -> int:
     if parsed.command == "new-problem":
         return _new_problem(parsed.file)
     return _report(parsed.folders, parsed.html, figures=parsed.figures)
+
+
+def _problem(file: str, options: list[str]) -> Any:
+    """The class of a problem, whose file is first imported in another process: its code may end that, or never return.
+
+    Args:
+        file: its path.
+        options: of the command line, of which the limits of that process are read.
+    """
+    from stiefel.compare.driver import process, trial
+
+    if Path(file).is_file():
+        process.start_server()  # its imports take as long as those below
+        from stiefel.compare.arguments import limits_of
+
+        timeout, memory = limits_of(options)
+        trial.attempt(file, timeout=timeout, memory=memory)
+    from stiefel.compare.problem.load import load_problem
+
+    return load_problem(file)
 
 
 def _compare(args: argparse.Namespace, problem: Any) -> int:
@@ -133,4 +167,4 @@ def _report(folders: list[Path], html: Path | None, only: set[str] | None = None
     with writing(path.parent, "choose another place with stiefel report DIR --html FILE"):
         publish(report, html=path, figures=figures)
     # Scripts learn of broken runs; a method that diverged or was skipped is a result, not an error.
-    return 1 if any(record.status in BROKEN for record in report.records) else 0
+    return FAILED if any(record.status in BROKEN for record in report.records) else 0

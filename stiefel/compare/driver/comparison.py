@@ -8,10 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from stiefel.compare.driver import estimate, executors, runner
+from stiefel.compare.driver import estimate, executors, runner, trial
 from stiefel.compare.driver.process import start_server
-from stiefel.compare.driver.progress import Progress
-from stiefel.compare.driver.runner import duration, elapsed
+from stiefel.compare.driver.progress import Progress, duration, elapsed
 from stiefel.compare.plan.plan import Plan
 from stiefel.compare.plan.variants import label_of
 from stiefel.compare.problem.problem import Problem
@@ -71,11 +70,19 @@ class Comparison:
     extend: bool = False
 
     def check(self) -> None:
-        """Try each setting's problem once, so that a broken one fails before the first run."""
-        from stiefel.compare.problem.check import check
+        """Try each setting's problem once, in another process, so that a broken one fails before the first run.
 
-        for problem in self.settings.values():
-            check(problem)
+        Raises:
+            ProblemError: as :func:`stiefel.compare.driver.trial.attempt`, also for DataError.
+        """
+        execution = self.execution
+        trial.attempt(
+            execution.file,
+            [problem.settings() for problem in self.settings.values()],
+            timeout=execution.timeout,
+            memory=execution.memory,
+            threads=execution.threads,
+        )
 
     def describe(self, out: Path) -> str:
         """The plan in words."""
@@ -124,6 +131,7 @@ class Comparison:
         if plan.device == "cpu" and executors.engine(execution.executor).here:
             start_server()  # remote workers and CUDA runs start new interpreters and need none
         start = time.monotonic()
+        known: dict[str, Record] = {}
         with (
             executors.make(
                 execution.executor,
@@ -133,16 +141,21 @@ class Comparison:
                 device=plan.device,
                 options=execution.executor_options,
             ) as executor,
-            Progress() as progress,
+            Progress(lambda: self._left(known)) as progress,
         ):
 
             def stage(name: str, specs: Sequence[RunSpec], *, alone: bool = False) -> list[Record]:
                 jobs = [self._job(spec, execution.cores if alone else execution.threads) for spec in specs]
                 advance = progress.stage(name, len(jobs))
                 found = []
+
+                def note(record: Record) -> None:
+                    known[record.spec.hash] = record
+                    advance(record)
+
                 # Cost runs go one by one: a run beside them would distort the times.
                 for batch in [[job] for job in jobs] if alone else [jobs]:
-                    found += runner.run_all(batch, executor, advance, retry_failed=execution.retry_failed)
+                    found += runner.run_all(batch, executor, note, retry_failed=execution.retry_failed)
                 return found
 
             tuned = plan.tuned(stage("tuning", plan.tuning()))
@@ -153,8 +166,16 @@ class Comparison:
             records = [*tuned.records, *stage("final", plan.final(tuned))]
             if self.cost:
                 records += stage("cost", plan.cost(tuned), alone=True)
-        print(f"finished in {elapsed(start)}")
+        print(f"{len(records)} runs finished in {elapsed(start)}")
         return records
+
+    def _left(self, known: Mapping[str, Record]) -> float | None:
+        """The seconds that the rest may take, judged by the runs that have ended."""
+        pace = estimate.Pace(known.values(), start=lambda module: estimate.STARTS)
+        if not pace.quality:
+            return None
+        rest = estimate.left(self.plan, known, cost=self.cost, extend=self.extend)
+        return pace.seconds(rest, self.execution.jobs)
 
     def _job(self, spec: RunSpec, threads: int) -> Job:
         execution = self.execution

@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -59,9 +59,11 @@ class Pace:
 
     Args:
         records: runs of one problem on one device that have ended.
+        start: seconds that a new process takes to import a module.
     """
 
-    def __init__(self, records: Iterable[Record]) -> None:
+    def __init__(self, records: Iterable[Record], start: Callable[[str], float] | None = None) -> None:
+        self._start = start or start_seconds
         self.quality, self.cost, self.step = Times(), Times(), Times()
         self.ended = 0
         for record in records:
@@ -80,15 +82,15 @@ class Pace:
         quality = sum(self.quality.of(run) for run in training)
         # A new interpreter starts for each, before the clock of wall_seconds does.
         if any(run.device != "cpu" for run in training):
-            quality += len(training) * start_seconds("stiefel.compare.worker.main")
+            quality += len(training) * self._start("stiefel.compare.worker.main")
         # As if the jobs were busy all the time: a lower bound where the last runs of a stage leave some idle.
         return quality / jobs + sum(self._cost(run) for run in runs if run.kind == "cost")
 
     def _cost(self, run: RunSpec) -> float:
         if run in self.cost:  # its clock starts when the process has imported what runs it
-            return start_seconds("stiefel.compare.worker.main") + self.cost.of(run)
+            return self._start("stiefel.compare.worker.main") + self.cost.of(run)
         # No cost run of this kind has ended: add up the imports (all that a run needs) and the steps.
-        started = start_seconds("stiefel.compare.worker.preload")
+        started = self._start("stiefel.compare.worker.preload")
         if not self.step:
             return started
         method = self.step.of(run)
@@ -98,6 +100,8 @@ class Pace:
         return started + (WARMUP + REPEATS) * (method + beside) + method
 
 
+STARTS = 5.0
+"""Seconds of such an import where measuring them would keep the driver from its runs."""
 _STARTS: dict[str, float] = {}  # seconds by module
 
 

@@ -1,4 +1,4 @@
-"""Starting, watching and ending the process of one run. Imports ``worker``.
+"""Starting, watching and ending the process of one run or trial: its supervisor. Imports ``worker``.
 
 On the CPU it is forked from a server that has imported everything and has never run a parallel operation or touched
 CUDA; for CUDA, for cost runs, under ``torchrun`` and in remote workers it is started fresh.
@@ -6,43 +6,89 @@ CUDA; for CUDA, for cost runs, under ``torchrun`` and in remote workers it is st
 
 from __future__ import annotations
 
+import contextlib
+import json
 import multiprocessing as mp
-import pickle
+import os
 import signal
 import subprocess
 import sys
-from abc import ABC, abstractmethod
+import threading
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 from stiefel.compare.record.lock import RunLock
 from stiefel.compare.worker import main as worker
+from stiefel.compare.worker import trial
 from stiefel.compare.worker.job import Job
+from stiefel.compare.worker.supervise import GRACE
 
-GRACE = 5.0
-"""Seconds between asking a process to end and killing it."""
+_QUIET = {"OMP_WAIT_POLICY": "PASSIVE"}
+"""Threads that wait sleep, so that several runs on a machine do not take each other's cores; the user's value holds."""
 
 
-class RunProcess(ABC):
-    """The process of a run."""
+class RunProcess:
+    """The process of a run, known by what its supervisor reports.
 
-    _process: Any  # a multiprocessing.Process or a subprocess.Popen
+    Args:
+        process: of :mod:`multiprocessing` or :mod:`subprocess`.
+        report: where the supervisor's report comes.
+        reap: waits at most so many seconds for a process that has reported.
+    """
 
-    @abstractmethod
+    def __init__(self, process: Any, report: Connection, reap: Callable[[float], object]) -> None:
+        self._process, self._report, self._reap = process, report, reap
+        self._reading = threading.Lock()  # the thread that watches it, and the one that stops all
+        self.outcome: dict[str, Any] | None = None
+        """What its supervisor reports (:func:`stiefel.compare.worker.supervise.supervise`); None while it runs."""
+
     def wait(self, seconds: float | None = None) -> bool:
         """Wait until it has ended, at most so long; whether it has."""
+        if self.outcome is None and self._report.poll(seconds):
+            with self._reading:
+                if self.outcome is None:
+                    self.outcome = self._read()
+        return self.outcome is not None
 
     @property
-    @abstractmethod
     def exitcode(self) -> int | None:
         """None while it runs; negative is the signal that killed it."""
+        return None if self.outcome is None else self.outcome["exit"]
+
+    def _read(self) -> dict[str, Any]:
+        try:
+            outcome = json.loads(self._report.recv_bytes())
+        except (EOFError, OSError):  # it has died, and its run with it; what else it had started is left in its group
+            self._kill()
+            outcome = {}
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._reap(GRACE)
+        return {"exit": self._code(), **outcome}
+
+    def _code(self) -> int:
+        """The exit status of the supervisor: where it has not reported, it was killed, or has not come to its work."""
+        found = self._process.exitcode if isinstance(self._process, BaseProcess) else self._process.returncode
+        return -signal.SIGKILL if found in (None, 255) else found  # 255: the server that knew it is gone
+
+    def terminate(self) -> None:
+        """Ask it to end, which it does within ``GRACE`` seconds, with all that it has started."""
+        if self.outcome is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self._process.pid, signal.SIGTERM)
 
     def stop(self) -> None:
-        """Terminate it, and kill it if it has not ended after ``GRACE`` seconds."""
-        # SIGTERM first: torchrun ends its workers on it, and could not on SIGKILL.
-        self._process.terminate()
-        if not self.wait(GRACE):
-            self._process.kill()
+        """Ask it to end, and kill it where it does not."""
+        self.terminate()
+        if not self.wait(GRACE + 3):
+            self._kill()
             self.wait()
+
+    def _kill(self) -> None:
+        for kill in (os.killpg, os.kill):  # before it leads a group, there is none of its number
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                kill(self._process.pid, signal.SIGKILL)
 
 
 def start(job: Job, claim: RunLock, *, forked: bool) -> RunProcess:
@@ -53,7 +99,14 @@ def start(job: Job, claim: RunLock, *, forked: bool) -> RunProcess:
         claim: held by this process.
         forked: whether a server in this process may be forked; cost runs and those on other devices never are.
     """
-    return Forked(job, claim) if forked and can_fork(job) else Fresh(job, claim)
+    if forked and can_fork(job):
+        return _forked(worker.main, job.to_json(), claim, name=job.spec.hash)
+    return _fresh(job, claim)
+
+
+def start_trial(task: str, output: str) -> RunProcess:
+    """Start the trial of a problem, a task of :mod:`stiefel.compare.worker.trial`."""
+    return _forked(trial.main, task, output, name="trial")
 
 
 def can_fork(job: Job) -> bool:
@@ -61,65 +114,46 @@ def can_fork(job: Job) -> bool:
     return job.spec.device == "cpu" and job.spec.kind != "cost" and job.processes == 1
 
 
-class Forked(RunProcess):
-    """A copy of the preloaded server."""
-
-    def __init__(self, job: Job, claim: RunLock) -> None:
-        # Pickling the claim duplicates its open file into the child, which then holds the lock too.
-        self._process = _context().Process(target=worker.main, args=(job, claim), name=job.spec.hash)
-        self._process.start()
-
-    def wait(self, seconds: float | None = None) -> bool:
-        """Wait at most so long; whether it has ended."""
-        self._process.join(seconds)
-        return self._process.exitcode is not None
-
-    @property
-    def exitcode(self) -> int | None:
-        """None while it runs."""
-        return self._process.exitcode
-
-
-class Fresh(RunProcess):
-    """A new interpreter, or several under ``torchrun``."""
-
-    def __init__(self, job: Job, claim: RunLock) -> None:
-        path = job.root / job.spec.hash / "job.pickle"
-        path.write_bytes(pickle.dumps(job))
-        module = ["-m", "stiefel.compare.worker.main", str(path)]
-        if job.processes > 1:
-            module = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={job.processes}", *module]
-        # For what Python or torchrun print before the worker redirects its output to the same file.
-        with (path.parent / "output.txt").open("w") as output:
-            self._process = subprocess.Popen(
-                [sys.executable, *module],
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=output,
-                pass_fds=(claim.descriptor,),  # keeps the run claimed if this process dies before it
-                start_new_session=True,  # out of reach of the terminal's Ctrl-C
-            )
-        self._path = path
-
-    def wait(self, seconds: float | None = None) -> bool:
-        """Wait at most so long; whether it has ended."""
+def _forked(target: Callable[..., None], text: str, *more: Any, name: str) -> RunProcess:
+    """A copy of the preloaded server, which is started again where it has been killed."""
+    for again in (True, False):
+        reader, writer = mp.Pipe(duplex=False)
+        process = _context().Process(target=target, args=(text, writer, *more), name=name)
         try:
-            self._process.wait(seconds)
-        except subprocess.TimeoutExpired:
-            return False
-        self._path.unlink(missing_ok=True)
-        return True
+            process.start()
+            return RunProcess(process, reader, process.join)
+        except (OSError, EOFError):
+            if not again:
+                raise
+        finally:
+            writer.close()
+    raise AssertionError
 
-    @property
-    def exitcode(self) -> int | None:
-        """None while it runs."""
-        return self._process.returncode
+
+def _fresh(job: Job, claim: RunLock) -> RunProcess:
+    """A new interpreter."""
+    reader, writer = mp.Pipe(duplex=False)
+    # For what Python prints before the supervisor writes to the same file.
+    with writer, (job.root / job.spec.hash / "output.txt").open("w") as output:
+        descriptors = (writer.fileno(), claim.descriptor)
+        process = subprocess.Popen(
+            [sys.executable, "-m", "stiefel.compare.worker.main", job.to_json(), *map(str, descriptors)],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            env=_QUIET | os.environ,
+            pass_fds=descriptors,  # the claim keeps the run claimed if this process dies before it
+            start_new_session=True,  # out of reach of the terminal's Ctrl-C
+        )
+    return RunProcess(process, reader, process.wait)
 
 
 def start_server() -> None:
     """Start the server that CPU runs are forked from, so that its imports overlap with the driver's own."""
     from multiprocessing import forkserver
 
+    for name, value in _QUIET.items():
+        os.environ.setdefault(name, value)
     _context()  # names the modules to preload, which has no effect on a server that runs already
     forkserver.ensure_running()
 
@@ -128,10 +162,3 @@ def _context() -> Any:
     context = mp.get_context("forkserver")
     context.set_forkserver_preload(["stiefel.compare.worker.preload"])
     return context
-
-
-def describe_exit(code: int | None) -> str:
-    """How a process without a record ended, in words."""
-    if code is not None and code < 0:
-        return f"the process was killed by {signal.Signals(-code).name}"
-    return f"the process exited with code {code} before it wrote a record"

@@ -5,30 +5,27 @@ A crash, a hang or an exhausted memory costs that run alone. Any number of drive
 
 from __future__ import annotations
 
-import contextlib
 import os
 import queue
-import re
-import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from concurrent.futures import Executor, Future
-from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from stiefel.compare.driver.process import RunProcess, describe_exit, start
+from stiefel.compare.driver import interruption, post_mortem
+from stiefel.compare.driver.interruption import Interrupted
+from stiefel.compare.driver.process import RunProcess, start
 from stiefel.compare.record.lock import RunLock
 from stiefel.compare.record.records import BROKEN, Record, read
-from stiefel.compare.record.run_folder import NO_STORAGE, RunFolder, writing
+from stiefel.compare.record.run_folder import RunFolder, writing
 from stiefel.compare.worker.job import Job
-from stiefel.compare.worker.main import TAIL
+from stiefel.compare.worker.main import LATE
 from stiefel.errors import RecordError, StorageError
 
 _POLL = 0.2  # seconds between looks at a run that another driver has
-_LATE = 60.0  # seconds beyond the timeout until the driver ends a process, whose own timer starts a little later
 
 
 class Stop:
@@ -52,12 +49,17 @@ class Stop:
     def all(self) -> None:
         """End every run that is watched, and start no other."""
         self.event.set()
-        for process in list(self._running):
+        running = list(self._running)
+        for process in running:  # all at once: one that is deaf to the request takes seconds
+            process.terminate()
+        for process in running:
             process.stop()
 
 
 def execute(job: Job, again: float | None = None, stop: Stop | None = None) -> Record | None:
     """Run one job in a process of its own and return its record, whatever happens to the process.
+
+    A run that is killed from outside is run once more; the second time it is recorded.
 
     Args:
         job: what to run.
@@ -82,20 +84,44 @@ def execute(job: Job, again: float | None = None, stop: Stop | None = None) -> R
         record = _found(folder)
         if record is not None and record.written != again:
             return record
-        folder.start()  # removes the old record, so that one found later is from this run
-        with writing(folder.path):
-            process = start(job, claim, forked=local)
-        # A process ends itself at its timeout, unless it hung before it could set its timer.
-        if not stop.watch(process, job.timeout + _LATE):
-            process.stop()
-        record = read(folder.path)
-        # A full disk says nothing about the method: no record, and the comparison ends with the error.
-        if record is None and process.exitcode == NO_STORAGE:
-            raise StorageError(_said(folder)[-1] or f"{folder.path} cannot be written; check space and permissions")
-        if record is None and not stop.event.is_set():
-            folder.finish(_post_mortem(process.exitcode, folder, job) | job.identity, {})
-            record = read(folder.path)
-        return record
+        for last in (False, True):
+            folder.start()  # removes the old record, so that one found later is from this run
+            record, died = _once(job, folder, claim, stop, local)
+            if died is None or stop.event.is_set():
+                return record
+            if last or died["status"] != "killed":
+                folder.finish(died | job.identity, {})
+                return read(folder.path)
+        raise AssertionError
+
+
+def _once(
+    job: Job, folder: RunFolder, claim: RunLock, stop: Stop, local: bool
+) -> tuple[Record | None, dict[str, Any] | None]:
+    """The record of one attempt; where it left none, what is known of its end."""
+    before = post_mortem.oom_kills()
+    try:
+        process = start(job, claim, forked=local)
+    except (OSError, EOFError) as error:
+        reason = f"its process could not be started: {type(error).__name__}: {error}"
+        return None, {"status": "crashed", "reason": reason, "summary": {}, "wall_seconds": None}
+    if not stop.watch(process, job.timeout + 2 * LATE):
+        process.stop()
+    outcome = process.outcome or {}
+    if "storage" in outcome:  # a full disk says nothing about the method: no record, and the comparison ends
+        raise StorageError(outcome["storage"])
+    if (record := _read(folder)) is not None:
+        return record, None
+    oom = post_mortem.oom_kills() > before
+    return None, post_mortem.examine(outcome, folder.path / "output.txt", job.timeout, job.memory, oom)
+
+
+def _read(folder: RunFolder) -> Record | None:
+    """The record that a run has left; one that its own code has spoilt counts as none."""
+    try:
+        return read(folder.path)
+    except RecordError:
+        return _found(folder)
 
 
 def _found(folder: RunFolder) -> Record | None:
@@ -107,31 +133,6 @@ def _found(folder: RunFolder) -> Record | None:
         return None
 
 
-def _post_mortem(exitcode: int | None, folder: RunFolder, job: Job) -> dict[str, Any]:
-    lines = _said(folder)
-    outcome: dict[str, Any] = {"traceback": _tail(lines), "summary": {}, "wall_seconds": None}
-    # faulthandler, set up by :mod:`worker.main`, prints this line at the timeout and exits with status 1.
-    if exitcode is None or any(re.match(r"Timeout \(\d+:\d\d:\d\d", line) for line in lines):
-        return outcome | {"status": "timeout", "reason": f"not finished after {job.timeout:g} s (--timeout)"}
-    # Most often the kernel's out-of-memory killer: :mod:`worker.main` makes this process its first choice.
-    if exitcode == -signal.SIGKILL:
-        return outcome | {"status": "out of memory", "reason": f"{describe_exit(exitcode)}, probably out of memory"}
-    return outcome | {"status": "crashed", "reason": describe_exit(exitcode)}
-
-
-def _tail(lines: list[str]) -> list[str]:
-    """The last lines of a process that died; of Python's dump of its threads, the stack of the one that crashed."""
-    # After a crash one thread is "Current thread". After a timeout none is, and the main thread comes last.
-    dumps = [i for i, line in enumerate(lines) if line.startswith(("Current thread", "Thread 0x"))]
-    crashed = [i for i in dumps if lines[i].startswith("Current thread")] or dumps
-    return lines[crashed[-1] :][:TAIL] if crashed else lines[-TAIL:]
-
-
-def _said(folder: RunFolder) -> list[str]:
-    """The lines that a run's process printed."""
-    return (folder.path / "output.txt").read_text(errors="replace").splitlines() or [""]
-
-
 def run_all(
     jobs: Iterable[Job], executor: Executor, on_done: Callable[[Record], None], *, retry_failed: bool = False
 ) -> list[Record]:
@@ -141,7 +142,7 @@ def run_all(
         jobs: what to run.
         executor: where: one of :mod:`stiefel.compare.driver.executors`.
         on_done: called with each record, also those found on disk, as it becomes available.
-        retry_failed: run again what ended in an error, a crash, a timeout or for want of memory.
+        retry_failed: run again what ended in an error, a crash, a kill, a timeout or for want of memory.
 
     Raises:
         StorageError: the folder of the records cannot be written.
@@ -164,7 +165,8 @@ def run_all(
     try:
         _run_missing(missing, executor, note)
     except BaseException:  # Ctrl-C too: without this, leaving the executor would wait for the runs in progress
-        executor.shutdown(wait=False, cancel_futures=True)
+        with interruption.calling(lambda _: None):  # a second Ctrl-C would leave runs behind
+            executor.shutdown(wait=False, cancel_futures=True)
         raise
     return [records[job.spec.hash] for job in jobs]
 
@@ -173,7 +175,7 @@ def _run_missing(
     missing: list[tuple[Job, float | None]], executor: Executor, on_done: Callable[[Record], None]
 ) -> None:
     ended: _Ended = queue.SimpleQueue()  # its put() is reentrant: a signal handler may call it at any point
-    with _interrupts(partial(ended.put, None)):
+    with interruption.calling(ended.put):
         while missing:
             futures = {executor.submit(execute, *task): task for task in missing}
             missing = []
@@ -188,38 +190,23 @@ def _run_missing(
                     on_done(record)
             if missing:
                 time.sleep(_POLL)
-    if not ended.empty():  # a Ctrl-C as the last one ended
-        raise KeyboardInterrupt
+    if not ended.empty():  # an interruption as the last one ended
+        _next(ended)
 
 
-_Ended: TypeAlias = "queue.SimpleQueue[Future[Record | None] | None]"
-"""Futures that have ended, and None for a Ctrl-C.
+_Ended: TypeAlias = "queue.SimpleQueue[Future[Record | None] | Interrupted]"
+"""Futures that have ended, and what interrupts the driver.
 
-Python raises a KeyboardInterrupt wherever the main thread is: while it takes a lock, which may fail with an error of
-another kind, or while it reports a record. A queue delivers it between two records instead.
+Python raises an exception of a signal wherever the main thread is: while it takes a lock, which may fail with an error
+of another kind, or while it reports a record. A queue delivers it between two records instead.
 """
 
 
 def _next(ended: _Ended) -> Future[Record | None]:
-    future = ended.get()
-    if future is None:
-        raise KeyboardInterrupt
-    return future
-
-
-@contextlib.contextmanager
-def _interrupts(call: Callable[[], object]) -> Iterator[None]:
-    """Ctrl-C calls a function instead of raising, unless another handler is set or it is ignored."""
-    # Only the main thread may set a signal handler; in any other, Ctrl-C is left alone.
-    main = threading.current_thread() is threading.main_thread()
-    if not main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
-        yield
-        return
-    signal.signal(signal.SIGINT, lambda *_: call())
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    found = ended.get()
+    if isinstance(found, Interrupted):
+        raise found
+    return found
 
 
 def _known(job: Job) -> Record | None:
@@ -230,24 +217,17 @@ def _known(job: Job) -> Record | None:
         return None
 
 
-def elapsed(start: float) -> str:
-    """Time since ``start`` as minutes and seconds."""
-    return duration(time.monotonic() - start)
-
-
-def duration(seconds: float) -> str:
-    """Seconds as people say them."""
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours} h {minutes:02d} min"
-    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
-
-
 def available_cores() -> int:
     """Cores this process may use."""
     # The affinity respects taskset, Slurm and cpusets; cpu_count() counts the whole machine.
     return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+
+
+def threads_for(processes: int) -> int:
+    """Threads of each of so many processes at a time: their share of the cores, at most ``OMP_NUM_THREADS``."""
+    share = max(1, available_cores() // processes)
+    asked = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()  # it may give a number for each nesting level
+    return min(share, int(asked)) if asked.isdigit() and int(asked) else share
 
 
 def writable(folder: Path) -> None:

@@ -19,15 +19,19 @@ from stiefel.errors import DataError, ProblemError
 T = TypeVar("T")
 
 
-def check(problem: Problem) -> None:
+def check(problem: Problem, at: Callable[[str], object] = lambda what: None) -> None:
     """Build the model, load the data, take one batch through loss and evaluation, on the CPU.
+
+    Args:
+        problem: what is tried.
+        at: called with the name of each part before it is tried: where the process was, if its code ends that.
 
     Raises:
         ProblemError: what fails or returns the wrong thing, what was expected, and what came.
         DataError: as the problem's data raise it.
     """
     # In the order of a run, so that the first message is about the cause and not about what follows from it.
-    trial = _Trial(problem)
+    trial = _Trial(problem, at)
     seed_everything(0)
     model = trial.model()
     batch, validation = trial.batches(next(model.parameters()).dtype)
@@ -46,16 +50,17 @@ def check(problem: Problem) -> None:
 class _Trial:
     """Tries a problem's methods one by one; the error names the first that fails."""
 
-    def __init__(self, problem: Problem) -> None:
-        self.problem, self.name = problem, type(problem).__name__
+    def __init__(self, problem: Problem, at: Callable[[str], object]) -> None:
+        self.problem, self.name, self.at = problem, type(problem).__name__, at
 
     def attempt(self, what: str, call: Callable[[], T]) -> T:
         """Return what a call returns; its errors become :class:`ProblemError`."""
+        self.at(what)
         try:
             return call()
         except (DataError, ProblemError):  # they say what to do already
             raise
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise ProblemError(f"{self.name}: {what} fails: {type(error).__name__}: {error}") from error
 
     def expect(self, holds: bool, what: str, expected: str, came: Any) -> None:

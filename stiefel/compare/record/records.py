@@ -21,7 +21,7 @@ ENDED = ("done", "target missed")
 """The statuses of a run that trained to its end."""
 
 
-BROKEN = ("error", "crashed", "out of memory", "timeout")
+BROKEN = ("error", "crashed", "killed", "out of memory", "timeout")
 """The statuses of a run that failed for reasons that may lie outside the method: ``--retry-failed`` runs it again."""
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import json
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from stiefel.compare.record.spec import RunSpec
+from stiefel.errors import ProblemError
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,65 @@ class Job:
     label: str = ""
     control: bool = False
 
+    def to_json(self) -> str:
+        """The job as text for the process that runs it.
+
+        Raises:
+            ProblemError: a field of the problem has a value that is no plain data.
+        """
+        return packed({**asdict(self), "spec": self.spec.to_dict()})
+
+    @classmethod
+    def from_json(cls, text: str) -> Job:
+        """Inverse of :meth:`to_json`."""
+        data = unpacked(text)
+        return cls(**{**data, "spec": RunSpec.from_dict(data["spec"])})
+
     @property
     def identity(self) -> dict[str, Any]:
         """What a record says of the method beside the spec."""
         return {"label": self.label or self.spec.plain_label, "control": self.control}
+
+
+def packed(value: Any) -> str:
+    """Plain data as JSON that keeps tuples, paths, and keys of dictionaries that are no texts.
+
+    Raises:
+        ProblemError: a part of it is of another kind.
+    """
+    return json.dumps(_pack(value))
+
+
+def unpacked(text: str) -> Any:
+    """Inverse of :func:`packed`."""
+    return _unpack(json.loads(text))
+
+
+def _pack(value: Any) -> Any:
+    if value is None or type(value) in (bool, int, float, str):
+        return value
+    if isinstance(value, list):
+        return [_pack(item) for item in value]
+    if isinstance(value, tuple):
+        return {"tuple": [_pack(item) for item in value]}
+    if isinstance(value, dict):
+        return {"dict": [[_pack(key), _pack(item)] for key, item in value.items()]}
+    if isinstance(value, Path):
+        return {"path": str(value)}
+    raise ProblemError(
+        f"a factor of the problem is {value!r:.100}, a {type(value).__name__}, which cannot be handed to a run's "
+        "process; give numbers, texts, paths, None, or tuples, lists and dictionaries of them"
+    )
+
+
+def _unpack(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_unpack(item) for item in value]
+    if not isinstance(value, dict):
+        return value
+    ((kind, items),) = value.items()
+    if kind == "path":
+        return Path(items)
+    if kind == "tuple":
+        return tuple(_unpack(item) for item in items)
+    return {_unpack(key): _unpack(item) for key, item in items}

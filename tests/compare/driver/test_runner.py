@@ -37,7 +37,8 @@ def problem(tmp_path):
 def job(problem, fault="none", **changes):
     fields = {"fault": fault, "epochs": 2, "batch_size": 16}
     spec = RunSpec(
-        kind=changes.pop("kind", "quality"), phase="tuning", problem="faulty", digest="d", fields=fields, method="own",
+        kind=changes.pop("kind", "quality"), phase=changes.pop("phase", "tuning"), problem="faulty", digest="d",
+        fields=fields, method="own",
         options={"scale": 1.0}, lr=0.1, seed=changes.pop("seed", 0),
     )  # fmt: skip
     settings = {"file": str(problem), "settings": fields, "root": problem.parent / "runs", "timeout": 60.0}
@@ -53,7 +54,7 @@ def command(problem, *arguments):
 
 def test_each_fault_is_a_status_of_its_own_and_costs_its_run_alone(problem):
     faults = {
-        "none": "done", "raise": "error", "segfault": "crashed", "kill": "out of memory", "allocate": "out of memory",
+        "none": "done", "raise": "error", "segfault": "crashed", "kill": "killed", "allocate": "out of memory",
         "hang": "timeout", "nan": "diverged",
     }  # fmt: skip
     jobs = [job(problem, fault, timeout=3.0 if fault == "hang" else 60.0, memory=4_000_000_000) for fault in faults]
@@ -75,16 +76,79 @@ def test_each_fault_is_a_status_of_its_own_and_costs_its_run_alone(problem):
 
 
 def test_a_fresh_process_reports_the_same_faults(problem):
-    for fault, status in {"none": "done", "segfault": "crashed", "kill": "out of memory"}.items():
+    for fault, status in {"none": "done", "segfault": "crashed", "kill": "killed"}.items():
         record = runner.execute(job(problem, fault))
         assert record.status == status, (fault, record)
-    assert not list(problem.parent.glob("runs/*/job.pickle"))
+    files = {path.name for path in problem.parent.glob("runs/*/*")}
+    assert files == {"claim", "metrics.jsonl", "output.txt", "run.json"}, "what is run lies in no file"
+
+
+@pytest.mark.parametrize(("number", "local"), [("SIGKILL", True), ("SIGTERM", True), ("SIGKILL", False)])
+def test_a_run_that_is_killed_once_is_run_again(problem, local, number):
+    """The toy that kills itself where it has not been before."""
+    problem.write_text(FAULTY.replace("import torch\n", AT_FIRST.format(number=number), 1))
+    record = runner.execute(job(problem), None, runner.Stop() if local else None)
+    assert record.status == "done"
+    assert [row["epoch"] for row in record.metrics()] == [0, 1, 2], "nothing is left of the first attempt"
+    assert len((problem.parent / "starts").read_text().split()) == 2
+
+
+AT_FIRST = """
+import pathlib
+import torch
+starts = pathlib.Path(__file__).with_name("starts")
+if "stiefel.compare.worker.quality" in sys.modules:
+    starts.open("a").write("start ")
+    if len(starts.read_text().split()) == 1:
+        os.kill(os.getpid(), signal.{number})
+"""
+
+
+def test_errors_of_the_files_that_a_problem_keeps_are_its_own(problem):
+    """Neither they nor an exit status say that the records cannot be written."""
+    keep = "\n    def keep(self, model, folder):\n        {}\n"
+    for line, words in {"open('/nowhere/font')": "FileNotFoundError", "sys.exit(74)": "SystemExit: 74"}.items():
+        problem.write_text(FAULTY + keep.format(line))
+        record = runner.execute(job(problem, seed=len(words)), None, runner.Stop())
+        assert record.status == "error"
+        assert words in record.reason
+        assert any("in keep" in line for line in record.traceback)
+
+
+def test_copies_of_a_run_end_and_the_children_of_a_loader_work(problem):
+    """A fork in every call of the loss, of which a reported run has many; and a loader whose workers are forked."""
+    loader = "DataLoader(torch.utils.data.TensorDataset(x[:64], y[:64]), 16, num_workers=2)"
+    source = FAULTY.replace("import torch\n", "import torch\nfrom torch.utils.data import DataLoader\n", 1)
+    source = source.replace("Data((x[:64], y[:64])", f"Data({loader}")
+    source = source.replace("        loss = ", "        os.fork()\n        loss = ", 1)
+    problem.write_text(source)
+    record = runner.execute(job(problem, phase="final"), None, runner.Stop())
+    assert record.status == "done", record
+    assert record.summary["steps"] == 2 * 4
+    assert [row["epoch"] for row in record.metrics()] == [0, 1, 2]
+
+
+def test_threads_are_as_many_as_were_asked_for(monkeypatch):
+    monkeypatch.setattr(runner, "available_cores", lambda: 16)
+    for asked, threads in {"": (16, 4), "1": (1, 1), "6": (6, 4), "8,2": (8, 4), "many": (16, 4), "0": (16, 4)}.items():
+        monkeypatch.setenv("OMP_NUM_THREADS", asked)
+        assert (runner.threads_for(1), runner.threads_for(4)) == threads, asked
+    assert runner.threads_for(99) == 1
+
+
+def test_an_interpreter_that_does_not_come_to_its_run_says_why(problem, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", f"{problem.parent}{os.pathsep}{os.environ.get('PYTHONPATH', '')}")
+    (problem.parent / "ctypes.py").write_text("raise ImportError('a broken installation')")
+    record = runner.execute(job(problem))
+    assert record.status == "crashed"
+    assert "code 1" in record.reason
+    assert any("a broken installation" in line for line in record.traceback)
 
 
 def test_a_comparison_with_faults_ends_with_a_report_and_says_so(problem, capsys):
     faults = ("none", "raise", "segfault", "nan")
     arguments = ("--methods", "own", "--fault", *faults, "--scale", "1", "--no-cost", "--seeds", "2")
-    assert compare(problem, *arguments) == 1, "errors are told by the exit status too"
+    assert compare(problem, *arguments) == 3, "errors are told by the exit status too"
     statuses = {r.spec.fields["fault"]: r.status for r in read_all([problem.parent / "runs"])[0]}
     assert statuses == {"none": "done", "raise": "error", "segfault": "crashed", "nan": "diverged"}
     assert "broken on purpose" in capsys.readouterr().out
@@ -286,6 +350,14 @@ def test_torchrun_trains_one_model_on_the_shares_of_each_batch(problem):
     for row, other in zip(one.metrics(), two.metrics(), strict=True):
         assert row["validation"]["loss"] == pytest.approx(other["validation"]["loss"], abs=2e-6)
     assert [row["epoch"] for row in two.metrics()] == [0, 1, 2], "one process writes"
+
+
+def test_an_error_in_one_of_several_processes_is_an_error_of_the_run(problem):
+    """The process that writes waits for the gradients of the one that has raised."""
+    problem.write_text(FAULTY.replace('self.fault == "raise"', 'os.environ.get("RANK") == "1"'))
+    record = runner.execute(job(problem, processes=2, timeout=120))
+    assert record.status in ("error", "crashed"), record
+    assert "broken on purpose" in (record.path / "output.txt").read_text()
 
 
 def test_a_process_starts_fast_and_the_driver_pays_little_for_a_run(problem, monkeypatch):

@@ -3,8 +3,9 @@
 python tests/support/records.py FOLDER [METHODS [DEPTHS]]     a folder to look at, with failures of every kind
 """
 
+import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 
@@ -36,6 +37,12 @@ def write(root: Path, run: RunSpec, status="done", reason=None, rows=(), environ
     outcome = {"status": status, "reason": reason, "summary": summary, "wall_seconds": 1.0, "traceback": trace}
     folder.finish(outcome, dict(environment))
     return folder.path
+
+
+def edit(path: Path, drop: Iterable[str] = (), **changes) -> None:
+    """Change entries of a record that is on disk, as another version may have written them."""
+    raw = json.loads((path / "run.json").read_text()) | changes
+    (path / "run.json").write_text(json.dumps({key: value for key, value in raw.items() if key not in drop}))
 
 
 def trained(root: Path, run: RunSpec, value: float, error=1e-8, steps=20, status=None, environment=CPU, **changes):

@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from matplotlib.text import Text
-from records import CPU, GPU, comparison, measured, spec, timed, trained, write
+from records import CPU, GPU, comparison, edit, measured, spec, timed, trained, write
 from rich.console import Console
 
 import stiefel
@@ -221,11 +221,7 @@ def test_problems_devices_and_sources_are_never_mixed(tmp_path):
     comparison(tmp_path / "a", {"own": (0.9, 1e-8)}, problem="first")
     comparison(tmp_path / "a", {"own": (0.8, 1e-8)}, problem="second")
     comparison(tmp_path / "b", {"own": (0.7, 1e-8)}, problem="second", device="cuda", environment=GPU)
-    trained(tmp_path / "a", spec(problem="first", digest="earlier"), 0.1)
-    old = tmp_path / "a" / spec(problem="first", digest="earlier").hash / "run.json"
-    import os
-
-    os.utime(old, (1, 1))
+    edit(trained(tmp_path / "a", spec(problem="first", digest="earlier"), 0.1), ended=1)
     shutil.copytree(tmp_path / "a", tmp_path / "copy")  # the same runs twice count once
     report = read_report(tmp_path / "a", tmp_path / "b", tmp_path / "copy")
     found = {(s.problem, s.digest, s.device): (len(s.records), s.older) for s in report.problems}

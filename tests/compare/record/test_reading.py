@@ -7,7 +7,7 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
-from records import comparison, measured, spec, timed, trained, write
+from records import comparison, edit, measured, spec, timed, trained, write
 
 from stiefel.compare import read_report
 from stiefel.compare.analyse.notes import notes
@@ -144,7 +144,8 @@ def test_deep_nesting_and_cut_files_are_corrupt(tmp_path):
 
 
 def test_half_characters_become_printable_and_infinities_nothing(tmp_path):
-    path = write(tmp_path, spec(), "error", "a file named \ud800", environment={"cpu": "\udfff", "cores": 2})
+    path = write(tmp_path, spec(), "error")
+    edit(path, reason="a file named \ud800", environment={"cpu": "\udfff", "cores": 2})
     record = read(path)
     assert (record.reason, record.environment["cpu"]) == ("a file named \ufffd", "\ufffd")
     assert printable({"a": [1e200, float("nan"), 2**70, 0.5, "\U0001f600"]}) == {
@@ -259,6 +260,7 @@ def test_the_end_of_a_run_may_be_written_in_words(tmp_path, ended):
 
 def test_a_record_that_does_not_say_when_it_ended_is_as_old_as_its_file(tmp_path):
     path = trained(tmp_path, spec(), 0.9)
+    edit(path, drop=["ended"])
     os.utime(path / "run.json", (1234, 1234))
     assert read(path).written == 1234
 

@@ -8,6 +8,7 @@ import gc
 import io
 import signal
 import sys
+import webbrowser
 from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -65,9 +66,10 @@ def _dispatch(arguments: list[str]) -> int:
     report = commands.add_parser(
         "report", help="report existing records", description="Report the records in folders.", epilog=_STATUSES
     )
-    report.add_argument("folders", nargs="+", type=Path)
+    report.add_argument("folders", nargs="+", type=Path, help="folders of records, as stiefel compare --out names them")
     report.add_argument("--html", type=Path, help="where to write the page (default: report.html in the first folder)")
     report.add_argument("--figures", type=Path, metavar="DIR", help="also write the figures as PNG, into this folder")
+    report.add_argument("--open", action="store_true", help="show the page in the web browser")
     new = commands.add_parser(
         "new-problem",
         help="write a problem file to start from",
@@ -86,7 +88,7 @@ def _dispatch(arguments: list[str]) -> int:
         compare.error("the problem file comes first: stiefel compare FILE [options]")
     if parsed.command == "new-problem":
         return _new_problem(parsed.file)
-    return _report(parsed.folders, parsed.html, figures=parsed.figures)
+    return _report(parsed.folders, parsed.html, figures=parsed.figures, show=parsed.open)
 
 
 def _problem(file: str, options: list[str]) -> Any:
@@ -156,7 +158,13 @@ def _rarely_collected() -> Iterator[None]:
 
 
 @_rarely_collected()
-def _report(folders: list[Path], html: Path | None, only: set[str] | None = None, figures: Path | None = None) -> int:
+def _report(
+    folders: list[Path],
+    html: Path | None,
+    only: set[str] | None = None,
+    figures: Path | None = None,
+    show: bool = False,
+) -> int:
     from stiefel.compare.present.publish import publish
     from stiefel.compare.present.report import Report
     from stiefel.compare.record.records import BROKEN
@@ -166,5 +174,7 @@ def _report(folders: list[Path], html: Path | None, only: set[str] | None = None
     path = html or folders[0] / "report.html"
     with writing(path.parent, "choose another place with stiefel report DIR --html FILE"):
         publish(report, html=path, figures=figures)
+    if show and not webbrowser.open(path.resolve().as_uri()):
+        print(f"no web browser was found; open {path} in one", file=sys.stderr)
     # Scripts learn of broken runs; a method that diverged or was skipped is a result, not an error.
     return FAILED if any(record.status in BROKEN for record in report.records) else 0

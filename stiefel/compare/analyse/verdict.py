@@ -93,6 +93,18 @@ class Verdict:
         return [c for c in self.candidates if not c.control]
 
     @property
+    def control(self) -> Candidate | None:
+        """What stands for no constraint: an orthogonal start alone where it was run, else the network as it is."""
+        return next((c for c in self.controls if any(row.scaled for row in c.rows)), next(iter(self.controls), None))
+
+    def place(self, candidate: Candidate) -> tuple[int, int]:
+        """The best and the worst place that a candidate may have: others told apart from it are above or below."""
+        others = [c for c in self.candidates if c is not candidate]
+        above = sum(self.between(c, candidate).better for c in others)
+        below = sum(self.between(candidate, c).better for c in others)
+        return 1 + above, len(self.candidates) - below
+
+    @property
     def title(self) -> str:
         """The settings that it is about."""
         settings = self.summary.settings

@@ -11,15 +11,15 @@ from dataclasses import dataclass, replace
 from typing import Any, Generic, Literal, TypeVar
 
 from stiefel.compare.analyse.costs import CostRow
-from stiefel.compare.analyse.rows import TOLERANCES, powers
 from stiefel.compare.analyse.summary import Setting, Summary
 from stiefel.compare.analyse.values import VALUES, Line
 from stiefel.compare.present import formatting as words
 
 T = TypeVar("T")
-Place = Literal["terminal", "page"]
+Place = Literal["terminal", "wide", "page"]
 
-TERMINAL: frozenset[Place] = frozenset({"terminal"})
+TERMINAL: frozenset[Place] = frozenset({"terminal", "wide"})
+WIDE: frozenset[Place] = frozenset({"wide"})
 PAGE: frozenset[Place] = frozenset({"page"})
 BOTH = TERMINAL | PAGE
 
@@ -36,7 +36,8 @@ class Column(Generic[T]):
         heading: lines of text; ``{metric}`` stands for the metric's name.
         text: of a cell; in a terminal its second line is dim.
         key: what the page sorts by, where nothing (None, NaN) comes last; None where it sorts by the text.
-        where: terminal, page or both. A shorter form for the terminal's 80 characters is a column of its own.
+        where: the terminal, one of 110 characters or more (``wide``), the page. A shorter form for 80 characters is a
+            column of its own.
         prose: whether the page sets it as words, not as numbers.
         css: classes of a cell on the page.
         tone: ``good`` or ``bad`` for a cell's text on the page, or empty.
@@ -118,7 +119,9 @@ def _ran(at: Line, text: str) -> str:
 
 def _median_steps(at: Line) -> str:
     interval = at.row.steps_to_target
-    return words.NONE if interval is None else words.number(interval.value, ".0f")
+    if interval is None:
+        return words.NONE
+    return words.number(interval.value, ".0f") if interval.finite else words.NOT_REACHED
 
 
 _SCORE = Column("test {metric}", _score, VALUES["test_{metric}"])
@@ -138,9 +141,6 @@ RESULTS: tuple[Column[Line], ...] = (
         VALUES["failed"],
         css=lambda at: "failed bad" if at.row.failures else "failed",
     ),
-    valued("rank", VALUES["rank"]),
-    # From the looser tolerance to the tighter one.
-    *(valued(f"rank\n≤ {powers(bound)}", VALUES[f"rank_at_{powers(bound)}"]) for bound in sorted(TOLERANCES)[::-1]),
     valued("worst\nerror", VALUES["error_worst"], words.error, where=TERMINAL),
     Column(
         "worst\nerror",
@@ -198,23 +198,23 @@ COSTS: tuple[Column[CostLine], ...] = (
 
 
 def results(summary: Summary, setting: Setting, place: Place) -> Grid[Line]:
-    """The methods of a setting, best first: on the page the best one is marked, and the control for reference."""
+    """The methods of a setting, best first: on the page the control is marked as the reference."""
 
     def css(at: Line) -> str:
-        # The control may have the best score, and is still a reference, not an answer.
-        return "ref" if at.control else "best" if at.row is setting.rows[0] else ""
+        return "ref" if at.control else ""
 
     lines = tuple(Line(summary, setting, row) for row in setting.rows)
-    return Grid(_shown(RESULTS, lines, place, summary.metric), lines, css)
+    return Grid(shown(RESULTS, lines, place, summary.metric), lines, css)
 
 
 def costs(summary: Summary, place: Place) -> Grid[CostLine]:
     """What a step costs, by setting and method."""
     lines = tuple(CostLine(summary, cost) for cost in summary.cost)
-    return Grid(_shown(COSTS, lines, place, summary.metric), lines)
+    return Grid(shown(COSTS, lines, place, summary.metric), lines)
 
 
-def _shown(columns: Iterable[Column[T]], lines: tuple[T, ...], place: Place, metric: str) -> tuple[Column[T], ...]:
+def shown(columns: Iterable[Column[T]], lines: tuple[T, ...], place: Place, metric: str) -> tuple[Column[T], ...]:
+    """The columns of a place, without optional ones that are empty, and with the metric's name in their headings."""
     return tuple(
         replace(column, heading=column.heading.replace("{metric}", metric))
         for column in columns

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 from stiefel.compare.analyse.rows import TOLERANCES, Row, powers
 from stiefel.compare.analyse.statistics.scores import Interval
+from stiefel.compare.analyse.summary import Summary
+from stiefel.compare.record.records import ENDED
 
 NONE, NOT_REACHED, DOUBTED = "—", "not reached", "not credible"
 
@@ -33,7 +36,9 @@ def choice(row: Row) -> str:
 
 def error(value: float) -> str:
     """An orthogonality error, with one digit."""
-    return "∞" if math.isinf(value) else powers(value)
+    if math.isinf(value):
+        return "∞"
+    return f"{value:.1g}" if 0.01 <= value < 100 else powers(value)
 
 
 def tone(value: float) -> str:
@@ -90,3 +95,33 @@ def key(value: Any) -> str:
     """What the page sorts a cell by: nothing comes last."""
     # value != value: NaN. The page sorts by JavaScript's Number(), which reads "Infinity" and not "inf".
     return "" if value is None or value != value else str(value).replace("inf", "Infinity")
+
+
+def dashes(style: dict[str, Any]) -> str:
+    """The line style of a matplotlib line as the dash array of an SVG line; empty where it is solid."""
+    named = {"-": "", "--": "5 3", "-.": "6 2 1.5 2", ":": "1.5 2", "": "0 99"}
+    look = style.get("ls", "-")
+    return named[look] if isinstance(look, str) else " ".join(f"{1.3 * length:g}" for length in look[1])
+
+
+def budget(summary: Summary) -> str:
+    """What a run and its tuning had, in words; empty where no run has ended."""
+    trained = [r for r in summary.records if r.spec.kind == "quality" and r.status in ENDED]
+    if not trained:
+        return ""
+    steps = _span(r.summary.get("steps") for r in trained)
+    names = (("epochs", "{} epochs"), ("batch_size", "batches of {}"))
+    factors = [form.format(_span(r.spec.fields.get(name) for r in trained)) for name, form in names]
+    known = [part for part in (f"{steps} steps", *factors) if "—" not in part]
+    rows = [row for setting in summary.settings for row in setting.rows if row.tuning and row.choice is not None]
+    tuned = _span(len(row.tuning) / max(1, len(row.choices)) for row in rows)
+    design = f"tuning {tuned} runs per method" + (" and study" if summary.studies else ", once for all seeds")
+    return " · ".join([*([f"a run: {', '.join(known)}"] if known else []), design])
+
+
+def _span(values: Iterable[Any]) -> str:
+    """A number, or the range of several."""
+    known = sorted({value for value in values if isinstance(value, (int, float))})
+    if not known:
+        return NONE
+    return f"{known[0]:g}" if len(known) == 1 else f"{known[0]:g} to {known[-1]:g}"

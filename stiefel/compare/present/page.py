@@ -21,12 +21,15 @@ from stiefel.compare.analyse.verdict import Verdict
 from stiefel.compare.present import columns
 from stiefel.compare.present import formatting as words
 from stiefel.compare.present.columns import CostLine, Grid
-from stiefel.compare.present.figures.curves import curves
+from stiefel.compare.present.figures.curves import curves, orthogonality
 from stiefel.compare.present.figures.layers import depth, heat
 from stiefel.compare.present.figures.profiles import profiles
-from stiefel.compare.present.figures.style import svg
+from stiefel.compare.present.figures.scores import against_cost, scores
+from stiefel.compare.present.figures.sheet import Sheet
+from stiefel.compare.present.figures.style import INK
 from stiefel.compare.present.figures.tuning import defaults, sensitivity
 from stiefel.compare.present.sentences import grouped, sentences
+from stiefel.compare.present.standings import Standing, standings
 from stiefel.compare.record.records import Record
 
 if TYPE_CHECKING:
@@ -112,6 +115,16 @@ class Section:
         """What a reader must know before believing the numbers."""
         return notes(self.summary)
 
+    @property
+    def budget(self) -> str:
+        """What a run and its tuning had, in words."""
+        return words.budget(self.summary)
+
+    @property
+    def standings(self) -> Grid[Standing]:
+        """The table of the verdict."""
+        return standings(self.verdict, "page")
+
     def results(self, setting: Setting) -> Grid[Line]:
         """The table of one setting."""
         return columns.results(self.summary, setting, "page")
@@ -122,28 +135,38 @@ class Section:
         return columns.costs(self.summary, "page")
 
     @property
-    def sensitivity(self) -> str:
-        """The figure of validation metrics against learning rates, as SVG."""
-        return svg(sensitivity(self.summary))
+    def scores(self) -> Sheet | None:
+        """The figure of the scores with their intervals."""
+        return scores(self.verdict)
 
     @property
-    def defaults(self) -> str:
-        """The figure of default and tuned settings, as SVG."""
-        return svg(defaults(self.summary))
+    def against_cost(self) -> Sheet | None:
+        """The figure of scores against step costs."""
+        return against_cost(self.verdict)
 
-    def drawn(self) -> Iterator[tuple[Setting, str]]:
-        """The settings with their curves."""
+    @property
+    def sensitivity(self) -> Sheet:
+        """The figure of validation metrics against learning rates."""
+        return sensitivity(self.summary)
+
+    @property
+    def defaults(self) -> Sheet:
+        """The figure of default and tuned settings."""
+        return defaults(self.summary)
+
+    def drawn(self) -> Iterator[tuple[Setting, Sheet, Sheet]]:
+        """The settings with their errors and curves."""
         for setting in self.summary.settings[: self.curves]:
-            yield setting, svg(curves(self.summary, setting))
+            yield setting, orthogonality(self.summary, setting), curves(self.summary, setting)
 
-    def why(self) -> Iterator[tuple[Setting, str, str, list[dict[str, Any]], list[str]]]:
+    def why(self) -> Iterator[tuple[Setting, Sheet, Sheet | None, list[dict[str, Any]], list[str]]]:
         """The settings whose layers are known: through depth, dependence where known, a row per method, what failed."""
         for setting in self.summary.settings[: self.curves]:
             why = Why(setting)
-            through, turned = depth(self.summary, why), heat(self.summary, why)
+            through = depth(self.summary, why)
             if through is not None:
-                shown = svg(through), svg(turned) if turned else ""
-                yield setting, *shown, why.methods.to_dict("records"), why.reasons  # type: ignore[misc]
+                methods = why.methods.to_dict("records")
+                yield setting, through, heat(self.summary, why), methods, why.reasons  # type: ignore[misc]
 
 
 def write_html(report: Results, path: Path) -> None:
@@ -153,7 +176,6 @@ def write_html(report: Results, path: Path) -> None:
     for summary in report.problems:
         sections.append(Section(summary, max(0, left)))
         left -= len(summary.settings)
-    # Headings of the overview: a problem without a target has one requirement less, so the longest list has them all.
     page = (
         _environment()
         .get_template("report.html.j2")
@@ -173,7 +195,7 @@ def _profiles(report: Results) -> Iterator[dict[str, Any]]:
         steps, seconds = (report.times(unit, device) for unit in ("steps", "seconds"))
         if len(steps) > 1:  # a profile is a distribution over cases
             summaries = [summary for summary in report.problems if summary.device == device]
-            figure = svg(profiles(summaries))
+            figure = profiles(summaries)
             # Methods that were not run in every case: the profile leaves them out.
             absent = [label for label in steps if steps[label].isna().any()]
             yield {"device": device, "steps": steps, "seconds": seconds, "figure": figure, "absent": absent}
@@ -184,5 +206,8 @@ def _environment() -> jinja2.Environment:
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("stiefel.compare.present"), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {name: getattr(words, name) for name in ("error", "key", "number", "score", "tone")}
+    environment.globals["ink"] = INK
+    environment.filters |= {
+        name: getattr(words, name) for name in ("dashes", "error", "key", "number", "score", "tone")
+    }
     return environment

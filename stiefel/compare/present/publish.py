@@ -56,7 +56,7 @@ def _print(report: Report, written: dict[str, list[Path]], console: Console) -> 
     from stiefel.compare.present import terminal
 
     for summary in reversed(report.problems):  # the newest last, where a terminal shows it
-        for shown in terminal.terminal_tables(summary):
+        for shown in terminal.terminal_tables(summary, console.width):
             console.print(shown)
         for note in (*notes(summary), *layers.line(summary), *terminal.failure_lines(summary)):
             # Notes hold labels, paths and errors of users: brackets in them are no markup.

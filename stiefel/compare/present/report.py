@@ -8,9 +8,12 @@ from typing import TYPE_CHECKING
 from stiefel.compare.analyse.layers import Why
 from stiefel.compare.analyse.results import Results
 from stiefel.compare.analyse.summary import Summary
-from stiefel.compare.present.figures.curves import curves
+from stiefel.compare.analyse.verdict import Verdict
+from stiefel.compare.present.figures.curves import curves, orthogonality
 from stiefel.compare.present.figures.layers import depth, heat
 from stiefel.compare.present.figures.profiles import profiles
+from stiefel.compare.present.figures.scores import against_cost, scores
+from stiefel.compare.present.figures.sheet import Sheet
 from stiefel.compare.present.figures.tuning import defaults, sensitivity
 
 if TYPE_CHECKING:
@@ -25,27 +28,30 @@ class Report(Results):
         drawn: dict[str, Figure] = {}
         for device in self.devices:
             if len(self.times("steps", device)) > 1:  # a profile is a distribution over cases
-                drawn[f"profile-{device}"] = profiles(self.on(device))
+                drawn[f"profile-{device}"] = profiles(self.on(device)).figure()
         for summary in self.problems:
-            for name, figure in problem_figures(summary):
-                drawn[_name(summary, name, len(self.problems) > 1)] = figure
+            for name, sheet in problem_figures(summary):
+                drawn[_name(summary, name, len(self.problems) > 1)] = sheet.figure()
         return drawn
 
 
-def problem_figures(summary: Summary) -> Iterable[tuple[str, Figure]]:
+def problem_figures(summary: Summary) -> Iterable[tuple[str, Sheet]]:
     """The figures of one problem with their names."""
+    verdict = Verdict(summary)
+    yield from _known({"scores": scores(verdict), "cost": against_cost(verdict)})
     if summary.settings:  # cost runs alone have none
         yield "sensitivity", sensitivity(summary)
         yield "defaults", defaults(summary)
     for setting in summary.settings:
         yield setting.title, curves(summary, setting)
+        yield f"{setting.title} orthogonality", orthogonality(summary, setting)
         why = Why(setting)
-        for name, figure in (
-            ("why", depth(summary, why)),
-            ("dependence", heat(summary, why)),
-        ):
-            if figure is not None:
-                yield f"{setting.title} {name}", figure
+        found = {f"{setting.title} why": depth(summary, why), f"{setting.title} dependence": heat(summary, why)}
+        yield from _known(found)
+
+
+def _known(found: dict[str, Sheet | None]) -> Iterable[tuple[str, Sheet]]:
+    return ((name, sheet) for name, sheet in found.items() if sheet is not None)
 
 
 def _name(summary: Summary, figure: str, many: bool) -> str:

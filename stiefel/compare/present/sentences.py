@@ -49,7 +49,7 @@ def recommended(verdict: Verdict) -> Candidate | None:
     """What to take where nothing else is required: the best that beats no constraint, else no constraint itself."""
     if not verdict.candidates:
         return None
-    control = _control(verdict)
+    control = verdict.control
     if control is None or not verdict.decides:
         return verdict.candidates[0]
     gains = [c for c in verdict.constrained if verdict.between(c, control).better]
@@ -58,12 +58,13 @@ def recommended(verdict: Verdict) -> Candidate | None:
     return next((c for c in verdict.controls if c is not found and verdict.between(c, found).better), found)
 
 
-def amount(comparison: Comparison, *, signed: bool = True) -> str:
+def amount(comparison: Comparison, *, signed: bool = True, plus: bool = False) -> str:
     """A difference with its interval: ``1.2 points [0.6, 1.8]``, or ``a factor of 1.3 [1.1, 1.6]``.
 
     Args:
         comparison: what is told.
         signed: whether a negative difference, or a ratio below 1, stays so; else it is turned round.
+        plus: whether a positive difference has a sign.
     """
     d = comparison.difference
     if not signed and d.value < (1.0 if comparison.is_ratio else 0.0):
@@ -73,7 +74,7 @@ def amount(comparison: Comparison, *, signed: bool = True) -> str:
     factor, unit = _unit(comparison.first)
     value, low, high = (factor * end for end in (d.value, d.low, d.high))
     form = decimals(value, (high - low) / 2 if math.isfinite(low) else abs(value) / 10)
-    shown = f"{_minus(value, form)}{unit}"
+    shown = f"{'+' if plus and value > 0 else ''}{_minus(value, form)}{unit}"
     return shown + (f" [{_minus(low, form)}, {_minus(high, form)}]" if math.isfinite(low) else "")
 
 
@@ -107,7 +108,7 @@ def where(verdict: Verdict) -> str:
 
 
 def _core(verdict: Verdict) -> Iterator[str]:
-    control, best = _control(verdict), verdict.candidates[0]
+    control, best = verdict.control, verdict.candidates[0]
     if not verdict.decides:
         beside = "" if best.control or control is None else f"; without a constraint it is {control.score}"
         yield (
@@ -204,12 +205,13 @@ def _given(verdict: Verdict) -> Iterator[str]:
     comparison = verdict.between(choice, given)
     if comparison.difference.apart is None:
         return
+    subject = "An orthogonal start without a constraint" if choice.control else f"`{choice.name}`"
     if comparison.difference.apart:
         word = "better" if comparison.better else "worse"
-        yield f"Against the network as its author made it, that is {amount(comparison, signed=False)} {word}."
+        yield f"{subject} is {amount(comparison, signed=False)} {word} than the network as its author made it."
     else:
         yield (
-            f"From the network as its author made it, that cannot be told: it differs by {amount(comparison)} "
+            f"{subject} cannot be told from the network as its author made it: it differs by {amount(comparison)} "
             f"({_missed(comparison)})."
         )
 
@@ -229,16 +231,14 @@ def _doubts(verdict: Verdict) -> Iterator[str]:
     if verdict.left_out:
         reasons = few((f"`{label}`: {reason}" for label, reason in verdict.left_out.items()), 4)
         yield f"Without a score, and not compared: {reasons}."
+    control = verdict.control
+    if control is not None and any(verdict.between(c, control).difference.apart is False for c in verdict.constrained):
+        yield "Four times as many replicates would find differences half as large."
     if verdict.decides and not verdict.summary.studies:
         yield f"Another tuning may choose other rates: {STUDIES} tunes anew for each replicate."
     choice = recommended(verdict)
     if choice is not None and choice.step is None and any(row.cost for row in choice.rows):
         yield "What a step costs is not credible, because the machine was busy: measure again on a quiet one."
-
-
-def _control(verdict: Verdict) -> Candidate | None:
-    """What stands for no constraint: an orthogonal start alone where it was run, else the network as it is."""
-    return next((c for c in verdict.controls if any(row.scaled for row in c.rows)), next(iter(verdict.controls), None))
 
 
 def _cheaper(best: Candidate, rivals: list[Candidate]) -> Candidate | None:
@@ -276,4 +276,5 @@ def _unit(candidate: Candidate) -> tuple[float, str]:
 
 
 def _minus(value: float, form: str) -> str:
-    return f"{value:{form}}".replace("-", "−")
+    shown = f"{value:z{form}}"  # z: what rounds to zero has no sign
+    return shown.replace("-", "−")

@@ -1,4 +1,4 @@
-"""The report in a terminal of 80 columns. Imports ``analyse``, ``columns``, rich."""
+"""The report in a terminal, of 80 columns or more. Imports ``analyse``, ``columns``, ``standings``, rich."""
 
 from __future__ import annotations
 
@@ -13,22 +13,41 @@ from rich.text import Text
 from stiefel.compare.analyse.candidates import Candidate
 from stiefel.compare.analyse.notes import few, skips
 from stiefel.compare.analyse.requirements import Answer
-from stiefel.compare.analyse.summary import Setting, Summary
+from stiefel.compare.analyse.summary import Summary
 from stiefel.compare.analyse.verdict import Verdict
 from stiefel.compare.present import columns
 from stiefel.compare.present import formatting as words
+from stiefel.compare.present.columns import Grid, Place
 from stiefel.compare.present.sentences import grouped, sentences
+from stiefel.compare.present.standings import standings
 
+WIDE = 110
+"""Characters from which on a terminal gets more columns."""
 _LEFT: dict[str, Any] = {"title_justify": "left", "pad_edge": False}
 
 
-def terminal_tables(summary: Summary) -> list[Table | Text]:
-    """The verdict in words, what to use under which requirement, then a table per setting."""
+def terminal_tables(summary: Summary, width: int = 80) -> list[Table | Text]:
+    """The verdict in words, what to use under which requirement, the candidates, then a table per setting.
+
+    Args:
+        summary: of one problem.
+        width: characters of a line.
+    """
     if not summary.settings:
         return []
     verdict = Verdict(summary)
     spoken = [Text(f"{summary.title}\n", style="bold"), *map(_prose, sentences(verdict)), Text()]
-    return [*spoken, recommendations(verdict), *(_setting(summary, setting) for setting in summary.settings)]
+    place: Place = "wide" if width >= WIDE else "terminal"
+    tables = [_table(standings(verdict, place), _over(verdict))]
+    if len({setting.point for setting in summary.settings}) > 1:
+        tables += [_table(columns.results(summary, setting, place), setting.title) for setting in summary.settings]
+    return [*spoken, recommendations(verdict), *tables]
+
+
+def _over(verdict: Verdict) -> str:
+    """What the table of candidates is about."""
+    budget = words.budget(verdict.summary)
+    return f"{verdict.title}; {budget}" if budget else verdict.title
 
 
 def _prose(sentence: str) -> Text:
@@ -85,9 +104,8 @@ def _related(answer: Answer) -> str:
     return f"\n{escape(few(names, 4))}: {answer.relation}" if names else ""
 
 
-def _setting(summary: Summary, setting: Setting) -> Table:
-    grid = columns.results(summary, setting, "terminal")
-    out = Table(box=box.SIMPLE_HEAD, title=_title(summary, setting.title), **_LEFT, collapse_padding=True)
+def _table(grid: Grid[Any], title: str) -> Table:
+    out = Table(box=box.SIMPLE_HEAD, title=escape(title), **_LEFT, collapse_padding=True)
     # The first column holds names: long ones are folded, not cut off.
     for i, column in enumerate(grid.columns):
         how: dict[str, Any] = {"justify": "right", "min_width": 5} if i else {"overflow": "fold", "min_width": 13}
@@ -100,7 +118,3 @@ def _setting(summary: Summary, setting: Setting) -> Table:
 def _cell(text: str) -> Text:
     first, cut, more = text.partition("\n")  # a Text, in which rich looks for no markup: cells need no escape
     return Text.assemble(first, (cut + more, "dim"))
-
-
-def _title(summary: Summary, rest: str) -> str:
-    return escape(rest)

@@ -10,7 +10,6 @@ from typing import Any
 
 import matplotlib as mpl
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from stiefel.compare.analyse.rows import TOLERANCES
@@ -21,6 +20,9 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8
 
 
 STYLES = ("-", "--", "-.", (0, (5, 1, 1, 1, 1, 1)))  # dotted are those with known faults
+
+
+WIDTHS = (3.0, 2.5, 2.1, 1.8, 1.5, 1.3, 1.1)
 
 
 HIGHLIGHTS = len(COLOURS)
@@ -36,7 +38,11 @@ INK = "#010203"  # replaced by the page's text colour
 POWERS = FuncFormatter(lambda value, _: f"{value:g}" if 9e-3 < value < 1e4 else f"{value:.0e}".replace("e-0", "e-"))
 
 
-_CONTROL: dict[str, Any] = {"color": INK, "ls": (0, (4, 2)), "lw": 1.1, "zorder": 2.5}
+_CONTROLS: tuple[dict[str, Any], ...] = (
+    {"color": INK, "ls": (0, (4, 2)), "lw": 1.1, "zorder": 2.5},
+    {"color": "#777777", "ls": (0, (1, 1, 5, 1)), "lw": 1.1, "zorder": 2.4},
+)
+"""From the last by name: what has a start like the methods', then the network as it is."""
 
 
 _FAULTY: dict[str, Any] = {"ls": (0, (1, 1.4)), "lw": 1.4, "alpha": 0.8, "zorder": 2.7}
@@ -111,36 +117,6 @@ def svg(figure: Figure) -> str:
     return re.sub(r" ?([MLC]) ", r"\1", text).replace("> <", "><")
 
 
-def grid(
-    rows: int,
-    columns: int,
-    size: tuple[float, float],
-    *,
-    legend: Sequence[str],
-    room: int = 0,
-    titles: int = 1,
-    share: bool = False,
-    margin: float = 0.6,
-    between: float | None = None,
-) -> tuple[Figure, Any]:
-    """Panels of a size in inches, room for their labels, and below for a legend with these entries.
-
-    The layout is fixed: one that adapts draws everything twice. ``room`` is the least number of the legend's lines,
-    ``titles`` the number of lines of the panels' titles.
-    """
-    between = between or (0.2 if share else margin)
-    lines = max(room, -(-len(legend) // columns_of(columns * size[0], legend)))
-    more = 0.16 * (titles - 1)
-    below, above, gap = 0.5 + 0.2 * lines, 0.3 + more, (0.35 if share else 0.75) + more
-    width = margin + columns * size[0] + (columns - 1) * between + 0.1
-    height = above + rows * size[1] + (rows - 1) * gap + below
-    figure = Figure(figsize=(width, height))
-    axes = figure.subplots(rows, columns, squeeze=False, sharex=share, sharey=share)
-    ends = {"left": margin / width, "right": 1 - 0.1 / width, "bottom": below / height, "top": 1 - above / height}
-    figure.subplots_adjust(**ends, wspace=between / size[0], hspace=gap / size[1])
-    return figure, axes
-
-
 def columns_of(width: float, labels: Sequence[str]) -> int:
     """Entries of a legend beside each other, in so many inches."""
     return max(1, int(width / (0.6 + 0.068 * max(map(len, labels), default=0))))
@@ -170,6 +146,14 @@ def label_axis(ax: Any, title: str, xlabel: str, *, log: bool) -> None:
         ax.yaxis.set_major_formatter(POWERS)
 
 
+def widen(ax: Any, factor: float, axis: str = "y") -> None:
+    """Let a logarithmic axis span at least a factor: small differences are not to fill it."""
+    low, high = getattr(ax, f"get_{axis}lim")()
+    if low > 0 and high / low < factor:
+        more = math.sqrt(factor * low / high)
+        getattr(ax, f"set_{axis}lim")(low / more, high * more)
+
+
 def in_decades(ax: Any) -> None:
     """A logarithmic axis below, without minor ticks."""
     ax.set_xscale("log")
@@ -192,33 +176,22 @@ def styles_of(
 ) -> dict[str, dict[str, Any]]:
     """How each method's line is drawn: those in colour over the control over the others; dotted, with known faults."""
     styles = {label: dict(OTHER) for label in labels}
-    styles |= {label: {"label": label, **_CONTROL} for label in controls}
+    for i, label in enumerate(sorted(controls, reverse=True)):
+        styles[label] = {"label": label, **_CONTROLS[min(i, 1)]}
     for i, label in enumerate(faulty):
         styles[label] = {"label": dagger(label), "color": COLOURS[i % len(COLOURS)], **_FAULTY}
     for i, label in enumerate(coloured):
-        styles[label] = {"label": label, "color": COLOURS[i], "ls": STYLES[i % len(STYLES)], "zorder": 3}
+        # Thick lines below thin ones: methods whose curves are equal are seen both.
+        look = {"color": COLOURS[i], "ls": STYLES[i % len(STYLES)], "lw": WIDTHS[i], "zorder": 3 + i / 10}
+        styles[label] = {"label": label, **look}
     return styles
 
 
-def draw_legend(figure: Figure, styles: dict[str, dict[str, Any]]) -> None:
-    """The methods' names along the foot of a figure, those without a colour as one."""
-    shown = legend_of(styles)
-    legend_below(figure, [Line2D([], [], **style) for style in shown.values()], list(shown))
-
-
 def legend_of(styles: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """A legend's entries with how they are drawn."""
+    """A legend's entries with how they are drawn, those without a colour as one."""
     shown = {style["label"]: style for style in styles.values() if style["label"] != OTHER["label"]}
     others = len(styles) - len(shown)
     return shown | ({f"{others} others": OTHER} if others else {})
-
-
-def legend_below(figure: Figure, handles: Sequence[Any], labels: Sequence[str]) -> None:
-    """A legend of as many columns as fit, below the panels."""
-    columns = min(columns_of(figure.get_size_inches()[0], labels), len(labels))
-    legend = figure.legend(handles, labels, loc="lower center", ncols=columns, borderaxespad=0.1)
-    for text in legend.get_texts():
-        text.set(**PLAIN)
 
 
 def spans_decades(summary: Summary) -> bool:

@@ -1,88 +1,97 @@
-"""What tuning found: sensitivity to the rate, and how far defaults are from the best. Imports ``style``."""
+"""What tuning found: sensitivity to the rate, and how far defaults are from the best. Imports ``style``, ``sheet``."""
 
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
-import matplotlib as mpl
 import numpy as np
-from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from stiefel.compare.analyse.rows import Row, Trial
-from stiefel.compare.analyse.summary import Summary
+from stiefel.compare.analyse.summary import Setting, Summary
+from stiefel.compare.present.figures.sheet import Panel, Sheet, room_for
 from stiefel.compare.present.figures.style import (
-    COLOURS,
     GREY,
+    INK,
     PLAIN,
     POWERS,
-    STYLE,
     STYLES,
-    grid,
     in_decades,
     label_axis,
-    legend_below,
+    method_styles,
     short_name,
     spans_decades,
     wrapped,
 )
 
+MARKERS = "os^Dv"
+"""With the line styles, what tells settings apart; colours are the methods'."""
 
-def sensitivity(summary: Summary) -> Figure:
+
+def sensitivity(summary: Summary) -> Sheet:
     """Best validation metric against the learning rate at default knobs: a panel per method, a line per setting.
 
-    A ring is the choice, knobs included; a cross at the edge is a rate at which a run failed.
+    A ring is the choice, knobs included; a cross at the edge is a rate at which a run failed. Of a single setting, each
+    panel shows the control too.
     """
     labels = sorted(summary.labels, key=lambda label: label in summary.faults)
-    found: dict[str, list[tuple[int, Row]]] = {label: [] for label in labels}
     titles = {label: wrapped(summary.marked(label)) for label in labels}
-    for i, setting in enumerate(summary.settings):
-        for row in setting.rows:
-            found[row.label].append((i, row))
-    columns = min(5, len(found))
-    # −(−a // b) is a / b rounded up: the last row of panels may be partly empty.
-    with mpl.rc_context(STYLE):
-        figure, axes = grid(
-            -(-len(found) // columns),
-            columns,
-            (2.2, 1.6),
-            legend=[setting.title for setting in summary.settings],
-            titles=max(title.count("\n") for title in titles.values()) + 1,
-            share=True,
-        )
-        for ax, (label, rows) in zip(axes.flat, found.items(), strict=False):
-            for i, row in rows:
-                _sensitivity_of(ax, row, i, summary)
-            label_axis(ax, titles[label], "", log=spans_decades(summary))
-            in_decades(ax)
-            ax.xaxis.set_major_formatter(POWERS)
-        for ax in axes.flat[len(found) :]:
-            ax.set_visible(False)
-        # The lowest panel of each column, which is not in the last row where that is partly empty: with shared axes,
-        # matplotlib labels the last row alone.
-        for ax in axes.flat[max(0, len(found) - columns) : len(found)]:
-            ax.set_xlabel("learning rate")
-            ax.tick_params(labelbottom=True)
-        for ax in axes[:, 0]:
-            ax.set_ylabel(f"validation {summary.metric}", **PLAIN)
-        handles = [
-            Line2D([], [], color=COLOURS[i % len(COLOURS)], ls=STYLES[i // len(COLOURS) % len(STYLES)])
-            for i in range(len(summary.settings))
-        ]
-        legend_below(figure, handles, [setting.title for setting in summary.settings])
-    return figure
+    styles, several = method_styles(summary), len(summary.settings) > 1
+    heights = _limits(summary)
+
+    def draw(label: str, ax: Any) -> None:
+        for i, setting in enumerate(summary.settings):
+            for row in setting.rows:
+                if row.label == label:
+                    _rates(ax, row, i, styles[label]["color"], summary)
+                elif row.control and row.scaled and not several:
+                    good = _reached(row)
+                    ax.plot(*good, color=GREY, ls=STYLES[1], lw=1.0, zorder=1)
+        label_axis(ax, titles[label], "learning rate", log=spans_decades(summary))
+        ax.set_ylabel(f"validation {summary.metric}", **PLAIN)
+        in_decades(ax)
+        ax.xaxis.set_major_formatter(POWERS)
+        if heights is not None:
+            ax.set_ylim(heights)
+
+    above = 0.3 + 0.16 * max((title.count("\n") for title in titles.values()), default=0)
+    panels = tuple(Panel(partial(draw, label), (1.62, 1.5), above=above) for label in labels)
+    legend = {setting.title: _setting(i, INK) for i, setting in enumerate(summary.settings)} if several else {}
+    return Sheet(panels, columns=5, legend=legend)
 
 
-def _sensitivity_of(ax: Any, row: Row, i: int, summary: Summary) -> None:
+def _setting(i: int, colour: str) -> dict[str, Any]:
+    """How the i-th setting's line looks."""
+    return {"color": colour, "ls": STYLES[i % len(STYLES)], "marker": MARKERS[i % len(MARKERS)], "ms": 3, "lw": 1.2}
+
+
+def _reached(row: Row) -> tuple[list[float], list[float]]:
+    """Rates at default knobs, and the metric there, where it is known."""
+    good = [(t.choice.lr, t.validation) for t in row.trials if not t.choice.knobs and math.isfinite(t.validation)]
+    return [rate for rate, _ in good], [value for _, value in good]
+
+
+def _limits(summary: Summary) -> tuple[float, float] | None:
+    """The heights that all panels share; None where nothing is known."""
+    values = [t.validation for setting in summary.settings for row in setting.rows for t in row.trials]
+    known = [value for value in values if math.isfinite(value)]
+    if not known:
+        return None
+    low, high = min(known), max(known)
+    if spans_decades(summary):
+        return low / 1.5, high * 1.5
+    margin = 0.08 * (high - low) or 0.05 * abs(high) or 0.05
+    return low - margin, high + margin
+
+
+def _rates(ax: Any, row: Row, i: int, colour: str, summary: Summary) -> None:
     """One method in the i-th setting."""
-    colour, style = COLOURS[i % len(COLOURS)], STYLES[i // len(COLOURS) % len(STYLES)]
-    plain = [t for t in row.trials if not t.choice.knobs]
-    good = [(t.choice.lr, t.validation) for t in plain if math.isfinite(t.validation)]
-    bad = [t.choice.lr for t in plain if not math.isfinite(t.validation)]
-    if good:
-        ax.plot(*zip(*good, strict=True), color=colour, ls=style, marker="o", ms=2.5, lw=1.2)
+    rates, values = _reached(row)
+    if rates:
+        ax.plot(rates, values, **_setting(i, colour))
+    bad = [t.choice.lr for t in row.trials if not t.choice.knobs and not math.isfinite(t.validation)]
     if bad:
         # Settings have crosses at heights of their own, so that they do not hide each other. The transform takes x in
         # data and y as a fraction of the panel.
@@ -90,43 +99,40 @@ def _sensitivity_of(ax: Any, row: Row, i: int, summary: Summary) -> None:
         edges = [edge if summary.higher_is_better else 1 - edge] * len(bad)
         ax.plot(bad, edges, ls="", marker="x", ms=4, color=colour, transform=ax.get_xaxis_transform())
     if row.tuned is not None and math.isfinite(row.tuned.validation):
-        ring = {"ms": 7, "mfc": "none", "mec": colour}
+        ring = {"ms": 8, "mfc": "none", "mec": colour}
         ax.plot([row.tuned.choice.lr], [row.tuned.validation], marker="o", **ring)
 
 
-def defaults(summary: Summary) -> Figure:
+def defaults(summary: Summary) -> Sheet:
     """Validation metric of each method at its default setting (hollow) and as tuned (full): a panel per setting."""
     # Heights count upwards: reversed, the first name is at the top.
-    columns, labels = min(4, len(summary.settings)), summary.labels[::-1]
-    size = (2.6, 0.3 + 0.17 * len(labels))
-    with mpl.rc_context(STYLE):
-        marks = ["default rate and knobs", "tuned"]
-        figure, axes = grid(-(-len(summary.settings) // columns), columns, size, legend=marks, margin=1.5, between=0.25)
-        for ax, setting in zip(axes.flat, summary.settings, strict=False):
-            known = {row.label: (_validation(row.default), _validation(row.tuned)) for row in setting.rows}
-            # Both (method,), NaN where not known: matplotlib draws nothing there.
-            before, after = np.array([known.get(label, (math.nan, math.nan)) for label in labels]).T
-            heights = np.arange(len(labels))
-            ax.hlines(heights, before, after, color=COLOURS[0], lw=1)
-            ax.plot(before, heights, ls="", marker="o", ms=4.5, mfc="none", mec=COLOURS[0])
-            ax.plot(after, heights, ls="", marker="o", ms=4.5, color=COLOURS[0])
-            ax.set_ylim(-0.7, len(labels) - 0.3)
-            ax.set_title(setting.title, **PLAIN)
-            ax.set_xlabel(f"validation {summary.metric}", **PLAIN)
-            # Ticks, with names, are at the left panels only, so the faint lines across are drawn by hand.
-            ax.set_yticks([])
-            ax.hlines(heights, 0, 1, transform=ax.get_yaxis_transform(), color=GREY, alpha=0.25, lw=0.8)
-            if spans_decades(summary):
-                in_decades(ax)
-            else:
-                ax.xaxis.set_major_locator(MaxNLocator(4))
-        for ax in axes[:, 0]:
-            ax.set_yticks(range(len(labels)), [short_name(summary.marked(label)) for label in labels], **PLAIN)
-        for ax in axes.flat[len(summary.settings) :]:
-            ax.set_visible(False)
-        hollow, full = (Line2D([], [], ls="", marker="o", mfc=c, mec=COLOURS[0]) for c in ("none", COLOURS[0]))
-        legend_below(figure, [hollow, full], marks)
-    return figure
+    labels, styles = summary.labels[::-1], method_styles(summary)
+    heights = np.arange(len(labels))
+
+    def draw(setting: Setting, ax: Any) -> None:
+        known = {row.label: (_validation(row.default), _validation(row.tuned)) for row in setting.rows}
+        for height, label in enumerate(labels):
+            before, after = known.get(label, (math.nan, math.nan))
+            colour = styles[label]["color"]
+            ax.plot([before, after], [height] * 2, color=colour, lw=1)
+            ax.plot([before], [height], ls="", marker="o", ms=4.5, mfc="none", mec=colour)
+            ax.plot([after], [height], ls="", marker="o", ms=4.5, color=colour)
+        ax.set_ylim(-0.7, len(labels) - 0.3)
+        ax.set_title(setting.title, **PLAIN)
+        ax.set_xlabel(f"validation {summary.metric}", **PLAIN)
+        ax.set_yticks(heights, [short_name(summary.marked(label)) for label in labels], **PLAIN)
+        if spans_decades(summary):
+            in_decades(ax)
+        else:
+            ax.xaxis.set_major_locator(MaxNLocator(4))
+
+    size, left = (2.6, 0.3 + 0.19 * len(labels)), room_for(labels)
+    legend = {
+        "default rate and knobs": {"color": INK, "ls": "", "marker": "o", "mfc": "none"},
+        "tuned": {"color": INK, "ls": "", "marker": "o"},
+    }
+    panels = tuple(Panel(partial(draw, setting), size, left=left, right=0.2) for setting in summary.settings)
+    return Sheet(panels, columns=3, legend=legend)
 
 
 def _validation(trial: Trial | None) -> float:

@@ -131,7 +131,7 @@ RESULTS: tuple[Column[Line], ...] = (
     Column("method", lambda at: at.name),
     Column("lr", lambda at: words.rate(at.row), where=TERMINAL),
     Column("rate, knobs", lambda at: words.choice(at.row), VALUES["lr"]),
-    replace(_SCORE, heading="test {metric} [95 %]", where=TERMINAL),
+    replace(_SCORE, heading="test {metric}\n[95 %]", where=TERMINAL),
     _SCORE,
     Column("n", lambda at: str(at.row.runs)),
     Column("failed\nof n", lambda at: f"{VALUES['failed'](at)}/{at.row.runs}", where=TERMINAL),

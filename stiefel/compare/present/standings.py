@@ -51,7 +51,12 @@ class Standing:
 
 
 def _method(at: Standing) -> str:
-    return "\n".join(filter(None, (at.name, at.candidate.choice)))
+    return "\n".join((at.name, _choice(at))) if at.row.choice else at.name
+
+
+def _choice(at: Standing) -> str:
+    """What most studies chose."""
+    return at.candidate.choice if at.row.choice else words.NONE
 
 
 def _place(at: Standing) -> str:
@@ -77,8 +82,12 @@ def _gain(at: Standing) -> str:
 
 def _tone(at: Standing) -> str:
     if at.gain is None or not at.gain.difference.apart:
-        return "soft"
+        return "even"
     return "good" if at.gain.better else "bad"
+
+
+def _failed(at: Standing) -> str:
+    return f"{at.candidate.failures}/{at.candidate.runs}"
 
 
 def _short(at: Standing) -> str:
@@ -129,7 +138,7 @@ STANDINGS: tuple[Column[Standing], ...] = (
     Column("method", _method, where=TERMINAL),
     Column("method", lambda at: at.name),
     Column("place", _place, lambda at: at.place and at.place[0], where=BOTH),
-    Column("test {metric} [95 %]", _score, _key, where=TERMINAL),
+    Column("test {metric}\n[95 %]", _score, _key, where=TERMINAL),
     Column("test {metric}", _score, _key),
     Column(
         "over no constraint",
@@ -139,11 +148,12 @@ STANDINGS: tuple[Column[Standing], ...] = (
         tone=_tone,
         optional=True,
     ),
+    # In a terminal, which is narrow, where there are any.
+    Column("failed\nof n", _failed, lambda at: at.candidate.failures or None, where=TERMINAL, optional=True),
     Column(
         "failed\nof n",
-        lambda at: f"{at.candidate.failures}/{at.candidate.runs}",
+        _failed,
         lambda at: at.candidate.failures,
-        where=BOTH,
         tone=lambda at: "bad" if at.candidate.failures else "",
     ),
     Column("short of\ntarget", _short, lambda at: None if _target(at) is None else at.row.short, optional=True),
@@ -158,7 +168,7 @@ STANDINGS: tuple[Column[Standing], ...] = (
     Column("steps to target", _steps, _target, optional=True),
     Column("step\ncost", _step_cost, where=TERMINAL),
     Column("step cost", _quartiles, lambda at: at.candidate.step and at.candidate.step.value),
-    Column("rate, knobs", lambda at: at.candidate.choice, prose=True),
+    Column("rate, knobs", _choice, lambda at: at.row.choice and at.row.choice.lr, prose=True),
 )
 """Of a candidate, from left to right."""
 

@@ -108,7 +108,7 @@ def _table(grid: Grid[Any], title: str) -> Table:
     out = Table(box=box.SIMPLE_HEAD, title=escape(title), **_LEFT, collapse_padding=True)
     # The first column holds names: long ones are folded, not cut off.
     for i, column in enumerate(grid.columns):
-        how: dict[str, Any] = {"justify": "right", "min_width": 5} if i else {"overflow": "fold", "min_width": 13}
+        how: dict[str, Any] = {"justify": "right", "no_wrap": True} if i else {"overflow": "fold", "min_width": 13}
         out.add_column(Text(column.heading), **how)
     for line in grid.lines:
         out.add_row(*(_cell(column.text(line)) for column in grid.columns))

@@ -8,7 +8,6 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar
 
-import matplotlib as mpl
 import numpy as np
 import pytest
 import torch
@@ -172,13 +171,13 @@ def test_figures_show_all_methods_beside_the_start(tmp_path):
     comparison(tmp_path, LEVELS, signals=True)
     summary = summary_of(tmp_path)
     why = Why(summary.settings[0])
-    forward, backward, variance, redundancy, last, along = why_figures.depth(summary, why).axes
+    forward, backward, variance, redundancy, last, along = why_figures.depth(summary, why).figure().axes
     assert forward.lines[0].get_ydata().tolist() == pytest.approx([0.9**k for k in range(4)])
     assert backward.lines[0].get_ydata().tolist() == pytest.approx([1.1**k for k in range(4)])
     assert {len(ax.lines) for ax in (forward, backward, variance, last)} == {len(LEVELS) + 1}
     assert max(redundancy.lines[-1].get_ydata()) == 1e-7  # the least that is drawn; the start: exactly orthogonal
     assert len(along.lines) == len(LEVELS)
-    maps = [ax for ax in why_figures.heat(summary, why).axes if ax.images]
+    maps = [ax for ax in why_figures.heat(summary, why).figure().axes if ax.images]
     assert [ax.get_title() for ax in maps] == ["start, all methods", "unconstrained", "own", "pogo", "soft"]
     image = np.array(maps[-1].images[0].get_array())
     assert image[3, 1] == pytest.approx(1.2 * 0.25 * PERCENT)
@@ -191,7 +190,7 @@ def test_a_rate_far_above_all_others_is_told_and_not_drawn(tmp_path):
         rows = [measured(0, 0.1, 1e-8, **diagnosed(2, 0.0)), measured(1, 0.5, 1e-8, **signals)]
         trained(tmp_path, spec(method=method, phase="final", seed=FRESH), 0.9, rows=rows)
     summary = summary_of(tmp_path)
-    *_, last, _ = why_figures.depth(summary, Why(summary.settings[0])).axes
+    *_, last, _ = why_figures.depth(summary, Why(summary.settings[0])).figure().axes
     assert last.get_ylim()[1] < 2
     assert [text.get_text() for text in last.texts] == ["above:\npogo 2000–2200"]
 
@@ -229,7 +228,7 @@ def test_records_of_earlier_versions_are_read(tmp_path):
     assert why.layers.effective_rate.isna().all()
     assert why.dependence.empty
     assert why_figures.heat(summary, why) is None
-    axes = why_figures.depth(summary, why).axes
+    axes = why_figures.depth(summary, why).figure().axes
     assert [text.get_text() for ax in axes for text in ax.texts] == ["not recorded"] * 3
     assert list(line(summary)) == []
     assert math.isnan(why.methods.rate.iloc[0])
@@ -250,8 +249,7 @@ def test_turns_that_are_zero_or_missing_leave_their_cells_empty(tmp_path):
     rows = [measured(epoch, 0.5, 1e-8, **signals) for epoch in (0, 1)]
     trained(tmp_path, spec(phase="final", seed=FRESH), 0.9, rows=rows)
     summary = summary_of(tmp_path)
-    with mpl.rc_context(figures.STYLE):
-        drawn = why_figures.heat(summary, Why(summary.settings[0]))
+    drawn = why_figures.heat(summary, Why(summary.settings[0])).figure()
     image = drawn.axes[0].images[0].get_array()
     assert image[0, 0] == pytest.approx(PERCENT)
     assert image[0, 1] == 0  # which a logarithmic colour does not show
@@ -266,5 +264,5 @@ def test_a_layer_without_a_gradient_keeps_its_place_in_the_map(tmp_path):
     rows = [measured(epoch, 0.5, 1e-8, **signals) for epoch in (0, 1)]
     trained(tmp_path, spec(phase="final", seed=FRESH), 0.9, rows=rows)
     summary = summary_of(tmp_path)
-    image = why_figures.heat(summary, Why(summary.settings[0])).axes[0].images[0].get_array()
+    image = why_figures.heat(summary, Why(summary.settings[0])).figure().axes[0].images[0].get_array()
     assert image.filled(np.nan) == pytest.approx(PERCENT * np.array(turn, dtype=float), nan_ok=True)

@@ -67,8 +67,8 @@ def published(root, width=120):
 
 
 def results(page):
-    """The first table with a column of ranks: heading → cells."""
-    table = next(t for t in Tables(page).tables if any(text == "rank" for _, text in t[0]))
+    """The table of the first setting: heading → cells."""
+    table = next(t for t in Tables(page).tables if any(text == "tuningruns" for _, text in t[0]))
     return {text: [row[i] for row in table[1:]] for i, (_, text) in enumerate(table[0])}
 
 
@@ -79,6 +79,7 @@ def root(tmp_path):
 
 
 def test_a_column_is_added_by_a_value_and_by_how_it_is_shown(root, monkeypatch):
+    comparison(root, LEVELS, fields=({"depth": 8},))  # of one setting the terminal shows the standings alone
     monkeypatch.setitem(VALUES, "letters", lambda at: len(at.row.label) if at.row.label != "soft" else None)
     added = valued("letters\nof it", VALUES["letters"], "{:.1f} <b>".format, where=BOTH)
     monkeypatch.setattr(columns, "RESULTS", (*RESULTS, added))
@@ -118,7 +119,7 @@ def test_what_a_metric_is_called_is_text_and_not_markup(tmp_path):
     assert "<script>alert" not in page
     assert f'<button type="button">test {escape(metric)}</button>' in page
     assert f"test {metric}" in results(page)
-    assert f"test {metric} [95 %]" in terminal
+    assert f"test {metric}" in terminal
     assert f"{metric} 0.900, n = 1" in terminal
     assert f"test_{metric}" in read_report(tmp_path / "runs").table()
 
@@ -145,16 +146,53 @@ def test_all_rows_of_a_table_have_as_many_cells_as_it_has_headings(tmp_path):
     page, _ = published(root)
     found = Tables(page)
     assert found.open == []
-    assert len(found.tables) == 9  # results, cost, defaults, why, failures, profiles' cases
+    assert len(found.tables) == 11  # what to use, standings, results, cost, defaults, why, failures, profiles' cases
     for table in found.tables:
         assert {len(row) for row in table} == {len(table[0])}
-        assert len(table) > 1
+        assert len(table) > 1 or "what to use" in page.lower()
 
 
-def test_the_control_and_the_best_method_are_marked(root):
-    comparison(root, {"own": (0.99, 1e-8)}, fields=({"depth": 8},))
+def test_the_control_is_marked_in_every_table_of_scores(root):
     classes = [row["class"] for row in Tables(published(root)[0]).rows if "class" in row]
-    assert classes == ["ref", "best"]  # the control is best at depth 4
+    assert classes == ["ref", "ref"]  # standings and results
+
+
+def standing(page):
+    """The table of the verdict: heading → texts."""
+    table = next(t for t in Tables(page).tables if any(text == "place" for _, text in t[0]))
+    return {text: [row[i][1] for row in table[1:]] for i, (_, text) in enumerate(table[0])}
+
+
+def test_methods_that_cannot_be_told_apart_share_their_places(tmp_path):
+    root = tmp_path / "runs"
+    comparison(root, {"own": (0.9, 1e-8), "soft": (0.9001, 1e-2), "unconstrained": (0.5, 1.0)}, seeds=10)
+    found = standing(published(root)[0])
+    assert dict(zip(found["method"], found["place"], strict=True)) == {
+        "own": "1–2",
+        "soft": "1–2",
+        "unconstrained": "3",
+    }
+    gains = dict(zip(found["method"], found["over no constraint"], strict=True))
+    assert gains["unconstrained"] == "—"
+    assert gains["own"].startswith("+40.00 points [")
+    assert not gains["own"].endswith("≈")
+    assert read_report(root).verdict().query("method == 'own' and against == 'unconstrained'").told_apart.item()
+
+
+def test_what_cannot_be_told_from_no_constraint_says_so(tmp_path):
+    root = tmp_path / "runs"
+    comparison(root, {"own": (0.9, 1e-8), "unconstrained": (0.9, 1.0)}, seeds=10)
+    page, terminal = published(root)
+    assert [text.endswith("≈") for text in standing(page)["over no constraint"]].count(True) == 1
+    assert "over no constraint" in terminal  # of 120 characters
+    assert "over no constraint" not in published(root, width=80)[1].partition("what to use")[2]
+
+
+def test_a_method_without_a_score_stands_below_without_a_place(root):
+    for phase in ("tuning", "final"):
+        write(root, spec(method="pogo", phase=phase, lr=1.0, seed=FRESH if phase == "final" else 0), "diverged")
+    found = standing(published(root)[0])
+    assert (found["method"][-1], found["place"][-1], found["test accuracy"][-1]) == ("pogo", "—", "every run failed")
 
 
 def test_failures_and_errors_are_coloured(root):
@@ -162,7 +200,7 @@ def test_failures_and_errors_are_coloured(root):
     page, _ = published(root)
     failed = {attributes["class"] for attributes, _ in results(page)["failed"]}
     assert failed == {"failed", "failed bad"}
-    assert '<span class="bad">1e-2</span>' in page
+    assert '<span class="bad">0.01</span>' in page
     assert "∞" not in page, "the error is that of the runs that trained to their end"
 
 

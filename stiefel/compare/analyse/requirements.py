@@ -71,7 +71,7 @@ def _cheapest(verdict: Verdict) -> Answer:
         return Answer(requirement, None, reason=reason)
 
     def evidence(c: Candidate) -> str:
-        return f"{c.step.value:.2f}× the step without a constraint" if c.step else ""
+        return f"{c.step.value:.2f}× the time of a step without a constraint" if c.step else ""
 
     return _least(requirement, known, lambda c: c.step.value if c.step else math.inf, _steps_overlap, evidence)
 
@@ -101,7 +101,8 @@ def _tolerant(verdict: Verdict) -> Answer:
 
     def evidence(c: Candidate) -> str:
         width = widths[id(c)]
-        return f"within {SLACK:g} sd of the best over a factor {10**width:.2g} of rates" if width else "at one rate"
+        over = f"over a factor {10**width:.2g} of rates" if width else "at one of the rates alone"
+        return f"within {SLACK:g} sd of the best {over}"
 
     found = _least(requirement, known, lambda c: -widths[id(c)], lambda a, b: widths[id(a)] == widths[id(b)], evidence)
     return replace(found, relation="as tolerant")
@@ -115,7 +116,7 @@ def _fastest(verdict: Verdict) -> Answer:
         return Answer(requirement, None, reason=reason)
 
     def evidence(c: Candidate) -> str:
-        return f"{c.seconds_to_target.format('.3g', 'not reached')} s" if c.seconds_to_target else ""
+        return f"{c.seconds_to_target.format('.3g', 'not reached')} s to the target" if c.seconds_to_target else ""
 
     times = [c for c in known if all(0 < t < math.inf for t in c.seconds.values())]
     pairs = list(itertools.combinations(times, 2))

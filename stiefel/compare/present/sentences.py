@@ -100,6 +100,12 @@ def step_cost(candidate: Candidate) -> str:
     return f"{candidate.step.value:.2g}×" if candidate.step is not None else ""
 
 
+def _time(candidate: Candidate) -> str:
+    """The time of a step beside that without a constraint."""
+    ratio = candidate.step.value if candidate.step else math.nan
+    return "about as long as without a constraint" if 0.95 < ratio < 1.05 else f"{ratio:.2g} times as long as without"
+
+
 def where(verdict: Verdict) -> str:
     """What the verdict is about, as the beginning of a sentence."""
     count = len({setting.point for setting in verdict.summary.settings})
@@ -141,7 +147,7 @@ def _gained(verdict: Verdict, control: Candidate) -> Iterator[str]:
     best = recommended(verdict)
     assert best is not None
     gain = verdict.between(best, control)
-    price = f"; a step costs {step_cost(best)}" if step_cost(best) else ""
+    price = f"; a step takes {_time(best)}" if step_cost(best) else ""
     yield (
         f"{where(verdict)} `{best.name}` {_improves(verdict)} {verdict.summary.metric} by "
         f"{amount(gain, signed=False)} over no constraint, {design(verdict, gain)}{price}."
@@ -189,7 +195,7 @@ def _must(verdict: Verdict, answer: Answer, control: Candidate) -> str:
     best = answer.best
     assert best is not None
     cheapest = _cheaper(best, [c for c in answer.rivals if not c.control]) or best
-    price = f", and a step costs {step_cost(cheapest)}" if step_cost(cheapest) else ""
+    price = f", and a step takes {_time(cheapest)}" if step_cost(cheapest) else ""
     return (
         f"If the weights must be orthogonal, take `{cheapest.name}`: it differs from no constraint by "
         f"{amount(verdict.between(cheapest, control))}{price}."

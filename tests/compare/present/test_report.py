@@ -307,7 +307,9 @@ def test_a_gain_is_said_with_what_is_cheaper_and_no_worse(tmp_path):
     start = "On this problem, at the rates that one tuning chose, `own` raises accuracy by "
     assert first.startswith(start)
     assert re.fullmatch(
-        r"20\.\d+ points \[19[\d.]+, 20[\d.]+\] over no constraint, n = 10 runs; a step costs 2×\.", first[len(start) :]
+        r"20\.\d+ points \[19[\d.]+, 20[\d.]+\] over no constraint, n = 10 runs; "
+        r"a step takes 2 times as long as without\.",
+        first[len(start) :],
     )
     assert second.startswith("`soft` cannot be told from it (a difference above ")
     assert second.endswith("and costs 1.5× instead of 2× a step.")
@@ -462,8 +464,8 @@ def test_the_page_is_one_file_without_the_network(root):
     assert all(link.startswith("http://www.w3.org/") for link in links), links
     assert not re.search(r"<(link|img|iframe)\b|\bsrc=|@import|url\((?!#)", text)
     panels = re.findall(r'<div style="width: (\d+)px"><svg', text)
-    # scores, cost; rates of three methods; errors against steps and by layer; curves; defaults; one case: no profile
-    assert len(panels) == 1 + 1 + 3 + 2 + 4 + 1
+    # scores, cost; rates of each method; errors against steps and by layer; curves; defaults; one case: no profile
+    assert len(panels) == 1 + 1 + len(LEVELS) + 2 + 4 + 1
     assert all(int(width) < 600 for width in panels), "a panel fits a phone, or nearly"
     for words in (
         "CPU cost",

@@ -14,6 +14,7 @@ from stiefel.compare.analyse.verdict import Verdict
 from stiefel.compare.present.figures.sheet import LETTER, Panel, Sheet, room_for
 from stiefel.compare.present.figures.style import (
     GREY,
+    OTHER,
     PLAIN,
     POWERS,
     in_decades,
@@ -23,8 +24,10 @@ from stiefel.compare.present.figures.style import (
 
 Styles: TypeAlias = dict[str, dict[str, Any]]
 Box: TypeAlias = tuple[float, float, float, float]
-MOST = 30
-"""Candidates that are drawn: the best."""
+MOST = 20
+"""Candidates that are drawn, beside the controls: the best."""
+NAMED = 12
+"""Candidates up to which each has its name beside its dot; of more, each coloured method once, at its best."""
 TICKS = (0.5, 0.7, 1, 1.5, 2, 3, 5, 7, 10, 15, 20, 30, 50, 100)
 
 
@@ -33,7 +36,7 @@ def scores(verdict: Verdict) -> Sheet | None:
 
     A hollow dot is a bound: its best rate lies on the edge of those tried.
     """
-    shown, styles = verdict.candidates[:MOST], method_styles(verdict.summary)
+    shown, styles = _shown(verdict), method_styles(verdict.summary)
     if not shown:
         return None
 
@@ -59,7 +62,7 @@ def against_cost(verdict: Verdict) -> Sheet | None:
 
     None where fewer than two costs are credible.
     """
-    shown = [candidate for candidate in verdict.candidates[:MOST] if candidate.step is not None]
+    shown = [candidate for candidate in _shown(verdict) if candidate.step is not None]
     if len(shown) < 2:
         return None
     styles = method_styles(verdict.summary)
@@ -89,6 +92,10 @@ def against_cost(verdict: Verdict) -> Sheet | None:
     return Sheet((Panel(draw, (4.2, 2.5), above=0.15),), columns=1)
 
 
+def _shown(verdict: Verdict) -> list[Candidate]:
+    return [c for place, c in enumerate(verdict.candidates) if place < MOST or c.control]
+
+
 def _names(ax: Any, shown: Sequence[Candidate], styles: Styles) -> None:
     """A name beside each dot, where the fewest other names and dots are."""
     size = np.asarray(ax.get_position().size) * ax.figure.get_size_inches()
@@ -96,7 +103,11 @@ def _names(ax: Any, shown: Sequence[Candidate], styles: Styles) -> None:
     found = [c for c in shown if c.score is not None and c.step is not None]
     dots = [size * to_axes.transform((c.step.value, c.score.value)) for c in found if c.step and c.score]
     taken = [(*(dot - 0.05), *(dot + 0.05)) for dot in dots]
+    named: set[str] = set()
     for candidate, dot in zip(found, dots, strict=True):
+        if len(found) > NAMED and (candidate.label in named or styles[candidate.label]["label"] == OTHER["label"]):
+            continue
+        named.add(candidate.label)
         name = short_name(candidate.name)
         wide = LETTER * len(name)
         places = [np.add(dot, (side * (0.09 + wide / 2), up)) for up in (0.09, -0.09, 0.24, -0.24) for side in (1, -1)]

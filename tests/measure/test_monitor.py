@@ -640,13 +640,14 @@ def test_a_gauge_keeps_the_worst_and_counts_energy_from_row_to_row() -> None:
         gauge._meter = type("Meter", (), {"joules": lambda self, now=joules: now, "reason": None})()
         with torch.no_grad():
             model[0].weight.mul_(scale)
-        rows.append({})
+        rows.append({"step": 10 * len(rows)})
         gauge.measure(rows[-1], None)
     assert [row["gpu_energy_joules"] for row in rows] == [3.0, 7.0]
     assert gauge.costs()["gpu_energy_joules"] == 10.0
     last, worst = gauge.weights["0.weight"]["last"], gauge.weights["0.weight"]["worst"]
     assert rows[0]["orthogonality"]["0.weight"] == worst > last == rows[1]["orthogonality"]["0.weight"]
     assert gauge.weights["0.weight"]["measured"] == 2
+    assert (gauge.weights["0.weight"]["worst_step"], gauge.weights["0.weight"]["last_step"]) == (0, 10)
     assert gauge.worst == max(rows[1]["orthogonality"].values()) == rows[1]["worst"]
 
 
@@ -1028,6 +1029,25 @@ def test_it_prints_as_a_table() -> None:
     for part in (*parts, "in steps, less after the first second", "worst of 3 measurements"):
         assert part in text
     json.dumps(monitor.summary(), allow_nan=False)
+
+
+def test_it_prints_what_is_now_and_the_step_of_each_number() -> None:
+    model = network("pogo")
+    step, monitor = training(model), Monitor(model, every=4)
+    for _ in range(6):
+        with monitor:
+            step()
+    assert monitor.rows[-1]["step"] < 6, "the last step is not one that is measured by itself"
+    weights = monitor.summary()["weights"]
+    exact = {row.name: row.relative for row in stiefel.report(model).rows}
+    for name, weight in weights.items():
+        assert weight["last_step"] == 6
+        assert weight["last"] == pytest.approx(exact[name])
+        line = next(line for line in str(monitor).splitlines() if line.startswith(name))
+        assert f"{weight['last']:.1e} at step 6" in line
+        assert f"{weight['worst']:.1e} at step {weight['worst_step']}" in line
+        found = {row["step"]: row["orthogonality"][name] for row in monitor.rows if "orthogonality" in row}
+        assert found[weight["worst_step"]] == weight["worst"] == max(found.values())
 
 
 def test_the_live_line_is_one_line_within_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:

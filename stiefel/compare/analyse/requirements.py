@@ -63,7 +63,7 @@ def _feasible(verdict: Verdict) -> Iterable[Answer]:
 
 
 def _cheapest(verdict: Verdict) -> Answer:
-    requirement = "cheapest step of those that cannot be told from the best"
+    requirement = "cheapest step among the best"
     known = [c for c in _as_good(verdict) if c.step is not None]
     if not known:
         doubted = any(row.cost and not row.cost.credible for c in verdict.candidates for row in c.rows)
@@ -71,7 +71,9 @@ def _cheapest(verdict: Verdict) -> Answer:
         return Answer(requirement, None, reason=reason)
 
     def evidence(c: Candidate) -> str:
-        return f"{c.step.value:.2f}× the time of a step without a constraint" if c.step else ""
+        if len(known) == 1:
+            return "no other that cannot be told from it has a known cost"
+        return f"{c.step.value:.2g}× the time of a step without a constraint" if c.step else ""
 
     return _least(requirement, known, lambda c: c.step.value if c.step else math.inf, _steps_overlap, evidence)
 
@@ -94,15 +96,15 @@ def _as_good(verdict: Verdict) -> list[Candidate]:
 def _tolerant(verdict: Verdict) -> Answer:
     requirement = "most tolerant of the learning rate"
     widths = {id(c): tolerated(c, verdict.summary) for c in verdict.candidates if all(row.rates for row in c.rows)}
-    known = [c for c in verdict.candidates if widths.get(id(c), -1.0) >= 0]
-    if not known or verdict.n < 2:
-        reason = "no rates were tried" if not widths else "the spread of a run is not known from one"
-        return Answer(requirement, None, reason=reason)
+    known = [c for c in verdict.candidates if widths.get(id(c), -1.0) > 0]
+    if verdict.n < 2:
+        return Answer(requirement, None, reason="the spread of a run is not known from one")
+    if not known:
+        return Answer(requirement, None, reason="no method is near the best at two neighbouring rates of those tried")
 
     def evidence(c: Candidate) -> str:
         width = widths[id(c)]
-        over = f"over a factor {10**width:.2g} of rates" if width else "at one of the rates alone"
-        return f"within {SLACK:g} sd of the best {over}"
+        return f"near the best (within {SLACK:g} sd of a run) over a factor {10**width:.2g} of rates"
 
     found = _least(requirement, known, lambda c: -widths[id(c)], lambda a, b: widths[id(a)] == widths[id(b)], evidence)
     return replace(found, relation="as tolerant")
@@ -116,7 +118,7 @@ def _fastest(verdict: Verdict) -> Answer:
         return Answer(requirement, None, reason=reason)
 
     def evidence(c: Candidate) -> str:
-        return f"{c.seconds_to_target.format('.3g', 'not reached')} s to the target" if c.seconds_to_target else ""
+        return f"{c.seconds_to_target.format('.2g', 'not reached')} s to the target" if c.seconds_to_target else ""
 
     times = [c for c in known if all(0 < t < math.inf for t in c.seconds.values())]
     pairs = list(itertools.combinations(times, 2))

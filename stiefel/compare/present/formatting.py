@@ -115,8 +115,14 @@ def budget(summary: Summary) -> str:
     known = [part for part in (f"{steps} steps", *factors) if "—" not in part]
     rows = [row for setting in summary.settings for row in setting.rows if row.tuning and row.choice is not None]
     tuned = _span(len(row.tuning) / max(1, len(row.choices)) for row in rows)
-    design = f"tuning {tuned} runs per method" + (" and study" if summary.studies else ", once for all seeds")
-    return " · ".join([*([f"a run: {', '.join(known)}"] if known else []), design])
+    count = _span(row.runs for row in rows if row.runs)
+    if summary.studies:
+        design = f"{count} studies of each method: a tuning of {tuned} runs, then a fresh run"
+    else:
+        design = f"one tuning of {tuned} runs for each method, then {count} fresh runs"
+    targets = sorted({setting.target for setting in summary.settings if setting.target is not None})
+    aim = [f"target: validation {summary.metric} {' or '.join(f'{target:g}' for target in targets)}"] if targets else []
+    return " · ".join([*([f"a run: {', '.join(known)}"] if known else []), *([design] if rows else []), *aim])
 
 
 def _span(values: Iterable[Any]) -> str:

@@ -77,7 +77,7 @@ class Section:
         return sentences(self.verdict)
 
     @cached_property
-    def answers(self) -> tuple[list[tuple[str, Answer, list[str]]], list[str]]:
+    def answers(self) -> tuple[list[tuple[list[str], Answer, list[str]]], list[str]]:
         """What to use under which requirements, and those that nothing meets."""
         return grouped(self.verdict)
 

@@ -1,4 +1,4 @@
-"""The verdict as a person would say it. Imports ``verdict`` and ``statistics``.
+"""The verdict as a person would say it. Imports ``verdict`` and ``phrases``.
 
 First what a constraint gains over none, then what is cheaper and no worse, what the network as it is has to do with it,
 and what would change the answer.
@@ -13,8 +13,20 @@ from stiefel.compare.analyse.candidates import Candidate
 from stiefel.compare.analyse.notes import few
 from stiefel.compare.analyse.requirements import Answer
 from stiefel.compare.analyse.requirements import answers as answers_of
-from stiefel.compare.analyse.statistics.scores import ENOUGH, decimals
-from stiefel.compare.analyse.verdict import Comparison, Verdict
+from stiefel.compare.analyse.statistics.scores import ENOUGH
+from stiefel.compare.analyse.verdict import Verdict
+from stiefel.compare.present.phrases import (
+    amount,
+    design,
+    improves,
+    missed,
+    moved,
+    names_of,
+    step_cost,
+    step_time,
+    subject,
+    where,
+)
 
 STUDIES = "--studies 10"
 
@@ -26,7 +38,7 @@ def sentences(verdict: Verdict) -> list[str]:
     return [*_core(verdict), *_given(verdict), *_doubts(verdict)]
 
 
-def grouped(verdict: Verdict) -> tuple[list[tuple[str, Answer, list[str]]], list[str]]:
+def grouped(verdict: Verdict) -> tuple[list[tuple[list[str], Answer, list[str]]], list[str]]:
     """What to use, each candidate once: the requirements that it meets best, the first answer, evidence of the others.
 
     And, in sentences, the requirements that nothing meets.
@@ -38,10 +50,10 @@ def grouped(verdict: Verdict) -> tuple[list[tuple[str, Answer, list[str]]], list
             missing.append(f"{answer.requirement}: {answer.reason}")
         else:
             found.setdefault(answer.best.name, []).append(answer)
-    groups = []
-    for answers in found.values():
-        words = ", ".join(answer.requirement for answer in answers)
-        groups.append((words, answers[0], [answer.evidence for answer in answers if answer.evidence]))
+    groups = [
+        ([a.requirement for a in answers], answers[0], [a.evidence for a in answers if a.evidence])
+        for answers in found.values()
+    ]
     return groups, missing
 
 
@@ -58,73 +70,18 @@ def recommended(verdict: Verdict) -> Candidate | None:
     return next((c for c in verdict.controls if c is not found and verdict.between(c, found).better), found)
 
 
-def amount(comparison: Comparison, *, signed: bool = True, plus: bool = False) -> str:
-    """A difference with its interval: ``1.2 points [0.6, 1.8]``, or ``a factor of 1.3 [1.1, 1.6]``.
-
-    Args:
-        comparison: what is told.
-        signed: whether a negative difference, or a ratio below 1, stays so; else it is turned round.
-        plus: whether a positive difference has a sign.
-    """
-    d = comparison.difference
-    if not signed and d.value < (1.0 if comparison.is_ratio else 0.0):
-        d = d.turned
-    if comparison.is_ratio:
-        return f"a factor of {d.value:.3g}" + (f" [{d.low:.3g}, {d.high:.3g}]" if math.isfinite(d.low) else "")
-    factor, unit = _unit(comparison.first)
-    value, low, high = (factor * end for end in (d.value, d.low, d.high))
-    form = decimals(value, (high - low) / 2 if math.isfinite(low) else abs(value) / 10)
-    shown = f"{'+' if plus and value > 0 else ''}{_minus(value, form)}{unit}"
-    return shown + (f" [{_minus(low, form)}, {_minus(high, form)}]" if math.isfinite(low) else "")
-
-
-def found(comparison: Comparison) -> str:
-    """The smallest difference that would have been found about 4 times in 5; empty where n is too small."""
-    smallest = comparison.difference.detectable
-    if not math.isfinite(smallest):
-        return ""
-    if comparison.is_ratio:
-        return f"a factor of {smallest:.2g}"
-    factor, unit = _unit(comparison.first)
-    return f"{factor * smallest:.2g}{unit}"
-
-
-def design(verdict: Verdict, comparison: Comparison | None = None) -> str:
-    """How many replicates, and of what kind: ``n = 10 studies``."""
-    n = verdict.n if comparison is None else comparison.difference.n
-    return f"n = {n} {'studies' if verdict.summary.studies else 'runs'}"
-
-
-def step_cost(candidate: Candidate) -> str:
-    """What a step costs: ``1.9×``; empty where no credible cost is known."""
-    return f"{candidate.step.value:.2g}×" if candidate.step is not None else ""
-
-
-def _time(candidate: Candidate) -> str:
-    """The time of a step beside that without a constraint."""
-    ratio = candidate.step.value if candidate.step else math.nan
-    return "about as long as without a constraint" if 0.95 < ratio < 1.05 else f"{ratio:.2g} times as long as without"
-
-
-def where(verdict: Verdict) -> str:
-    """What the verdict is about, as the beginning of a sentence."""
-    count = len({setting.point for setting in verdict.summary.settings})
-    place = "On this problem" if count == 1 else f"Over the {count} settings of this problem"
-    return place if verdict.summary.studies else f"{place}, at the rates that one tuning chose,"
-
-
 def _core(verdict: Verdict) -> Iterator[str]:
     control, best = verdict.control, verdict.candidates[0]
     if not verdict.decides:
         beside = "" if best.control or control is None else f"; without a constraint it is {control.score}"
         yield (
-            f"n = {verdict.n} is too few to tell methods apart: a verdict needs {ENOUGH}, better 10 ({STUDIES}). The "
-            f"best mean {verdict.summary.metric} is that of {_subject(best)}, {best.score}{beside}."
+            f"n = {verdict.n} is too few to tell methods apart: a verdict needs {ENOUGH}, better 10 (`{STUDIES}`). The "
+            f"best mean {verdict.summary.metric} is that of {subject(best)}, {best.score}{beside}."
         )
     elif control is None:
         yield from _without_control(verdict)
     elif not verdict.constrained:
-        yield f"Only {_names(verdict.controls)} has a score, and no constraint to compare it with."
+        yield f"Only {names_of(verdict.controls)} has a score, and no constraint to compare it with."
     elif recommended(verdict) in verdict.constrained:
         yield from _gained(verdict, control)
     else:
@@ -134,11 +91,11 @@ def _core(verdict: Verdict) -> Iterator[str]:
 def _without_control(verdict: Verdict) -> Iterator[str]:
     best, *others = verdict.candidates
     rivals = verdict.rivals(best, others)
-    same = f", from which {_names(rivals)} cannot be told" if rivals else ", told apart from all others"
+    same = f", from which {names_of(rivals)} cannot be told" if rivals else ", told apart from all others"
     yield (
-        f"{where(verdict)} {_subject(best)} has the best {verdict.summary.metric}, {best.score}, {design(verdict)}"
+        f"{where(verdict)} {subject(best)} has the best {verdict.summary.metric}, {best.score}, {design(verdict)}"
         f"{same if others else ''}; what a constraint gains is not known, because no network without one has a score "
-        "(run unconstrained and default too)."
+        "(run `--methods … unconstrained default` too)."
     )
 
 
@@ -147,9 +104,9 @@ def _gained(verdict: Verdict, control: Candidate) -> Iterator[str]:
     best = recommended(verdict)
     assert best is not None
     gain = verdict.between(best, control)
-    price = f"; a step takes {_time(best)}" if step_cost(best) else ""
+    price = f"; a step takes {step_time(best)}" if step_cost(best) else ""
     yield (
-        f"{where(verdict)} `{best.name}` {_improves(verdict)} {verdict.summary.metric} by "
+        f"{where(verdict)} `{best.name}` {improves(verdict)} {verdict.summary.metric} by "
         f"{amount(gain, signed=False)} over no constraint, {design(verdict, gain)}{price}."
     )
     # A loud method cannot be told from anything: named are those that beat no constraint themselves.
@@ -157,11 +114,11 @@ def _gained(verdict: Verdict, control: Candidate) -> Iterator[str]:
     cheaper = _cheaper(best, rivals)
     if cheaper is not None:
         yield (
-            f"`{cheaper.name}` cannot be told from it ({_missed(verdict.between(cheaper, best))}) and costs "
+            f"`{cheaper.name}` cannot be told from it ({missed(verdict.between(cheaper, best))}) and costs "
             f"{step_cost(cheaper)} instead of {step_cost(best)} a step."
         )
     elif rivals:
-        yield f"{_names(rivals)} cannot be told from it ({_missed(verdict.between(rivals[0], best))})."
+        yield f"{names_of(rivals)} cannot be told from it ({missed(verdict.between(rivals[0], best))})."
 
 
 def _nothing_gained(verdict: Verdict, control: Candidate) -> Iterator[str]:
@@ -169,19 +126,26 @@ def _nothing_gained(verdict: Verdict, control: Candidate) -> Iterator[str]:
     best = verdict.constrained[0]
     against = [verdict.between(c, control) for c in verdict.constrained]
     loss = against[0]
+    count = len(verdict.constrained)
+    none = f"none of the {count} constraints beat" if count > 1 else f"`{best.name}` did not beat"
+    which = f"the best, `{best.name}`," if count > 1 else "it"
     if loss.difference.apart is None:
         yield f"{where(verdict)} `{best.name}` is not compared with no constraint: n = {loss.difference.n} is too few."
     elif loss.difference.apart:
         every = all(c.difference.apart and not c.better for c in against)
-        who = f"every constraint costs {verdict.summary.metric}" if every else "no constraint beat none"
+        who = (
+            f"every constraint costs {verdict.summary.metric}"
+            if every and count > 1
+            else f"{none} training without one"
+        )
         yield (
-            f"{where(verdict)} {who}: the best, `{best.name}`, is {amount(loss, signed=False)} worse than without, "
+            f"{where(verdict)} {who}: {which} is {amount(loss, signed=False)} worse than without, "
             f"{design(verdict, loss)}."
         )
     else:
         yield (
-            f"{where(verdict)} no constraint beat none: the best, `{best.name}`, differs by {amount(loss)}, "
-            f"{design(verdict, loss)}; {_missed(loss)}."
+            f"{where(verdict)} {none} training without one: {which} is {moved(loss)}, "
+            f"{design(verdict, loss)}; {missed(loss)}."
         )
     choice = recommended(verdict)
     if choice is not None and choice is not control:
@@ -194,11 +158,13 @@ def _nothing_gained(verdict: Verdict, control: Candidate) -> Iterator[str]:
 def _must(verdict: Verdict, answer: Answer, control: Candidate) -> str:
     best = answer.best
     assert best is not None
-    cheapest = _cheaper(best, [c for c in answer.rivals if not c.control]) or best
-    price = f", and a step takes {_time(cheapest)}" if step_cost(cheapest) else ""
+    choice = _cheaper(best, [c for c in answer.rivals if not c.control]) or best
+    tied = "" if choice is best else f", which cannot be told from `{best.name}`, the best of those"
+    price = f", and a step takes {step_time(choice)}" if step_cost(choice) else ""
+    instead = f", not {step_cost(best)}" if price and choice is not best else ""
+    differs = moved(verdict.between(choice, control))
     return (
-        f"If the weights must be orthogonal, take `{cheapest.name}`: it differs from no constraint by "
-        f"{amount(verdict.between(cheapest, control))}{price}."
+        f"If the weights must be orthogonal, take `{choice.name}`{tied}: it is {differs} than without{price}{instead}."
     )
 
 
@@ -211,14 +177,14 @@ def _given(verdict: Verdict) -> Iterator[str]:
     comparison = verdict.between(choice, given)
     if comparison.difference.apart is None:
         return
-    subject = "An orthogonal start without a constraint" if choice.control else f"`{choice.name}`"
+    who = "An orthogonal start without a constraint" if choice.control else f"`{choice.name}`"
     if comparison.difference.apart:
         word = "better" if comparison.better else "worse"
-        yield f"{subject} is {amount(comparison, signed=False)} {word} than the network as its author made it."
+        yield f"{who} is {amount(comparison, signed=False)} {word} than the network as its author made it."
     else:
         yield (
-            f"{subject} cannot be told from the network as its author made it: it differs by {amount(comparison)} "
-            f"({_missed(comparison)})."
+            f"{who} is {moved(comparison)} than the network as its author made it, which does not settle whether it "
+            f"is better ({missed(comparison)})."
         )
 
 
@@ -227,8 +193,8 @@ def _doubts(verdict: Verdict) -> Iterator[str]:
     bounds = [c for c in verdict.candidates if c.bound]
     if bounds:
         yield (
-            f"Another rate may be better for {_names(bounds)}: the best lies on the edge of those tried, and the score "
-            "is marked as a bound."
+            f"Another rate may be better for {names_of(bounds)}: the best lies on the edge of those tried, and the "
+            "score is marked as a bound."
         )
     failed = [c for c in verdict.candidates if c.failures]
     if failed:
@@ -241,7 +207,7 @@ def _doubts(verdict: Verdict) -> Iterator[str]:
     if control is not None and any(verdict.between(c, control).difference.apart is False for c in verdict.constrained):
         yield "Four times as many replicates would find differences half as large."
     if verdict.decides and not verdict.summary.studies:
-        yield f"Another tuning may choose other rates: {STUDIES} tunes anew for each replicate."
+        yield f"Another tuning may choose other rates: `{STUDIES}` tunes anew for each replicate."
     choice = recommended(verdict)
     if choice is not None and choice.step is None and any(row.cost for row in choice.rows):
         yield "What a step costs is not credible, because the machine was busy: measure again on a quiet one."
@@ -253,34 +219,3 @@ def _cheaper(best: Candidate, rivals: list[Candidate]) -> Candidate | None:
         return None
     known = [c for c in rivals if c.step is not None and c.step.value < 0.95 * best.step.value]
     return min(known, key=lambda c: c.step.value if c.step else math.inf, default=None)
-
-
-def _missed(comparison: Comparison) -> str:
-    limit = found(comparison)
-    return f"a difference above {limit} would have been found about 4 times in 5" if limit else "n is too small"
-
-
-def _subject(candidate: Candidate) -> str:
-    return "no constraint" if candidate.control else f"`{candidate.name}`"
-
-
-def _names(found: list[Candidate] | tuple[Candidate, ...], most: int = 4) -> str:
-    names = [f"`{c.name}`" for c in found[:most]]
-    if len(found) > most:
-        return ", ".join(names) + f" and {len(found) - most} more"
-    return names[0] if len(names) == 1 else ", ".join(names[:-1]) + " and " + names[-1]
-
-
-def _improves(verdict: Verdict) -> str:
-    return "raises" if verdict.summary.higher_is_better else "lowers"
-
-
-def _unit(candidate: Candidate) -> tuple[float, str]:
-    """Fractions are told in points, which are hundredths; other metrics in their own unit."""
-    fraction = candidate.metric.resolution > 0 or candidate.metric.name == "accuracy"
-    return (100.0, " points") if fraction else (1.0, "")
-
-
-def _minus(value: float, form: str) -> str:
-    shown = f"{value:z{form}}"  # z: what rounds to zero has no sign
-    return shown.replace("-", "−")

@@ -11,7 +11,7 @@ from stiefel.compare.analyse.rows import Row
 from stiefel.compare.analyse.verdict import Comparison, Verdict
 from stiefel.compare.present import formatting as words
 from stiefel.compare.present.columns import BOTH, PAGE, TERMINAL, WIDE, Column, Grid, Place, shown, valued
-from stiefel.compare.present.sentences import amount
+from stiefel.compare.present.phrases import amount
 
 
 @dataclass(frozen=True)
@@ -119,7 +119,8 @@ def _quartiles(at: Standing) -> str:
     step = at.candidate.step
     if step is None or at.candidate.control:
         return _step_cost(at)
-    return step.format(".2f") + "×"
+    ends = "" if step.low is None or step.high is None else f" ({step.low:.2g}–{step.high:.2g})"
+    return f"{step.value:.2g}×{ends}"
 
 
 def _target(at: Standing) -> float | None:
@@ -128,6 +129,10 @@ def _target(at: Standing) -> float | None:
     interval = at.row.steps_to_target
     known = any(setting.target is not None for setting in at.verdict.summary.settings)
     return interval.value if known and not several and interval is not None else None
+
+
+def _any_short(at: Standing) -> int | None:
+    return None if _target(at) is None else at.row.short or None
 
 
 def _key(at: Standing) -> float | None:
@@ -148,21 +153,28 @@ STANDINGS: tuple[Column[Standing], ...] = (
         tone=_tone,
         optional=True,
     ),
-    # In a terminal, which is narrow, where there are any.
-    Column("failed\nof n", _failed, lambda at: at.candidate.failures or None, where=TERMINAL, optional=True),
     Column(
         "failed\nof n",
         _failed,
-        lambda at: at.candidate.failures,
+        lambda at: at.candidate.failures or None,
+        where=BOTH,
         tone=lambda at: "bad" if at.candidate.failures else "",
+        optional=True,
     ),
-    Column("short of\ntarget", _short, lambda at: None if _target(at) is None else at.row.short, optional=True),
+    Column(
+        "short of\ntarget",
+        _short,
+        lambda at: (at.row.short or None) if _target(at) is not None else None,
+        optional=True,
+    ),
     valued("worst\nerror", lambda at: at.candidate.error, words.error, where=TERMINAL),
     valued(
         "worst\nerror",
         lambda at: at.candidate.error if math.isfinite(at.candidate.error) else None,
         words.error,
-        tone=lambda at: words.tone(at.candidate.error) if math.isfinite(at.candidate.error) else "",
+        tone=lambda at: (
+            "" if at.candidate.control or math.isinf(at.candidate.error) else words.tone(at.candidate.error)
+        ),
     ),
     Column("steps to\ntarget", _median_steps, _target, where=TERMINAL, optional=True),
     Column("steps to target", _steps, _target, optional=True),

@@ -76,27 +76,22 @@ def recommendations(verdict: Verdict) -> Table:
     """What to use under which requirement, each method once, with the evidence."""
     out = Table(box=None, title="what to use, by what you require", **_LEFT, padding=(0, 1, 0, 0))
     out.show_header = False
-    out.add_column(width=26)
+    out.add_column(width=28)
     out.add_column(ratio=1)
     groups, missing = grouped(verdict)
-    for words_, answer, more in groups:
+    for requirements, answer, more in groups:
         if answer.best is not None:
-            text = _evidence(verdict.summary, answer.best, "; ".join(more))
-            out.add_row(escape(words_), text + _related(answer))
+            text = _evidence(answer.best, "; ".join(more))
+            out.add_row(escape("\n".join(requirements)), text + _related(answer))
     for text in missing:
         requirement, _, reason = text.partition(": ")
         out.add_row(escape(requirement), escape(reason))
     return out
 
 
-def _evidence(summary: Summary, best: Candidate, more: str = "") -> str:
-    step = "" if best.step is None else f", step {best.step.value:.1f}×"
-    failed = f", failed {best.failures}/{best.runs}" if best.failures else ""
-    n, metric = best.score.n if best.score else 0, escape(summary.metric)
-    return (
-        f"[b]{escape(best.name)}[/] ({escape(best.choice)}){': ' + more if more else ''}\n"
-        f"{metric} {best.score}, n = {n}{failed}, error {words.error(best.error)}{step}"
-    )
+def _evidence(best: Candidate, more: str) -> str:
+    failed = f"; failed {best.failures}/{best.runs}" if best.failures else ""
+    return f"[b]{escape(best.name)}[/] ({escape(best.choice)}){failed}" + (f"\n{escape(more)}" if more else "")
 
 
 def _related(answer: Answer) -> str:

@@ -67,9 +67,9 @@ def table(summary: dict[str, Any], *, opening: bool = False) -> str:
     columns = {
         "weight": list(weights),
         "method": [w["method"] for w in weights.values()],
-        "‖XXᵀ−I‖_F/√p now": [f"{w['last']:.1e}" for w in weights.values()],
+        "‖XXᵀ−I‖_F/√p now": [f"{w['last']:.1e} at step {w['last_step']}" for w in weights.values()],
         f"worst of {max(w['measured'] for w in weights.values())} measurements": [
-            f"{w['worst']:.1e}" for w in weights.values()
+            f"{w['worst']:.1e} at step {w['worst_step']}" for w in weights.values()
         ],
     }
     if any(w["shortened"] is not None for w in weights.values()):

@@ -49,7 +49,7 @@ class Gauge:
             layers = errors(model)
             row |= {"worst": _worst(layers.values()), "orthogonality": layers, "shortened": {}}
             for weight in constrained_weights(model):
-                found = self._note(weight, layers[weight.name])
+                found = self._note(weight, layers[weight.name], row["step"])
                 if found["shortened"] is not None:
                     row["shortened"][weight.name] = found["shortened"]
         if probe is not None:
@@ -61,13 +61,18 @@ class Gauge:
         if joules is not None:
             row["gpu_energy_joules"], self._joules = joules - self._joules, joules
 
-    def _note(self, weight: ConstrainedWeight, last: float) -> dict[str, Any]:
-        tally, before = weight.binding.tally, self.weights.get(weight.name, {"worst": last, "measured": 0})
+    def _note(self, weight: ConstrainedWeight, last: float, step: int) -> dict[str, Any]:
+        tally, before = weight.binding.tally, self.weights.get(weight.name)
+        worst = last if before is None else _worst((last, before["worst"]))
+        # The first step with that error; of a NaN, which is equal to nothing, the first of all.
+        kept = before is not None and (worst == before["worst"] or before["worst"] != before["worst"])
         self.weights[weight.name] = {
             "method": weight.binding.constraint.name,
             "last": last,
-            "worst": _worst((last, before["worst"])),
-            "measured": before["measured"] + 1,
+            "last_step": step,
+            "worst": worst,
+            "worst_step": before["worst_step"] if before is not None and kept else step,
+            "measured": (before["measured"] if before is not None else 0) + 1,
             "steps": tally.steps,
             "shortened": None if tally.shortened is None else int(tally.shortened),
         }

@@ -249,8 +249,8 @@ class Monitor:
             ``steps``, ``seconds`` in them, ``seconds_per_step`` (median, q1, q3, n; None before the first),
             ``overhead``, and ``later_overhead``, that after the first second (None in it, and with ``every``), the
             memory fields, ``gpu_energy_joules`` of the whole time, ``gpu_reason``, and ``weights``: by name ``method``,
-            ``last`` and ``worst`` ‖XXᵀ − I‖_F/√p of the times it was ``measured``, optimizer ``steps``, how many were
-            ``shortened``.
+            ``last`` and ``worst`` ‖XXᵀ − I‖_F/√p of the times it was ``measured``, the steps at which they were taken
+            (``last_step``, ``worst_step``), optimizer ``steps``, how many were ``shortened``.
         """
         self._catch_up()
         self._settle()

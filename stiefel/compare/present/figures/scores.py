@@ -89,7 +89,7 @@ def against_cost(verdict: Verdict) -> Sheet | None:
         ax.xaxis.set_minor_locator(NullLocator())
         _names(ax, shown, styles)
 
-    return Sheet((Panel(draw, (4.2, 2.5), above=0.15),), columns=1)
+    return Sheet((Panel(draw, (4.1, 2.3), above=0.15),), columns=1)
 
 
 def _shown(verdict: Verdict) -> list[Candidate]:
@@ -163,7 +163,7 @@ def _along(ax: Any, verdict: Verdict, axis: str) -> None:
         chosen.set_minor_locator(NullLocator())
         chosen.set_major_formatter(POWERS)
     else:
-        chosen.set_major_locator(MaxNLocator(5))
+        chosen.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
 
 
 def _metric(verdict: Verdict) -> str:

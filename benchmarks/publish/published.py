@@ -2,7 +2,7 @@
 
     python benchmarks/publish/published.py run omdsm         run what of it is missing, beside what is published
     python benchmarks/publish/published.py collect omdsm     its records into results/omdsm
-    python benchmarks/publish/published.py readme            README.md, from README.md.j2 and results/
+    python benchmarks/publish/published.py readme            README.md and docs/published_claims.md, from results/
 
 Records go to ``runs/published/NAME``, a folder per comparison; a run that is stopped goes on where it stopped.
 """
@@ -10,6 +10,7 @@ Records go to ``runs/published/NAME``, a folder per comparison; a run that is st
 from __future__ import annotations
 
 import argparse
+import math
 import re
 import shlex
 import sys
@@ -60,6 +61,10 @@ ARGUMENTS = {
         --methods unconstrained spectral_norm own oni""",
 }
 """What is run, by name: ``stiefel compare benchmarks/…``."""
+DOCUMENTS = {"README.md.j2": "README.md", "published_claims.md.j2": "../docs/published_claims.md"}
+"""Templates, and what is written from them."""
+OVER = {"omdsm": "depth", "momentum": "depth"}
+"""Factors over which verdicts average, seed by seed."""
 
 
 def command(name: str) -> list[str]:
@@ -77,12 +82,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sub.add_argument("names", nargs="+", choices=list(ARGUMENTS))
         if action == "run":
             sub.epilog = "Further options go to stiefel compare: --jobs, --data-dir, --dry-run …"
-    actions.add_parser("readme", help="write README.md")
+    actions.add_parser("readme", help="write README.md and docs/published_claims.md")
     options, more = parser.parse_known_args(arguments)
     if more and options.action != "run":
         parser.error(f"unrecognized arguments: {' '.join(more)}")
     if options.action == "readme":
-        (HERE / "README.md").write_text(readme())
+        for template, path in DOCUMENTS.items():
+            (HERE / path).write_text(rendered(template))
         return 0
     for name in options.names:
         status = run(name, more) if options.action == "run" else collect(name, RUNS / name)
@@ -97,25 +103,25 @@ def run(name: str, more: Sequence[str]) -> int:
     status = cli.main([*command(name), *more])
     published = HERE / "results" / name
     if "--dry-run" not in more and status in (0, 1, 3) and published.is_dir():
-        print(beside(Report.read(RUNS / name).table(), tables.Result(published).summary))
+        print(beside(Report.read(RUNS / name).table(), result_of(name)))
     return status
 
 
-def beside(here: pd.DataFrame, published: pd.DataFrame) -> str:
+def beside(here: pd.DataFrame, published: tables.Result) -> str:
     """The scores of two runs of a comparison, and where their intervals are apart."""
-    score = tables.score_column(published)
-    both = here.merge(
-        published.replace({"method": RENAMED}), on=["setting", "method"], suffixes=("_here", "_published")
-    )
-    lines = [f"{len(both)} scores beside the published ones, here → published; ≠ where the 95 % intervals are apart:"]
-    for _, row in both.iterrows():
-        cells = [
-            str(Interval(row[f"{score}_{at}"], row[f"low_{at}"], row[f"high_{at}"], row[f"n_{at}"], "interval"))
-            for at in ("here", "published")
-        ]
-        apart = row["low_here"] > row["high_published"] or row["high_here"] < row["low_published"]
-        lines.append(f"{'≠' if apart else ' '} {row['setting']}, {row['method']}: {cells[0]} → {cells[1]}")
-    return "\n".join(lines)
+    score, lines = published.metric, []
+    for _, row in here.iterrows():
+        method = {new: old for old, new in RENAMED.items()}.get(row["method"], row["method"])
+        before = next((m for m in (method, row["method"]) if m in published.among(row["setting"])), None)
+        if before is None or pd.isna(row[score]):
+            continue
+        now = Interval(float(row[score]), float(row["low"]), float(row["high"]), int(row["n"]), "interval")
+        then = published.interval(before, row["setting"])
+        # What is not known is NaN, which is on no side of anything.
+        apart = row["low"] > (then.high or math.inf) or row["high"] < (then.low or -math.inf)
+        lines.append(f"{'≠' if apart else ' '} {row['setting']}, {row['method']}: {now} → {then}")
+    head = f"{len(lines)} scores beside the published ones, here → published; ≠ where the 95 % intervals are apart:"
+    return "\n".join([head, *lines])
 
 
 def collect(name: str, runs: Path) -> int:
@@ -187,8 +193,13 @@ def compact(rows: pd.DataFrame) -> pd.DataFrame:
     return rows.map(lambda value: float(f"{value:.6g}") if isinstance(value, float) else value)
 
 
-def readme() -> str:
-    """README.md as it is to be."""
+def result_of(name: str) -> tables.Result:
+    """A published comparison."""
+    return tables.Result(HERE / "results" / name, OVER.get(name, ""))
+
+
+def rendered(template: str) -> str:
+    """A document as it is to be, from its template and the results."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(HERE / "publish"),
         autoescape=False,  # Markdown
@@ -197,11 +208,19 @@ def readme() -> str:
         keep_trailing_newline=True,
         undefined=jinja2.StrictUndefined,
     )
-    results = {name: tables.Result(HERE / "results" / name) for name in ARGUMENTS}
+    environment.filters["exp"] = math.exp
+    results = {name: result_of(name) for name in ARGUMENTS}
     shown = {name: "stiefel " + shlex.join(command(name)) for name in ARGUMENTS}
-    text = environment.get_template("README.md.j2").render(
+    text = environment.get_template(template).render(
+        results=results,
         **{name.replace("-", "_"): result for name, result in results.items()},
         commands=shown,
+        totals=_totals(list(results.values())),
+        refused_costs=tuple(map(sum, zip(*(result.refused for result in results.values()), strict=True))),
+        copying="task copying, scale 1",
+        digits="task digits, scale 1",
+        pca="task pca, scale 1",
+        procrustes="task procrustes, scale 1",
         number=words.score,
         error=words.error,
         holds=holds,
@@ -211,6 +230,12 @@ def readme() -> str:
     )
     # A claim that holds leaves spaces behind, alone in a line or at the end of one: they go.
     return re.sub(r"[ \t]+$", "", re.sub(r"\n[ \t]+(?=\n)", "", text), flags=re.MULTILINE)
+
+
+def _totals(results: Sequence[tables.Result]) -> dict[str, list[int]]:
+    """Sums over the comparisons of what each counts of its best methods and of no constraint."""
+    counts = {what: [getattr(result, what)() for result in results] for what in ("compared", "claimed", "survive")}
+    return {what: [sum(part) for part in zip(*found, strict=True)] for what, found in counts.items()}
 
 
 def holds(claim: bool) -> str:

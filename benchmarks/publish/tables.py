@@ -2,25 +2,48 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
 import pandas as pd
 
-from stiefel.compare.analyse.statistics.scores import Interval
+from stiefel.compare.analyse.costs import STEADY
+from stiefel.compare.analyse.statistics.differences import Difference, Sample, family
+from stiefel.compare.analyse.statistics.scores import Interval, Metric, exp
+from stiefel.compare.analyse.summarize import scale_name
 from stiefel.compare.analyse.summary import dagger
 from stiefel.compare.present import formatting as words
 from stiefel.methods import control
 
+LOG = {"gap"}
+"""Metrics that span decades: ratios are compared."""
+DIGITS = 2e-6
+"""What the files' six digits leave of a score, relative to 1."""
+LARGEST = 20_000
+"""Examples of the largest test set that is looked for."""
+
 
 @dataclass(frozen=True)
 class Result:
-    """A published comparison: the files that ``published.py collect`` wrote."""
+    """A published comparison: the files that ``published.py collect`` wrote.
+
+    Methods are told apart by Welch's test with Holm's correction, in two families: every method against the control at
+    every point, and all pairs at all points. A point is a setting, or the mean over settings seed by seed where a
+    factor is averaged over. Each comparison is one tuning with fresh seeds, so all that is said holds at the rates that
+    it chose.
+
+    Args:
+        folder: of the files.
+        over: a factor that points average over; empty: none.
+    """
 
     folder: Path
+    over: str = ""
 
     @cached_property
     def summary(self) -> pd.DataFrame:
@@ -64,8 +87,13 @@ class Result:
     @cached_property
     def methods(self) -> list[str]:
         """The best in the mean first, by rank in each setting; those with known faults last."""
-        ranks = self.summary.assign(rank=self.summary["rank"].fillna(99)).groupby("method")["rank"].mean()
-        return sorted(ranks.index, key=lambda method: (method in self.faulty, ranks[method], method))
+        ranks: dict[str, list[int]] = {method: [] for method in dict.fromkeys(self.summary.method)}
+        for setting in self.settings:
+            order = sorted(self.among(setting), key=lambda method: self._place(method, setting))
+            for rank, method in enumerate(order, 1):
+                ranks[method].append(rank)
+        mean = {method: sum(places) / len(places) if places else math.inf for method, places in ranks.items()}
+        return sorted(mean, key=lambda method: (method in self.faulty, mean[method], method))
 
     @property
     def right(self) -> list[str]:
@@ -87,14 +115,94 @@ class Result:
         assert len(found) == 1, f"{self.name} has {len(found)} rows of {method!r} in {setting!r}"
         return found.iloc[0]
 
-    def interval(self, method: str, setting: str) -> Interval:
-        """Its score over fresh seeds."""
-        row = self.row(method, setting)
-        return Interval(row[self.metric], row["low"], row["high"], int(row["n"]), "interval")
+    @cached_property
+    def metric_of(self) -> Metric:
+        """What is compared; its resolution is found from the scores."""
+        name = self.metric.removeprefix("test_")
+        return Metric(name, self._higher, name in LOG, 0.0 if name in LOG else resolution(self._final.test_at_best))
 
-    def score(self, method: str, setting: str) -> float:
+    @cached_property
+    def _final(self) -> pd.DataFrame:
+        """The reported runs, each with the title of its setting."""
+        runs = self.runs[(self.runs.kind == "quality") & (self.runs.phase == "final")]
+        titles = {setting: [part.split(" ", 1) for part in setting.split(", ")] for setting in self.settings}
+
+        def title(run: pd.Series) -> str:
+            fits = (s for s, parts in titles.items() if all(_shown(run[name]) == value for name, value in parts))
+            return next(fits)
+
+        return runs.assign(setting=runs.apply(title, axis="columns"))
+
+    @cached_property
+    def points(self) -> dict[str, list[str]]:
+        """What verdicts are about, with the settings of each."""
+        found: dict[str, list[str]] = {}
+        for setting in self.settings:
+            parts = [part for part in setting.split(", ") if part.split(" ", 1)[0] != self.over]
+            found.setdefault(", ".join(parts), []).append(setting)
+        return found
+
+    @cached_property
+    def _samples(self) -> dict[tuple[str, str], Sample]:
+        """What tests compare, by method and point, and by method and setting; on a log scale the logarithms."""
+        places = self.points | {setting: [setting] for setting in self.settings}
+        methods = list(dict.fromkeys(self.summary.method))
+        found = {(method, at): self._sample(method, settings) for at, settings in places.items() for method in methods}
+        return {key: sample for key, sample in found.items() if sample.values}
+
+    def _sample(self, method: str, settings: Sequence[str]) -> Sample:
+        """The mean over settings, seed by seed, of the seeds that have a score in all."""
+        metric = self.metric_of
+        runs = self._final[(self._final.label == method) & self._final.setting.isin(settings)]
+        scores = runs.pivot_table(index="seed", columns="setting", values="test_at_best", dropna=False)
+        scores = scores.reindex(columns=list(settings))
+        if metric.log_scale:
+            scores = scores.map(metric.log)
+        values = scores.mean(axis="columns", skipna=False).dropna()
+        step = metric.resolution / math.sqrt(len(settings))
+        return Sample(tuple(values), step, (), len(scores) - len(values), metric.higher_is_better)
+
+    def among(self, at: str) -> list[str]:
+        """The methods with a score at a point or in a setting, by name."""
+        return sorted(method for method, place in self._samples if place == at)
+
+    @cached_property
+    def against_control(self) -> dict[tuple[str, str], Difference]:
+        """Every method against the control, by method and point: one family."""
+        keys = [
+            (method, at)
+            for at in self.points
+            if control() in self.among(at)
+            for method in self.among(at)
+            if method != control() and method not in self.faulty
+        ]
+        pairs = [(self._samples[method, at], self._samples[control(), at]) for method, at in keys]
+        return dict(zip(keys, family(pairs), strict=True))
+
+    @cached_property
+    def pairs(self) -> dict[tuple[str, str, str], Difference]:
+        """All pairs, by both methods and point: one family."""
+        keys = [(a, b, at) for at in self.points for a, b in itertools.combinations(self.among(at), 2)]
+        return dict(zip(keys, family([(self._samples[a, at], self._samples[b, at]) for a, b, at in keys]), strict=True))
+
+    def difference(self, first: str, second: str, at: str) -> Difference:
+        """The first's score less the second's; of logarithms where the metric spans decades."""
+        if second == control() and (first, at) in self.against_control:
+            return self.against_control[first, at]
+        if first == control() and (second, at) in self.against_control:
+            return self.against_control[second, at].turned
+        return self.pair(first, second, at)
+
+    def interval(self, method: str, at: str) -> Interval:
+        """The mean of its fresh seeds with the t interval; geometric on a log scale."""
+        sample = self._samples[method, at]
+        if self.metric_of.log_scale:
+            return Interval.mean(sample.values).map(exp)
+        return Interval.mean(sample.values, sample.resolution, sample.resolution**2)
+
+    def score(self, method: str, at: str) -> float:
         """Its score without the interval."""
-        return float(self.row(method, setting)[self.metric])
+        return self.interval(method, at).value
 
     def best(self, setting: str, among: Sequence[str] | None = None) -> str:
         """The method with the best score in a setting, of those given; by default of those without known faults."""
@@ -106,26 +214,98 @@ class Result:
 
     def lowest(self, settings: Sequence[str], among: Sequence[str] | None = None) -> float:
         """The smallest score of the methods in some settings."""
-        return float(self._scores(settings, among).min())
+        return min(self._scores(settings, among))
 
     def highest(self, settings: Sequence[str], among: Sequence[str] | None = None) -> float:
         """The largest score of the methods in some settings."""
-        return float(self._scores(settings, among).max())
+        return max(self._scores(settings, among))
 
-    def _scores(self, settings: Sequence[str], among: Sequence[str] | None) -> pd.Series:
-        rows = self.summary[self.summary.setting.isin(settings) & self.summary.method.isin(among or self.right)]
-        return rows[self.metric]
+    def _scores(self, settings: Sequence[str], among: Sequence[str] | None) -> list[float]:
+        return [
+            self.score(method, setting)
+            for setting in settings
+            for method in self.among(setting)
+            if method in (among or self.right)
+        ]
 
     def above(self, first: str, second: str, setting: str) -> bool:
-        """Whether one score's interval lies on the better side of the other's."""
-        if not (self.ran(first, setting) and self.ran(second, setting)):
+        """Whether the first is told apart from the second and better."""
+        if not {first, second} <= set(self.among(setting)):
             return False
-        a, b = (self.row(method, setting) for method in (first, second))
-        return bool(a["low"] > b["high"] if self._higher else a["high"] < b["low"])
+        found = self.difference(first, second, setting)
+        return bool(found.apart) and self.metric_of.better(found.value) > 0
+
+    def same(self, at: str, among: Sequence[str] | None = None) -> list[str]:
+        """The best of a point, and what cannot be told from it."""
+        known = [method for method in self.methods if method in (among or self.right) and method in self.among(at)]
+        best = self.best(at, known)
+        return [m for m in known if m == best or not self.above(best, m, at)]
+
+    def gains(self, at: str) -> list[str]:
+        """The methods that are told apart from the control and better."""
+        return [method for method in self.constrained if self.above(method, control(), at)]
+
+    def losses(self, at: str) -> list[str]:
+        """The methods that are told apart from the control and worse."""
+        return [method for method in self.constrained if self.above(control(), method, at)]
+
+    def below(self, method: str, at: str) -> list[str]:
+        """The methods without known faults from which one is told apart, and better."""
+        return [other for other in self.right if other != method and self.above(method, other, at)]
+
+    def findable(self, at: str) -> float:
+        """The smallest difference from the control that would have been found 4 times in 5, the median over methods."""
+        found = [d.detectable for (_, point), d in self.against_control.items() if point == at]
+        return float(pd.Series(found).median())
 
     def wins(self, first: str, second: str) -> list[str]:
-        """The settings in which ``first`` is above ``second``."""
-        return [setting for setting in self.settings if self.above(first, second, setting)]
+        """The points at which ``first`` is told apart from ``second`` and better."""
+        return [at for at in self.points if self.above(first, second, at)]
+
+    def compared(self) -> tuple[int, int]:
+        """How many rivals the best methods of all settings have, and how many the control."""
+        rows = self.summary[~self.summary.method.isin(self.faulty) & self.summary[self.metric].notna()]
+        sizes = [(len(group) - 1, bool((group.method == control()).any())) for _, group in rows.groupby("setting")]
+        return sum(size for size, _ in sizes), sum(size for size, controlled in sizes if controlled)
+
+    def claimed(self) -> tuple[int, int]:
+        """Of these, how many the rule of 0.1.0 told apart.
+
+        Its intervals were bootstrapped from an interquartile mean; two were told apart where they did not overlap.
+        """
+        rows = self.summary[~self.summary.method.isin(self.faulty)]
+        best = beside = 0
+        for _, group in rows.groupby("setting"):
+            scored = group[group[self.metric].notna()]
+            order = scored.sort_values(self.metric, ascending=not self._higher)
+            best += sum(_clear(order.iloc[0], other) for _, other in order.iloc[1:].iterrows())
+            base = scored[scored.method == control()]
+            others = scored[scored.method != control()]
+            beside += sum(_clear(base.iloc[0], other) for _, other in others.iterrows()) if len(base) else 0
+        return best, beside
+
+    def survive(self) -> tuple[int, int]:
+        """What of that the tests of single settings tell apart, Holm's correction over all of them."""
+        best = beside = 0
+        rows = self.summary[~self.summary.method.isin(self.faulty)]
+        single = replace(self, over="") if self.over else self
+        for setting, group in rows.groupby("setting"):
+            scored = group[group[self.metric].notna()]
+            order = scored.sort_values(self.metric, ascending=not self._higher)
+            first, methods = order.iloc[0], set(single.among(str(setting)))
+            for _, other in order.iloc[1:].iterrows():
+                if _clear(first, other) and {first.method, other.method} <= methods:
+                    best += bool(single.pair(first.method, other.method, str(setting)).apart)
+            base = scored[scored.method == control()]
+            for _, other in scored[scored.method != control()].iterrows():
+                if len(base) and _clear(base.iloc[0], other) and other.method in methods:
+                    beside += bool(single.against_control[other.method, str(setting)].apart)
+        return best, beside
+
+    def pair(self, first: str, second: str, at: str) -> Difference:
+        """The difference of two methods in the family of all pairs."""
+        found = self.pairs.get((first, second, at))
+        return found if found is not None else self.pairs[second, first, at].turned
 
     def leads(self, method: str, among: Sequence[str] | None = None) -> list[str]:
         """The settings in which it is the best, of those given."""
@@ -138,11 +318,27 @@ class Result:
         return float(rows[where].degrees.median())
 
     def ratio(self, method: str) -> float:
-        """Its step time over the control's, geometric mean over the points of the grid."""
-        if "step_ratio" not in self.summary:  # there was no cost pass
-            return math.nan
-        values = self.summary[self.summary.method == method].step_ratio.dropna()
-        return math.exp(values.map(math.log).mean()) if len(values) else math.nan
+        """Its step time over the control's, geometric mean over points with credible times; NaN without any."""
+        values = [ratio for label, ratio, believed in self._costs if label == method and believed]
+        return math.exp(sum(map(math.log, values)) / len(values)) if values else math.nan
+
+    @cached_property
+    def _costs(self) -> list[tuple[str, float, bool]]:
+        """Method, ratio, and whether the quartiles of both times are narrow enough, of each cost run."""
+        runs = self.runs[(self.runs.kind == "cost") & (self.runs.status == "done")]
+        if not len(runs):
+            return []
+        found = []
+        for label, ratio, text in zip(runs.label, runs.step_ratio, runs.step_seconds, strict=True):
+            times = json.loads(text).values()
+            steady = all(time["q3"] - time["q1"] <= STEADY * time["median"] for time in times)
+            found.append((str(label), float(ratio), steady))
+        return found
+
+    @property
+    def refused(self) -> tuple[int, int]:
+        """How many cost runs are not credible, and how many there are."""
+        return sum(not believed for _, _, believed in self._costs), len(self._costs)
 
     def error(self, method: str) -> float:
         """The worst orthogonality error of any reported run."""
@@ -202,41 +398,77 @@ class Result:
         )
 
     def scores(self, settings: Sequence[str], *, faulty: bool = False) -> str:
-        """A table: methods, their score in each setting with its interval and the chosen rate, worst error, cost."""
+        """A table: methods, their score in each setting with its interval and the chosen rate, worst error, cost.
+
+        Where a factor is averaged over, also the mean of these settings. Bold, at points: the best without known
+        faults, and what cannot be told from it.
+        """
         methods = [m for m in self.methods if (m in self.faulty) == faulty]
-        top = {setting: self.best(setting) for setting in settings}
-        lines = [
-            [
-                f"`{m}`",
-                *(self._cell(m, s, bold=top[s] == m) for s in settings),
-                words.error(self.error(m)),
-                self._step(m),
-            ]
-            for m in methods
-        ]
-        return markdown(["method", *settings, "worst error", "step"], lines)
+        means = [at for at, inside in self.points.items() if self.over and set(inside) <= set(settings)]
+        top = {at: self.same(at) for at in self.points}
+        lines = []
+        for m in methods:
+            cells = [self._cell(m, s, bold=m in top.get(s, ())) for s in settings]
+            cells += [self._mean(m, at, bold=m in top[at]) for at in means]
+            lines.append([f"`{m}`", *cells, words.error(self.error(m)), self._step(m)])
+        return markdown(["method", *settings, *(f"mean, {at}" for at in means), "worst error", "step"], lines)
+
+    def _mean(self, method: str, at: str, bold: bool) -> str:
+        if method not in self.among(at):
+            return words.NONE
+        text = _brief(self.interval(method, at))
+        return f"**{text}**" if bold else text
 
     def _step(self, method: str) -> str:
-        return words.NONE if math.isnan(self.ratio(method)) else f"{self.ratio(method):.2f}×"
+        if math.isnan(self.ratio(method)):
+            return words.DOUBTED if any(label == method for label, _, _ in self._costs) else words.NONE
+        return "1" if method == control() else f"{self.ratio(method):.2g}×"
 
     def _cell(self, method: str, setting: str, bold: bool) -> str:
         if not self.ran(method, setting):
             return words.NONE
         row = self.row(method, setting)
-        if row.state != "scored":
+        if method not in self.among(setting):
             return str(row.state)
         text = _brief(self.interval(method, setting))
-        failed = "" if row.failed == 0 else f", {row.failed:.0f}/{row.runs:.0f} short"
+        runs = self._final[(self._final.label == method) & (self._final.setting == setting)]
+        short = int((runs.status == "target missed").sum())
+        told = f", {short}/{len(runs)} short" if short else ""
         edge = "*" if row.lr_on_edge else ""
-        return f"{f'**{text}**' if bold else text} at {row.lr:g}{edge}{failed}"
+        return f"{f'**{text}**' if bold else text} at {row.lr:g}{edge}{told}"
 
     def _place(self, method: str, setting: str) -> float:
-        score = self.score(method, setting) if self.ran(method, setting) else math.nan
+        score = self.score(method, setting) if method in self.among(setting) else math.nan
         return math.inf if math.isnan(score) else -score if self._higher else score
 
     @property
     def _higher(self) -> bool:
         return bool(self.runs.higher_is_better.dropna().iloc[0])
+
+
+def _clear(first: pd.Series, other: pd.Series) -> bool:
+    """Whether the published intervals of two rows have no point in common."""
+    return bool(first["low"] > other["high"] or first["high"] < other["low"])
+
+
+def resolution(scores: pd.Series) -> float:
+    """1 / examples of the smallest test set of which all scores are whole numbers of examples; 0 without any."""
+    values = scores.dropna().to_numpy()
+    if not len(values) or values.min() < 0 or values.max() > 1:
+        return 0.0
+    for examples in range(10, LARGEST):
+        counts = values * examples
+        if abs(counts - counts.round()).max() <= DIGITS * examples:
+            return 1 / examples
+    return 0.0
+
+
+def _shown(value: object) -> str:
+    """The value of a factor as titles have it."""
+    try:
+        return scale_name(float(str(value)))
+    except ValueError:
+        return scale_name(str(value))
 
 
 def score_column(summary: pd.DataFrame) -> str:

@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+import pandas as pd
 import published
 import pytest
 import tables
@@ -37,8 +38,10 @@ def test_every_command_is_a_plan(name, monkeypatch, capsys, tmp_path):
     assert f"runs/published/{name}" in said
 
 
-def test_the_readme_is_what_the_records_say():
-    assert (ROOT / "benchmarks" / "README.md").read_text() == published.readme(), "run `make docs`"
+@pytest.mark.parametrize("template", published.DOCUMENTS)
+def test_a_document_is_what_the_records_say(template):
+    path = ROOT / "benchmarks" / published.DOCUMENTS[template]
+    assert path.read_text() == published.rendered(template), "run `make docs`"
 
 
 def test_the_published_files_are_small_and_know_no_machine():
@@ -95,19 +98,67 @@ def test_tables_keep_known_faults_apart(result):
 
 def test_a_rerun_is_set_beside_what_is_published(result, tmp_path):
     here = read_report(tmp_path / "runs").table()
-    same = published.beside(here, result.summary)
+    same = published.beside(here, result)
     assert same.splitlines()[0].startswith("16 scores beside the published ones")
     assert "≠ depth" not in same
     moved = here.assign(test_accuracy=here.test_accuracy - 0.5, low=here.low - 0.5, high=here.high - 0.5)
-    assert published.beside(moved, result.summary).count("≠ depth") == 16
+    assert published.beside(moved, result).count("≠ depth") == 16
 
 
-def test_a_method_of_another_name_is_set_beside_itself(result, tmp_path):
+def test_a_method_of_another_name_is_set_beside_itself(result, tmp_path, monkeypatch):
+    monkeypatch.setattr(published, "RENAMED", {"soft": "penalty"})
     here = read_report(tmp_path / "runs").table()
-    assert {"soft"} < set(here.method)
-    (old, new), *_ = published.RENAMED.items()
-    said = published.beside(here.replace({"method": {"soft": new}}), result.summary.replace({"method": {"soft": old}}))
+    said = published.beside(here.replace({"method": {"soft": "penalty"}}), result)
     assert said.startswith("16 scores beside")
+    assert "scale 1, penalty: " in said
+
+
+def test_scores_are_means_with_t_intervals_and_names_their_resolution(result, tmp_path):
+    """As the report of the same records has them; the files hold six digits."""
+    rows = read_report(tmp_path / "runs").table().set_index(["setting", "method"])
+    for (setting, method), row in rows.iterrows():
+        found = result.interval(method, setting)
+        expected = [row["test_accuracy"], row["low"], row["high"]]
+        assert [found.value, found.low, found.high] == pytest.approx(expected, rel=2e-5)
+
+
+@pytest.mark.parametrize(
+    ("examples", "scores"), [(1536, (0.793620, 0.854167)), (512, (0.998047, 0.5)), (0, (0.1234, 2.5))]
+)
+def test_the_size_of_a_test_set_is_found_from_scores(examples, scores):
+    assert tables.resolution(pd.Series(scores)) == (pytest.approx(1 / examples) if examples else 0.0)
+
+
+def test_points_average_over_a_factor_and_control_the_error_of_all(result):
+    means = tables.Result(result.folder, over="depth")
+    assert means.points == {
+        "scale 1": ["depth 4, scale 1", "depth 8, scale 1"],
+        "scale √2": ["depth 4, scale √2", "depth 8, scale √2"],
+    }
+    each = [means.score("own", setting) for setting in means.points["scale 1"]]
+    assert means.score("own", "scale 1") == pytest.approx(sum(each) / 2)
+    assert len(means.against_control) == 2 * 2, "own and soft at two scales; known faults are in no family with none"
+    assert len(means.pairs) == 2 * 6
+    assert set(means.losses("scale 1")) == {"own", "soft"}
+    assert means.same("scale 1") == ["unconstrained"]
+    assert "mean, scale 1" in means.scores(means.where("scale 1"))
+
+
+def test_times_of_a_busy_machine_are_not_published(result):
+    assert result.refused == (0, 8)
+    loud = result.runs.assign(
+        step_seconds=result.runs.step_seconds.str.replace(r'"q3": [\d.]+', '"q3": 9.0', regex=True)
+    )
+    busy = tables.Result(result.folder)
+    busy.__dict__["runs"] = loud
+    assert busy.refused == (8, 8)
+    assert "not credible" in busy.scores(busy.where("scale 1"))
+
+
+def test_what_an_old_rule_claimed_is_counted_beside_what_stands(result):
+    (rivals, controlled), claimed, survive = result.compared(), result.claimed(), result.survive()
+    assert (rivals, controlled) == (8, 8)  # three right methods in four settings
+    assert claimed == survive == (4, 4), "`own` in each setting; the interval of `soft` meets that of the control"
 
 
 def test_a_sentence_must_not_outlive_its_numbers():

@@ -36,7 +36,7 @@ lint: .venv/.installed
 	$(BIN)/mypy
 
 docs: .venv/.installed
-	$(BIN)/python tests/docs/test_readme.py
+	PYTHONPATH=tests/support $(BIN)/python tests/docs/test_readme.py
 	$(BIN)/python benchmarks/publish/published.py readme
 	$(BIN)/jupyter execute --inplace notebooks/*.ipynb
 

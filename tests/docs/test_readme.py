@@ -4,6 +4,7 @@ Run as a script, this file writes the generated parts.
 """
 
 import csv
+import json
 import re
 import subprocess
 import sys
@@ -14,26 +15,39 @@ from documents import COMPARISON, DOCUMENTS, METHODS, README, ROOT, TRAINING, sn
 
 import stiefel
 from stiefel.compare import cli
+from stiefel.compare.analyse.statistics.scores import Interval
+from stiefel.compare.present import formatting as words
 from stiefel.methods import table
 
-RESULTS = ROOT / "docs" / "omdsm.csv"
+RESULTS, VERDICT = ROOT / "docs" / "omdsm.csv", ROOT / "docs" / "omdsm.json"
 
 
 def results() -> str:
-    """The table of the committed comparison."""
+    """The verdict and the table of the committed comparison."""
     rows = list(csv.DictReader(RESULTS.read_text().splitlines()))
-    what = f"{rows[0]['cores']} CPU cores ({rows[0]['cpu']}), torch {rows[0]['torch']}, code {rows[0]['commit']}"
-    head = f"Every setting of that run, from its records ({what}):\n\n"
-    head += "| setting | method | best lr | test accuracy [95 %] | worst error | steps to target | step cost |\n"
+    (verdict,) = json.loads(VERDICT.read_text())["problems"]
+    where = f"{rows[0]['cores']} CPU cores ({rows[0]['cpu']}), torch {rows[0]['torch']}, code {rows[0]['commit']}"
+    said = "".join(f"> {sentence}\n" for sentence in verdict["sentences"])
+    head = f"That run said ({where}):\n\n{said}\n"
+    head += (
+        "| method | best lr | test accuracy [95 %] | worst error | short of target | steps to target | step cost |\n"
+    )
     head += "|---|---|---|---|---|---|---|\n"
     lines = []
     for row in rows:
-        low, high = float(row["low"]), float(row["high"])
-        steps = "∞" if row["steps_to_target"] == "inf" else f"{float(row['steps_to_target']):.0f}"
-        test = f"{float(row['test_accuracy']):.3f} [{low:.3f}, {high:.3f}], n = {row['n']}"
-        error = f"{float(row['error_worst']):.0e}"
-        cells = [row["setting"], f"`{row['method']}`", f"{float(row['lr']):g}", test, error, steps]
-        lines.append(f"| {' | '.join(cells)} | {float(row['step_ratio']):.1f}× |\n")
+        test = str(Interval(*(float(row[end]) for end in ("test_accuracy", "low", "high")), int(row["n"]), "interval"))
+        steps = "not reached" if row["steps_to_target"] == "inf" else f"{float(row['steps_to_target']):.0f}"
+        short = f"{row['short_of_target']} of {row['runs']}"
+        cost = f"{float(row['step_ratio']):.1f}×" if row["step_ratio"] else "not credible"
+        cells = [
+            f"`{row['method']}`",
+            f"{float(row['lr']):.2g}",
+            test,
+            words.error(float(row["error_worst"])),
+            short,
+            steps,
+        ]
+        lines.append(f"| {' | '.join(cells)} | {cost} |\n")
     return head + "".join(lines)
 
 

@@ -6,6 +6,7 @@ The options are those of every comparison, and one for each of the problem's fac
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import typing
 from collections.abc import Mapping, Sequence
@@ -145,7 +146,7 @@ def _protocol(parser: argparse.ArgumentParser) -> None:
 def _where(parser: argparse.ArgumentParser) -> None:
     where = parser.add_argument_group("where and how it runs")
     where.add_argument("--out", type=Path, default=Path("runs"), help="folder for the records (default runs/)")
-    where.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    where.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="what the runs train on (default cpu)")
     where.add_argument("--jobs", type=_count, help="runs at a time (default: one per core, or per GPU)")
     where.add_argument("--processes", type=_count, default=1, help="per run, under torchrun (default 1: without it)")
     _limits(where)
@@ -181,10 +182,11 @@ def _default(f: Any) -> Any:
 
 
 def _positive(text: str) -> float:
-    value = float(text)
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"expected a positive, finite number, got {text}")
-    return value
+    with contextlib.suppress(ValueError):  # argparse would name this function
+        value = float(text)
+        if 0 < value < float("inf"):
+            return value
+    raise argparse.ArgumentTypeError(f"expected a positive, finite number, got {text}")
 
 
 def _count(text: str) -> int:

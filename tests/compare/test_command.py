@@ -4,6 +4,7 @@ import json
 
 import pytest
 from common import compare
+from records import comparison
 
 from stiefel.compare import cli, load_problem
 from stiefel.compare.plan.plan import Plan
@@ -77,3 +78,28 @@ def test_dry_run_estimates_from_what_has_ended(toy, capsys):
     assert cli.main([*arguments, "--dry-run", "--jobs", "2", "--no-cost"]) == 0
     said = capsys.readouterr().out  # (2 + 8 + 5) runs of a minute, two at a time, of which one has ended
     assert "from scratch about 7 min 30 s, about 7 min 00 s left; estimated from 1 finished training runs" in said
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "expected"),
+    [
+        ("--timeout", "soon", "expected a positive, finite number, got soon"),
+        ("--lr", "-1", "expected a positive, finite number, got -1"),
+        ("--lr", "nan", "expected a positive, finite number, got nan"),
+        ("--jobs", "0", "expected a whole number ≥ 1, got 0"),
+        ("--studies", "many", "expected a whole number ≥ 1, got many"),
+    ],
+)
+def test_a_number_that_is_none_says_what_was_expected(toy, capsys, option, value, expected):
+    with pytest.raises(SystemExit) as raised:
+        cli.main(["compare", str(toy), "--methods", "own", f"{option}={value}", "--dry-run"])
+    assert raised.value.code == 2
+    assert expected in capsys.readouterr().err
+
+
+def test_open_shows_the_page(tmp_path, monkeypatch):
+    comparison(tmp_path / "runs", {"own": (0.9, 1e-8), "unconstrained": (0.9, 1.0)})
+    shown = []
+    monkeypatch.setattr("webbrowser.open", lambda address: shown.append(address) or True)
+    assert cli.main(["report", str(tmp_path / "runs"), "--open"]) == 0
+    assert shown == [(tmp_path / "runs" / "report.html").resolve().as_uri()]

@@ -50,6 +50,11 @@ class ExecutionOptions:
     executor_options: dict[str, Any] = field(default_factory=dict)
     retry_failed: bool = False
 
+    @property
+    def forked(self) -> bool:
+        """Whether training runs on the CPU are forked from a server here, which has imported all."""
+        return self.processes == 1 and executors.engine(self.executor).here
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -115,7 +120,7 @@ class Comparison:
             for record in (read_all([execution.root])[0] if execution.root.is_dir() else [])
             if (record.spec.problem, record.spec.digest, record.spec.device) == (plan.problem, plan.digest, plan.device)
         }
-        pace = estimate.Pace(records.values())
+        pace = estimate.Pace(records.values(), forked=execution.forked)
         if not pace.quality:
             return "no estimate yet: it is based on finished runs of this problem, and the records folder has none"
         # Records that --retry-failed replaces still show the pace, but their runs are yet to come.
@@ -128,7 +133,7 @@ class Comparison:
     def run(self) -> list[Record]:
         """Run what is missing, stage by stage; returns the records of all."""
         plan, execution = self.plan, self.execution
-        if plan.device == "cpu" and executors.engine(execution.executor).here:
+        if plan.device == "cpu" and execution.forked:
             start_server()  # remote workers and CUDA runs start new interpreters and need none
         start = time.monotonic()
         known: dict[str, Record] = {}
@@ -171,7 +176,7 @@ class Comparison:
 
     def _left(self, known: Mapping[str, Record]) -> float | None:
         """The seconds that the rest may take, judged by the runs that have ended."""
-        pace = estimate.Pace(known.values(), start=lambda module: estimate.STARTS)
+        pace = estimate.Pace(known.values(), lambda module: estimate.STARTS, forked=self.execution.forked)
         if not pace.quality:
             return None
         rest = estimate.left(self.plan, known, cost=self.cost, extend=self.extend)

@@ -60,10 +60,13 @@ class Pace:
     Args:
         records: runs of one problem on one device that have ended.
         start: seconds that a new process takes to import a module.
+        forked: whether quality runs on the CPU are forked: not under torchrun, nor on other machines.
     """
 
-    def __init__(self, records: Iterable[Record], start: Callable[[str], float] | None = None) -> None:
-        self._start = start or start_seconds
+    def __init__(
+        self, records: Iterable[Record], start: Callable[[str], float] | None = None, *, forked: bool = True
+    ) -> None:
+        self._start, self._forked = start or start_seconds, forked
         self.quality, self.cost, self.step = Times(), Times(), Times()
         self.ended = 0
         for record in records:
@@ -81,7 +84,7 @@ class Pace:
         training = [run for run in runs if run.kind == "quality"]
         quality = sum(self.quality.of(run) for run in training)
         # A new interpreter starts for each, before the clock of wall_seconds does.
-        if any(run.device != "cpu" for run in training):
+        if not self._forked or any(run.device != "cpu" for run in training):
             quality += len(training) * self._start("stiefel.compare.worker.main")
         # As if the jobs were busy all the time: a lower bound where the last runs of a stage leave some idle.
         return quality / jobs + sum(self._cost(run) for run in runs if run.kind == "cost")

@@ -43,6 +43,8 @@ def test_a_cost_run_starts_a_process_and_steps_the_method_and_the_control():
     both = [spec(method="own"), spec(method="unconstrained")]
     assert pace.seconds(both, 2) == pytest.approx(8.0)
     assert pace.seconds([replace(run, device="cuda") for run in both], 1) == pytest.approx(16 + 2 * 2)
+    apart = estimate.Pace([trained(spec(method="own"), 9.0, step=0.1)], forked=False)  # under torchrun, or elsewhere
+    assert apart.seconds([spec(method="own")], 1) == pytest.approx(9 + 2)
 
 
 def test_without_the_control_no_step_beside_is_longer_than_the_methods():

@@ -108,7 +108,7 @@ def _names(ax: Any, shown: Sequence[Candidate], styles: Styles) -> None:
         if len(found) > NAMED and (candidate.label in named or styles[candidate.label]["label"] == OTHER["label"]):
             continue
         named.add(candidate.label)
-        name = short_name(candidate.name)
+        name = short_name(candidate.name if len(found) <= NAMED else candidate.label)
         wide = LETTER * len(name)
         places = [np.add(dot, (side * (0.09 + wide / 2), up)) for up in (0.09, -0.09, 0.24, -0.24) for side in (1, -1)]
         places += [np.add(dot, (0, up)) for up in (0.18, -0.18, 0.33, -0.33)]

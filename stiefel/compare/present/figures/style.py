@@ -83,7 +83,7 @@ STYLE: Any = {
 
 def short_name(label: str) -> str:
     """A method's name, cut where a legend would become wide."""
-    return label if len(label) < 25 else label[:23] + "…"
+    return label if len(label) < 27 else label[:25] + "…"
 
 
 def highlighted(summary: Summary) -> list[str]:

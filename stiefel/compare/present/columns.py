@@ -133,7 +133,6 @@ RESULTS: tuple[Column[Line], ...] = (
     Column("rate, knobs", lambda at: words.choice(at.row), VALUES["lr"]),
     replace(_SCORE, heading="test {metric}\n[95 %]", where=TERMINAL),
     _SCORE,
-    Column("n", lambda at: str(at.row.runs)),
     Column("failed\nof n", lambda at: f"{VALUES['failed'](at)}/{at.row.runs}", where=TERMINAL),
     Column(
         "failed",

@@ -531,6 +531,41 @@ def test_a_click_on_a_heading_sorts_its_table(root, tmp_path):
     assert [float(value) for value in values[:-1]] == [rows[name].test.value for name in names[:-1]]
 
 
+FRAMES = """<body>
+<iframe src="report.html" style="width: 1280px; height: 900px; border: 0"></iframe>
+<iframe src="report.html" style="width: 390px; height: 844px; border: 0"></iframe>
+<script>
+addEventListener("load", () => {
+  const told = [...document.querySelectorAll("iframe")].map(({contentDocument: page}) => {
+    page.querySelectorAll("details").forEach(part => (part.open = true));
+    const all = (what, of) => [...page.querySelectorAll(what)].map(of), root = page.documentElement;
+    const beyond = part => part.scrollWidth - part.clientWidth;
+    return [beyond(root), Math.max(...all(".scroll", beyond)),
+      Math.max(...all(".sortable td:first-child", cell => cell.offsetWidth)) / root.clientWidth,
+      page.querySelector(".verdict").getBoundingClientRect().bottom / page.defaultView.innerHeight];
+  });
+  document.body.innerHTML = "<pre>" + JSON.stringify(told) + "</pre>";
+});
+</script>"""
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs a Chromium")
+def test_the_page_fits_a_screen_and_a_phone(tmp_path):
+    root, names = tmp_path / "runs", {"torch_orthogonal": (0.7, 1e-6)}
+    comparison(root, LEVELS | names, scales=(1.0, "relu"), signals=True, faults=True, seeds=10)
+    (tmp_path / "report.html").write_text(page(root))
+    (tmp_path / "frames.html").write_text(FRAMES)
+    browser = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}"]
+    options = ["--allow-file-access-from-files", "--dump-dom", (tmp_path / "frames.html").as_uri()]
+    dumped = subprocess.run([*browser, *options], capture_output=True, text=True, timeout=120)
+    screen, phone = json.loads(re.search(r"<pre>(\[.*\])</pre>", dumped.stdout)[1])
+    for beside, _, _, verdict in (screen, phone):
+        assert beside <= 0, "the page does not scroll sideways"
+        assert verdict < 0.6, "the answer is above the fold"
+    assert screen[1] <= 0, "every table fits"
+    assert phone[2] < 0.36, "names leave two thirds of a phone to numbers"
+
+
 def test_what_records_say_is_text_and_not_markup(root):
     reason = "<script>alert(1)</script> [rank0]: [bold]"
     write(root, spec(method="own", lr=0.3), "error", reason)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -45,10 +46,18 @@ class RunLock:
         os.ftruncate(self.descriptor, 0)
         os.pwrite(self.descriptor, who.encode(), 0)
 
+    def _forget_host(self) -> None:
+        """Leave no name of a machine in a folder that may be handed on."""
+        with contextlib.suppress(OSError, ValueError):
+            who = json.loads(os.pread(self.descriptor, 4096, 0))
+            os.ftruncate(self.descriptor, 0)
+            os.pwrite(self.descriptor, (json.dumps({"pid": who["pid"]}) + "\n").encode(), 0)
+
     def close(self) -> None:
         """Close this process's copy of the open file."""
         # No LOCK_UN: it would end the lock for the other process that shares the open file too.
         if self.descriptor >= 0:
+            self._forget_host()
             os.close(self.descriptor)
             self.descriptor = -1
 

@@ -16,6 +16,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from stiefel.compare.record.portable import portable
 from stiefel.compare.record.spec import SCHEMA, RunSpec
 from stiefel.errors import StorageError
 
@@ -71,9 +72,9 @@ class RunFolder:
         leave_if_copied(self._process)
         outcome = {**outcome, "ended": datetime.now(UTC).isoformat(timespec="microseconds")}
         if outcome.get("reason") is not None:
-            outcome["reason"] = readable(str(outcome["reason"]), REASON)
+            outcome["reason"] = readable(portable(str(outcome["reason"])), REASON)
         if "traceback" in outcome:
-            outcome["traceback"] = [readable(str(line), LINE) for line in outcome["traceback"][-LINES:]]
+            outcome["traceback"] = [readable(portable(str(line)), LINE) for line in outcome["traceback"][-LINES:]]
         record = {**_plain({**outcome, "environment": environment}), "spec": _finite(self.spec.to_dict())}
         text = json.dumps({"schema": SCHEMA, "hash": self.spec.hash, **record}, indent=1)
         # In the same folder: a rename is atomic within one file system only.

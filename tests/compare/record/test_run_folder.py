@@ -9,6 +9,7 @@ from datetime import datetime
 import pytest
 from specs import spec
 
+from stiefel.compare.record.lock import RunLock
 from stiefel.compare.record.records import read
 from stiefel.compare.record.run_folder import LINE, LINES, REASON, RunFolder, readable
 
@@ -86,3 +87,23 @@ def test_a_forked_copy_of_a_run_writes_nothing_and_ends(folder, write):
         assert len((folder.path / "metrics.jsonl").read_text().splitlines()) == 1
     else:
         assert read(folder.path).reason == f"by {os.getpid()}"
+
+
+def test_what_is_written_names_no_folder_and_no_machine(folder, monkeypatch):
+    monkeypatch.setattr("stiefel.compare.record.lock.socket.gethostname", lambda: "my-laptop")
+    home = os.path.expanduser("~")
+    with RunLock.take(folder.path):
+        assert "my-laptop" in (folder.path / "claim").read_text(), "who looks while it runs is told where"
+        where = [
+            f'  File "{home}/work/problem.py", line 3, in loss',
+            f'  File "{home}/v/lib/site-packages/torch/nn.py"',
+        ]
+        folder.finish({"status": "error", "reason": f"no {home}/data", "traceback": where, "summary": {}}, {})
+    for file in ("run.json", "claim"):
+        text = (folder.path / file).read_text()
+        assert home not in text
+        assert "my-laptop" not in text
+    record = read(folder.path)
+    assert record.reason == "no ~/data"
+    assert "site-packages/torch/nn.py" in record.traceback[1]
+    assert json.loads((folder.path / "claim").read_text()) == {"pid": os.getpid()}

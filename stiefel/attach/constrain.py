@@ -17,6 +17,7 @@ from stiefel.attach.prefetch import prefetch_below, stop_prefetch
 from stiefel.attach.select import Target, layout_of, select
 from stiefel.attach.tagging import tag_weight, untag_weight
 from stiefel.attach.weights import ConstrainedWeight, add_quick_access, bind, bindings_of, constrained_weights, unbind
+from stiefel.compat.sharding import is_sharded, write
 from stiefel.compat.torch_private import parameters_of
 from stiefel.constraint import ROUNDING, Binding, Constraint, Reparameterization
 from stiefel.errors import LayoutError, OptionError, WeightError
@@ -101,8 +102,18 @@ def release(module: nn.Module) -> nn.Module:
     """Take all constraints off a module, in place: ordinary layers and parameters with the current weights remain.
 
     For saving, export and inference. A module without constraints is returned as it is.
+
+    Raises:
+        WeightError: a weight is computed from a proxy that is sharded.
     """
     weights = list(constrained_weights(module, ties=True))
+    for found in weights:
+        if found.parametrization is not None and is_sharded(found.parameter):
+            raise WeightError(
+                f"weight '{found.name}' is computed from a sharded proxy, which fully_shard holds on to; collect the "
+                "whole state (torch.distributed.checkpoint.state_dict.get_model_state_dict with full_state_dict=True), "
+                "load it into a constrained model that is not sharded, and release that"
+            )
     values = {id(found.parameter): (found.parameter, found.value.detach().clone()) for found in weights}
     # In reverse: each position was counted after the tensors attached before had left the list of parameters.
     for found in reversed(weights):
@@ -118,7 +129,7 @@ def release(module: nn.Module) -> nn.Module:
     for each in module.modules():  # each submodule on which constrain was called has hooks of its own
         stop_prefetch(each)
     for parameter, value in values.values():
-        parameter.copy_(value)  # with tied layers, releasing the first has changed what the others compute
+        write(parameter, value)  # with tied layers, releasing the first has changed what the others compute
     return module
 
 

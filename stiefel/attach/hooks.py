@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from stiefel.attach.tagging import retag, tag_weight
+from stiefel.attach.tagging import remember, tag_weight
 from stiefel.attach.weights import ConstrainedWeight, bindings_of
 from stiefel.compat.torch_private import drop_flat_weights, has_hook, on_conversion, remove_hooks, restore_flat_weights
 from stiefel.constraint import Constraint, Reparameterization
@@ -25,8 +25,8 @@ def add_weight_hooks(owner: nn.Module, method: Constraint) -> None:
         owner.register_load_state_dict_post_hook(_after_load)
         owner.register_state_dict_post_hook(_save_tally)
         owner.register_load_state_dict_pre_hook(_load_tally)
-    if not has_hook(owner, retag):
-        owner.register_forward_pre_hook(retag)
+    if not has_hook(owner, remember):
+        owner.register_forward_pre_hook(remember)
     recomputed = isinstance(owner, nn.RNNBase) and isinstance(method, Reparameterization)
     if recomputed and not has_hook(owner, _drop_flat_weights):
         owner.register_forward_hook(_drop_flat_weights, always_call=True)
@@ -35,7 +35,7 @@ def add_weight_hooks(owner: nn.Module, method: Constraint) -> None:
 
 def remove_weight_hooks(owner: nn.Module) -> None:
     """Remove all these hooks from a module that has no binding left."""
-    remove_hooks(owner, _after_load, _save_tally, _load_tally, retag, _drop_flat_weights)
+    remove_hooks(owner, _after_load, _save_tally, _load_tally, remember, _drop_flat_weights)
     if isinstance(owner, nn.RNNBase):
         restore_flat_weights(owner)
 

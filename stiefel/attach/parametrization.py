@@ -10,10 +10,12 @@ from torch import Tensor, nn
 
 from stiefel.attach.prefetched import prefetched_weight
 from stiefel.attach.snapshot import Snapshot, can_be_watched
+from stiefel.compat.sharding import whole, write
 from stiefel.compat.torch_private import Convertible, version
 from stiefel.constraint import Binding, Reparameterization
 from stiefel.errors import DivergenceError, StiefelError
 from stiefel.linalg import full_precision, is_traced, require_exact
+from stiefel.optim import is_lent
 from stiefel.optim.buckets import stack, unstack
 
 
@@ -72,7 +74,7 @@ class Reparametrized(Convertible):
             if ready is not None:
                 return ready
             self.cached = None  # out of date, or of no use while gradients are recorded
-            if not needs_graph(tensors) and can_be_watched(tensors):
+            if not needs_graph(tensors) and not is_lent(proxy) and can_be_watched(tensors):
                 return self._cache(tensors)
         return self._computed(tensors)
 
@@ -117,7 +119,7 @@ class Reparametrized(Convertible):
             return self.first
         proxy, parts = self._start(weight)
         for name, part in parts.items():
-            getattr(self.parts, name).copy_(part)
+            write(getattr(self.parts, name), part)
         return proxy
 
     @torch.no_grad()
@@ -131,7 +133,7 @@ class Reparametrized(Convertible):
         """Points without each output's learnable factor, where there is one and it is not 0."""
         if self.gain is None:
             return points
-        gain = self.gain.reshape(*points.shape[:2], 1)
+        gain = whole(self.gain).reshape(*points.shape[:2], 1)
         return points / torch.where(gain == 0, 1, gain)
 
 

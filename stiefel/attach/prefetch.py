@@ -24,9 +24,11 @@ from stiefel.attach.parametrization import Bucket, Reparametrized, needs_graph
 from stiefel.attach.prefetched import PrefetchedWeight, begin, end, forget, prefetched_weight
 from stiefel.attach.snapshot import Snapshot
 from stiefel.attach.weights import constrained_weights, first_parametrization
+from stiefel.compat.sharding import is_sharded
 from stiefel.compat.torch_private import has_hook, remove_hooks, saves_tensors_elsewhere
 from stiefel.constraint import Reparameterization
 from stiefel.linalg import full_precision, is_traced
+from stiefel.optim import is_lent
 from stiefel.optim.buckets import bucket, stack, unstack
 
 # By module: the owner and the name of each reparameterized tensor below it, looked up once.
@@ -89,6 +91,9 @@ def _members(root: nn.Module) -> list[_Member]:
     for owner, tensor in _places[root]:
         parametrization, proxy = first_parametrization(owner(), tensor)
         if not isinstance(parametrization, Reparametrized) or proxy is None:
+            continue
+        # A layer computes from the whole of a sharded proxy, which fully_shard brings in for its own forward pass.
+        if is_sharded(proxy) or is_lent(proxy):
             continue
         tensors = parametrization.tensors(proxy)
         if needs_graph(tensors) and prefetched_weight(parametrization, tensors) is None:

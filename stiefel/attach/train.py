@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from stiefel.attach.tagging import tag_weight
 from stiefel.attach.weights import ConstrainedWeight, constrained_weights
+from stiefel.compat.sharding import whole
 from stiefel.constraint import ManifoldMethod, Penalty
 from stiefel.errors import OptimizerError
 from stiefel.linalg import full_precision
@@ -79,7 +80,7 @@ def penalty(module: nn.Module) -> Tensor:
         method, scale = binding.constraint, binding.constraint.fixed_scale
         assert isinstance(method, Penalty)
         with full_precision(members[0].parameter.device):
-            x = stack([w.binding.layout for w in members], [w.parameter for w in members], scaled=True)
+            x = stack([w.binding.layout for w in members], [whole(w.parameter) for w in members], scaled=True)
             strength = method.strength_at(binding.tally.steps)
             terms.append(strength * scale**2 * method.penalty(x, binding.layout).sum())
         for w in members:

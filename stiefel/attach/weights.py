@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from stiefel.attach.parametrization import Bucket, Reparametrized
+from stiefel.compat.sharding import is_sharded, whole, write
 from stiefel.compat.torch_private import parameters_of, submodules_of
 from stiefel.constraint import Binding, Reparameterization
 from stiefel.linalg import gram_residual, in_double, is_traced
@@ -32,10 +33,16 @@ class ConstrainedWeight:
 
     @property
     def value(self) -> Tensor:
-        """The weight as the layer uses it, computed anew: measurements and checkpoints must not depend on a cache."""
+        """The weight as the layer uses it, computed anew: measurements and checkpoints must not depend on a cache.
+
+        The whole of a sharded one: all processes that hold a part have to ask for it together.
+        """
         if self.parametrization is not None:
             self.parametrization.cached = None
-        return getattr(self.owner, self.tensor)
+            tensors = self.parametrization.tensors(self.parameter)
+            if any(map(is_sharded, tensors)):
+                return Bucket([self.parametrization]).weights(list(map(whole, tensors)))[0]
+        return whole(getattr(self.owner, self.tensor))
 
     @property
     def parametrization(self) -> Reparametrized | None:
@@ -55,7 +62,7 @@ class ConstrainedWeight:
     def gains(self) -> Tensor | None:
         """The learnable factors of its rows, ``(b, p, 1)``, None without a learnable scale; points are without them."""
         gain = None if self.parametrization is None else self.parametrization.gain
-        return None if gain is None else gain.reshape(*self.binding.layout.matrix_shape[:2], 1)
+        return None if gain is None else whole(gain).reshape(*self.binding.layout.matrix_shape[:2], 1)
 
     @property
     def may_be_off_set(self) -> bool:
@@ -64,6 +71,13 @@ class ConstrainedWeight:
             # Buffers are used as they are loaded: a trivialization from a start off the set gives weights off the set.
             return any(True for _ in self.owner.parametrizations[self.tensor].buffers())  # type: ignore[index, union-attr]
         return True
+
+    def trained(self) -> list[Tensor]:
+        """The parameters that training changes: the weight itself, or its proxy, gain and trained parts."""
+        if parametrize.is_parametrized(self.owner, self.tensor):
+            return list(self.owner.parametrizations[self.tensor].parameters())  # type: ignore[index, union-attr]
+        weight = parameters_of(self.owner).get(self.tensor)
+        return [] if weight is None else [weight]
 
     def keep(self, marks: list[Mark]) -> None:
         """Keep on the module the marks by which optimizers know the weight's parameters, so that copies have them."""
@@ -83,10 +97,12 @@ class ConstrainedWeight:
     @torch.no_grad()
     def move_to_nearest(self) -> None:
         """Put the weight at the nearest point of its method's set."""
-        if self.parametrization is not None:
-            setattr(self.owner, self.tensor, self.value)  # the proxy then starts from the nearest point
+        if self.parametrization is None:
+            write(self.parameter, self.binding.nearest(self.value))
+        elif is_sharded(self.parameter):
+            write(self.parameter, self.parametrization.right_inverse(self.value))
         else:
-            self.parameter.copy_(self.binding.nearest(self.value))
+            setattr(self.owner, self.tensor, self.value)  # the proxy then starts from the nearest point
 
     def points(self) -> Tensor:
         """The weight as ``(b, p, n)`` in units in which the constraint is X Xᵀ = I."""
@@ -94,7 +110,7 @@ class ConstrainedWeight:
         if parametrization is None or parametrization.gain is None:
             return self.binding.layout.points(self.value)
         bucket = Bucket([parametrization])  # before the gain: a weight cannot be divided by a gain that has become 0
-        return bucket.held(bucket.stack(parametrization.tensors(self.parameter)))
+        return bucket.held(bucket.stack(list(map(whole, parametrization.tensors(self.parameter)))))
 
 
 def first_parametrization(

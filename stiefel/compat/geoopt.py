@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from stiefel.compat.sharding import is_sharded
+
 if TYPE_CHECKING:
     import geoopt
     import torch
@@ -30,17 +32,22 @@ def __getattr__(name: str) -> Any:
 
 
 def tag(parameter: nn.Parameter, manifold: geoopt.Manifold) -> None:
-    """Make a parameter a ``geoopt.ManifoldParameter`` in place, so that ties and optimizers stay valid."""
+    """Make a parameter a ``geoopt.ManifoldParameter`` in place, so that ties and optimizers stay valid.
+
+    A sharded one keeps its class, and is on the manifold for the optimizers of this library alone.
+    """
     from stiefel.compat.geoopt import geoopt
 
-    parameter.__class__ = geoopt.ManifoldParameter
+    if not is_sharded(parameter):
+        parameter.__class__ = geoopt.ManifoldParameter
     parameter.manifold = manifold  # type: ignore[attr-defined]
 
 
 def untag(parameter: nn.Parameter) -> None:
     """Make a parameter that was tagged an ordinary one again, in place."""
     del parameter.manifold  # type: ignore[attr-defined]
-    parameter.__class__ = nn.Parameter
+    if not is_sharded(parameter):
+        parameter.__class__ = nn.Parameter
 
 
 def is_on_manifold(tensor: Tensor) -> bool:

@@ -218,6 +218,8 @@ class StepMethod(Constraint):
     place = "step"
     tangent: ClassVar[bool] = True
     """Whether the base optimizer gets ``P_X(G)``; False for a baseline that was published with the gradient itself."""
+    shortens: ClassVar[bool] = False
+    """Whether :meth:`step` also returns which matrices' steps it shortened."""
     projects: ClassVar[bool] = False
     """Whether :meth:`step` depends on U through ``P_X(U)`` alone, so that −lr·G may be passed instead of −lr·P_X(G)."""
 
@@ -232,7 +234,7 @@ class StepMethod(Constraint):
     ) -> Float[Tensor, "b p n"] | tuple[Float[Tensor, "b p n"], Bool[Tensor, " b"]]:
         """The next point, given where the base optimizer would have moved: X + displacement.
 
-        A method that shortens steps also returns which matrices' steps it shortened; the report counts them.
+        A method that ``shortens`` steps also returns which matrices' steps it shortened; the report counts them.
         """
 
 

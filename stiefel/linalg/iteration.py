@@ -29,7 +29,9 @@ POLISH = 4
 """Steps after those that have raised the smallest singular value to about ½."""
 
 
-def iterated(polynomial: Map, count: int | None, x: Float[Tensor, "*batch p n"]) -> Float[Tensor, "*batch p n"]:
+def iterated(
+    polynomial: Map, count: int | None, x: Float[Tensor, "*batch p n"], growth: float = 1.5
+) -> Float[Tensor, "*batch p n"]:
     """``X ← T(X Xᴴ) X``, ``count`` times, or until the rows are orthonormal.
 
     Where rows are long, float32 is iterated on its Gram matrix, in double because that squares the condition number
@@ -45,19 +47,22 @@ def iterated(polynomial: Map, count: int | None, x: Float[Tensor, "*batch p n"])
         polynomial: T, of a Hermitian matrix.
         count: number of steps; None to iterate until convergence.
         x: p ≤ n, with singular values of at most 1.1.
+        growth: T(0), the factor by which a step raises small singular values; 1.5 of the Newton-Schulz step.
 
     Source: Björck and Bowie (1971), for the polynomials.
     """
-    return spectral_map(partial(_run, polynomial, count), x)
+    # The number of steps that raise SMALLEST to about 1.
+    most = math.ceil(-math.log(SMALLEST) / math.log(growth))
+    return spectral_map(partial(_run, polynomial, count, most), x)
 
 
-def _run(polynomial: Map, count: int | None, x: Tensor) -> tuple[Tensor, Map]:
+def _run(polynomial: Map, count: int | None, most: int, x: Tensor) -> tuple[Tensor, Map]:
     """The iteration's result, and the same steps as a map that decides nothing."""
     if count is None and readable(x):
-        y, before, after = _until_orthonormal(polynomial, x)
+        y, before, after = _until_orthonormal(polynomial, most, x)
         return y, partial(_along, polynomial, before, after)
     # Nothing can be read, or the number is given: it does not depend on X.
-    before, after = (_most(polynomial), POLISH) if count is None else (count, 0)
+    before, after = (most, POLISH) if count is None else (count, 0)
     repeated = partial(_along, polynomial, *((before, after) if _on_gram(x) else (0, before + after)))
     return repeated(x), repeated
 
@@ -73,9 +78,9 @@ def _along(polynomial: Map, before: int, after: int, x: Tensor) -> Tensor:
     return polynomial(gram_matrix(x)) @ x if after else x
 
 
-def _until_orthonormal(polynomial: Map, x: Tensor) -> tuple[Tensor, int, int]:
+def _until_orthonormal(polynomial: Map, most: int, x: Tensor) -> tuple[Tensor, int, int]:
     """The limit, and the numbers of steps on the Gram matrix and on X itself."""
-    most, before = _most(polynomial), 0
+    before = 0
     # On the p×p Gram matrix while the smallest singular values grow.
     if _on_gram(x):
         wide = in_double(x)
@@ -96,11 +101,6 @@ def _until_orthonormal(polynomial: Map, x: Tensor) -> tuple[Tensor, int, int]:
             return x, before, after
     # Too many steps: a singular value is 0, or below SMALLEST.
     return _completed(x), before, after
-
-
-def _most(polynomial: Map) -> int:
-    """The number of steps that raise SMALLEST to about 1, each by the factor T(0)."""
-    return math.ceil(-math.log(SMALLEST) / math.log(polynomial(torch.zeros(1, 1)).item()))
 
 
 def _on_gram(x: Tensor) -> bool:

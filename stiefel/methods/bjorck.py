@@ -63,9 +63,13 @@ class Bjorck(Reparameterization):
     @property
     def coefficients(self) -> tuple[float, float] | None:
         """(1, 1), as for the polar factor, where the iterations suffice to raise a singular value of 1/500 to 1."""
-        # The sum is T at 0: the factor by which a step raises a small singular value.
-        enough = self.count is None or (1 + sum(SERIES[: self.order])) ** self.count >= 500
+        enough = self.count is None or self.growth**self.count >= 500
         return (1.0, 1.0) if enough else None
+
+    @property
+    def growth(self) -> float:
+        """The factor at 0, by which a step raises a small singular value."""
+        return 1 + sum(SERIES[: self.order])
 
     def forward(self, proxy: Tensor, layout: Layout) -> Tensor:
         """Bound the proxy's singular values, then iterate."""
@@ -73,7 +77,7 @@ class Bjorck(Reparameterization):
         sizes = (v if self.count is not None else v.detach()).abs()  # the limit does not depend on the bound
         # ‖V‖₂² ≤ ‖V‖₁ ‖V‖_∞, the largest column sum times the largest row sum
         bound = (sizes.sum(-1).amax(-1) * sizes.sum(-2).amax(-1)).sqrt()[..., None, None]
-        return iterated(self.factor, self.count, v / bound)
+        return iterated(self.factor, self.count, v / bound, self.growth)
 
     def factor(self, gram: Tensor) -> Tensor:
         """A step as a factor: the truncated series of ``(X Xᵀ)^{-1/2}``, in Horner's form."""

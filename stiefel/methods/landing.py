@@ -41,6 +41,7 @@ class Landing(StepMethod):
     name = "landing"
     summary = "field towards the set and down the loss, with a safe step"
     reference = "Ablin & Peyré, AISTATS 2022; Ablin et al., JMLR 2024"
+    shortens = True
     projects = True
     tuning: ClassVar = {"attraction": (0.1, 1.0, 10.0)}
 

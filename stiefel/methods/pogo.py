@@ -37,6 +37,7 @@ class POGO(StepMethod):
     name = "pogo"
     summary = "landing direction, then one Newton-Schulz step; long steps are shortened"
     reference = "Javaloy & Vergari, ICML 2026"
+    shortens = True
     claim = Claim(bound=0.065)
     projects = True
     tuning: ClassVar = {"polish": (1, 2)}

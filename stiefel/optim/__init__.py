@@ -1,19 +1,17 @@
 """Optimizers of constrained weights: lifted steps, checks, weight decay. Imports ``constraint`` and ``manifold``."""
 
 from stiefel.optim.decay import keep_decay_off
-from stiefel.optim.guard import Mark, is_watched, steps_seen, unwatch, watch
+from stiefel.optim.guard import steps_seen
 from stiefel.optim.lift import lift
-from stiefel.optim.stepped_parameter import SteppedParameter, tag_stepped, untag
+from stiefel.optim.ownership import Mark, is_lent, mark, on_unknown, unmark
 
 __all__ = [
     "Mark",
-    "SteppedParameter",
-    "is_watched",
+    "is_lent",
     "keep_decay_off",
     "lift",
+    "mark",
+    "on_unknown",
     "steps_seen",
-    "tag_stepped",
-    "untag",
-    "unwatch",
-    "watch",
+    "unmark",
 ]

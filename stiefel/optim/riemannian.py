@@ -1,4 +1,4 @@
-"""geoopt's RiemannianSGD and RiemannianAdam, batched and with their first step right. Imports ``manifold`` and geoopt.
+"""geoopt's RiemannianSGD and RiemannianAdam, batched and with their first step right. Imports ``batched`` and geoopt.
 
 geoopt's loops are the reference; the differences are these. Equal-shaped matrices of different weights move in one
 batched call. The momentum buffer starts at the first gradient, as torch's does (geoopt seeds it with the raw gradient
@@ -8,7 +8,6 @@ and shapes are geoopt's, so state dicts are interchangeable.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,92 +15,11 @@ from torch import Tensor
 
 from stiefel.compat.geoopt import geoopt
 from stiefel.compat.torch_private import copy_all_
-from stiefel.constraint import is_number
 from stiefel.errors import OptimizerError
-from stiefel.linalg import full_precision, require_exact
+from stiefel.linalg import full_precision
 from stiefel.manifold.geometry import project_tangent
-from stiefel.manifold.weight_manifold import StiefelWeight
-from stiefel.optim.bases import IGNORED_BY_GEOOPT
-from stiefel.optim.buckets import bucket, stack, unstack
-
-
-class _Batched:
-    """What both optimizers share: which parameters move together, and how a batch moves."""
-
-    param_groups: list[dict[str, Any]]
-    state: dict[Any, dict[str, Any]]
-    _stabilize = None  # geoopt keeps it on the instance only, where a copy or a pickle loses it
-
-    def __init__(self, params: Any, lr: float = 1e-3, **hyper: Any) -> None:
-        self._refuse(hyper)
-        # The ignored options that are left are off; foreach asks for batches, which these optimizers always use.
-        hyper = {option: value for option, value in hyper.items() if option not in (*IGNORED_BY_GEOOPT, "foreach")}
-        try:
-            super().__init__(params, lr=lr, **hyper)  # type: ignore[call-arg]
-        except TypeError as error:
-            raise OptimizerError(
-                f"{type(self).__name__} cannot be made with the options {sorted(hyper)}: {error}"
-            ) from error
-
-    def _refuse(self, options: dict[str, Any]) -> None:
-        for option in IGNORED_BY_GEOOPT:
-            if options.get(option):
-                raise OptimizerError(
-                    f"{type(self).__name__} does not support {option}=True: geoopt's optimizers would ignore it; "
-                    "leave it out, or use a reparameterization with torch's optimizer"
-                )
-        dampening = options.get("dampening", 0)
-        if not is_number(dampening):  # geoopt uses it from the second step on only
-            raise OptimizerError(f"{type(self).__name__} does not support dampening={dampening!r}: expected a number")
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        self._refuse(param_group)
-        super().add_param_group(param_group)
-
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step; ``closure``, where given, re-evaluates the loss and its gradients first."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        for group in self.param_groups:
-            # As in geoopt a group counts its steps, of which every k-th is followed by a projection (stabilize=k).
-            group["step"] = group.get("step", 0) + 1
-            for members in self._buckets(group):
-                self._move(group, members)
-            if group.get("stabilize") is not None and group["step"] % group["stabilize"] == 0:
-                self.stabilize_group(group)  # type: ignore[attr-defined]
-        return loss
-
-    def _buckets(self, group: dict[str, Any]) -> list[list[Tensor]]:
-        def key(p: Tensor) -> Any:
-            m = _manifold(p)
-            if m is None:
-                return id(p)  # an ordinary parameter moves alone
-            # Adam's bias corrections are one number per bucket, so its members have taken equally many steps.
-            steps = int(self.state[p].get("step", 0))
-            return m.metric, m.retraction, m.layout.matrix_shape[1:], m.layout.scale, p.dtype, p.device, steps
-
-        ready = [p for p in group["params"] if p.grad is not None]
-        for p in ready:
-            if p.grad.is_sparse:
-                raise OptimizerError(
-                    f"{type(self).__name__} does not support sparse gradients; make the layer that has them with "
-                    "sparse=False"
-                )
-            manifold = _manifold(p)
-            if manifold is not None:
-                require_exact(p.dtype, manifold.binding.label)
-        return bucket(ready, key)
-
-    def _move(self, group: dict[str, Any], members: list[Tensor]) -> None:
-        raise NotImplementedError
-
-
-def _manifold(p: Tensor) -> StiefelWeight | None:
-    manifold = getattr(p, "manifold", None)
-    return manifold if isinstance(manifold, StiefelWeight) else None
+from stiefel.optim.batched import Batched, manifold_of
+from stiefel.optim.buckets import stack, unstack
 
 
 class _Point:
@@ -113,8 +31,8 @@ class _Point:
 
     def __init__(self, members: list[Tensor]) -> None:
         self.members = members
-        self.manifold = _manifold(members[0])
-        self.layouts = [m.layout for p in members if (m := _manifold(p)) is not None]
+        self.manifold = manifold_of(members[0])
+        self.layouts = [m.layout for p in members if (m := manifold_of(p)) is not None]
         self.x = self.points(members)
 
     def points(self, tensors: list[Tensor]) -> Tensor:
@@ -154,20 +72,25 @@ class _Point:
         return self.tensors(momentum if self.manifold is None else project_tangent(self.x, momentum))
 
 
-class StiefelSGD(_Batched, geoopt.optim.RiemannianSGD):
+class StiefelSGD(Batched, geoopt.optim.RiemannianSGD):
     """Riemannian SGD with momentum, dampening, nesterov and weight decay as torch.optim.SGD has them.
 
     On the manifold: ``r = grad(G + λW)``, ``m ← μ m + (1−d) r``, ``X ← R_X(−lr · m)``, m projected onto the new tangent
     space. On ordinary parameters it is torch.optim.SGD. ``stabilize=k`` re-projects every k steps, and is not needed.
     """
 
-    def _move(self, group: dict[str, Any], members: list[Tensor]) -> None:
+    def kept(self, group: dict[str, Any]) -> tuple[str, ...]:
+        """The momentum, where there is one."""
+        return ("momentum_buffer",) if group["momentum"] else ()
+
+    def move(self, group: dict[str, Any], members: list[Tensor]) -> None:
+        """Move a bucket's weights, or an ordinary parameter, and their momentum."""
         momentum = group["momentum"]
         states = [self.state[p] for p in members]
         previous = [s["momentum_buffer"] for s in states if s.get("momentum_buffer") is not None]
         if momentum and 0 < len(previous) < len(members):  # a late first gradient starts a momentum of its own
             for p in members:
-                self._move(group, [p])
+                self.move(group, [p])
             return
         with full_precision(members[0].device):
             point = _Point(members)
@@ -182,18 +105,25 @@ class StiefelSGD(_Batched, geoopt.optim.RiemannianSGD):
             _store(states, "momentum_buffer", point.transport(m))
 
 
-class StiefelAdam(_Batched, geoopt.optim.RiemannianAdam):
+class StiefelAdam(Batched, geoopt.optim.RiemannianAdam):
     """Riemannian Adam: one second moment per matrix, ``⟨r, r⟩/(pn)``, so that lr means what it means in torch's Adam.
 
     On ordinary parameters it is torch.optim.Adam (with L2 weight decay). AMSGrad is supported.
     """
 
-    def _move(self, group: dict[str, Any], members: list[Tensor]) -> None:
+    counts = True
+
+    def kept(self, group: dict[str, Any]) -> tuple[str, ...]:
+        """Both moments."""
+        return ("exp_avg", "exp_avg_sq") + (("max_exp_avg_sq",) if group["amsgrad"] else ())
+
+    def move(self, group: dict[str, Any], members: list[Tensor]) -> None:
+        """Move a bucket's weights, or an ordinary parameter, and their moments."""
         beta1, beta2 = group["betas"]
         states = [self.state[p] for p in members]
         for p, state in zip(members, states, strict=True):
             state["step"] = torch.tensor(float(state.get("step", 0)) + 1)  # as torch keeps it
-            for key in ("exp_avg", "exp_avg_sq") + (("max_exp_avg_sq",) if group["amsgrad"] else ()):
+            for key in self.kept(group):
                 state.setdefault(key, torch.zeros_like(p, memory_format=torch.preserve_format))
         step = int(states[0]["step"])
         with full_precision(members[0].device):

@@ -1,0 +1,125 @@
+"""The step of sharded weights, of which each process takes a part. Imports ``moves``, ``exchange`` and below."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+import torch
+from torch import Tensor
+
+from stiefel.compat.sharding import agree_on_least, like, local_of
+from stiefel.compat.torch_private import copy_all_, zero_all_
+from stiefel.errors import DivergenceError
+from stiefel.linalg import may_wait
+from stiefel.optim.buckets import bucket
+from stiefel.optim.divergence import raise_later
+from stiefel.optim.exchange import exchange_of, exchanged_together
+from stiefel.optim.moves import Batch, Gradients, Member, Move, moves_together, note
+from stiefel.optim.ownership import quoted
+
+
+class ShardedMove:
+    """The step of sharded weights, each by its owner.
+
+    With N entries on R processes, each receives (R−1)/R² · N entries for each of: the weight, its gradient and the
+    tangent part of it (these two only where the method wants that), the base's displacement, and the new weight.
+    """
+
+    def __init__(self, members: Sequence[Member]) -> None:
+        self.members = sorted(members, key=lambda m: m.tangent)  # the tangent ones last
+        self.exchange = exchange_of([m.parameter for m in self.members])
+        self.parts = [local_of(m.parameter) for m in self.members]
+        self.before = [part.clone() for part in self.parts]
+        self.batches: list[tuple[list[int], Batch]] = []
+
+    def hand_over_gradients(self, handed: Gradients) -> None:
+        """Give the base optimizer the parts of each gradient's tangent part, where the method wants that."""
+        gradients = [local_of(_cut_alike(m.parameter)) if m.tangent else None for m in self.members]
+        whole = self.exchange.gather(
+            [[x] if g is None else [x, g] for x, g in zip(self.before, gradients, strict=True)]
+        )
+        tangents: dict[int, list[Tensor]] = {i: [] for i in self.exchange.owned}
+        for places in bucket(self.exchange.owned, lambda i: moves_together(self.members[i])):
+            batch = Batch([self.members[i] for i in places], [whole[i][0] for i in places])
+            self.batches.append((places, batch))
+            if batch.tangent:
+                for i, t in zip(places, batch.tangents([whole[i][1] for i in places]), strict=True):
+                    tangents[i] = [t]
+        if any(m.tangent for m in self.members):
+            cut = self.exchange.scatter(tangents, [int(m.tangent) for m in self.members])
+            for m, parts in zip(self.members, cut, strict=True):
+                if m.tangent:
+                    handed.replace(m.parameter, like(parts[0].contiguous(), m.parameter))
+
+    def free(self) -> None:
+        """Let an additive base step from 0."""
+        free = [part for part, m in zip(self.parts, self.members, strict=True) if m.additive]
+        if free:
+            zero_all_(free)
+
+    def finish(self) -> None:
+        """Let the owners move the weights; an owner's error is one on every process, so that none waits for it."""
+        ends = self.exchange.gather([[part] for part in self.parts])
+        moved: dict[int, list[Tensor]] = {}
+        # Whether each step was taken, and whether it was not shortened: the owner writes 0 where it was not or was.
+        told = torch.ones(2, len(self.members), device=self.parts[0].device)
+        failure: Exception | None = None
+        for places, batch in self.batches:
+            try:
+                results = batch.moved([ends[i][0] for i in places])
+                told[0, places] = batch.finite.float()
+            except Exception as error:  # raised below, once the others know
+                results, failure, told[0, places] = batch.old(), failure or error, 0
+            moved |= {i: [x] for i, x in zip(places, results, strict=True)}
+            for i, flag in zip(places, batch.shortened_steps(), strict=False):
+                told[1, i] = 1 - torch.as_tensor(flag, dtype=told.dtype)
+        cut = self.exchange.scatter(moved, [1] * len(self.members))
+        copy_all_(self.parts, [parts[0] for parts in cut])
+        self.told = agree_on_least(told, self.members[0].parameter)
+        if failure is not None:
+            raise failure
+        self._raise_for_others()
+
+    def _raise_for_others(self) -> None:
+        taken = self.told[0]
+        if not may_wait(taken):
+            raise_later(taken.all(), lambda: _failed_elsewhere(m.binding.label for m in self.members))
+        elif not taken.all():
+            raise DivergenceError(
+                _failed_elsewhere(m.binding.label for m, ok in zip(self.members, taken, strict=True) if not ok)
+            )
+
+    def count(self) -> None:
+        """Note for each weight whether its step was shortened."""
+        told = self.told[1].tolist() if may_wait(self.told) else self.told[1].unbind()
+        for m, flag in zip(self.members, told, strict=True):
+            if getattr(m.binding.constraint, "shortens", False):  # a penalty on the step has none
+                note(m.binding, flag == 0)
+
+    def undo(self) -> None:
+        """Put the weights back."""
+        copy_all_(self.parts, self.before)
+
+
+def _failed_elsewhere(labels: Iterable[str]) -> str:
+    return (
+        f"the step of weight {quoted(labels)} failed on the process that takes it, whose error says why. It was not "
+        "taken, and the weight has the value from before the step"
+    )
+
+
+def _cut_alike(parameter: Tensor) -> Tensor:
+    """A parameter's gradient, cut as the parameter is: it may still be a sum that is spread over processes."""
+    gradient = parameter.grad
+    return gradient.redistribute(placements=parameter.placements)  # type: ignore[union-attr, attr-defined]
+
+
+def moves_of(members: Sequence[Member]) -> list[Move | ShardedMove]:
+    """The members' steps: whole weights bucket by bucket, sharded ones by a common exchange."""
+    moves: list[Move | ShardedMove] = []
+    for group in bucket(members, lambda m: exchanged_together(m.parameter)):
+        if exchanged_together(group[0].parameter) is None:
+            moves += [Move(each) for each in bucket(group, moves_together)]
+        else:
+            moves.append(ShardedMove(group))
+    return moves

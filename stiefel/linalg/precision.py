@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -29,6 +30,32 @@ def in_double(x: Tensor) -> Tensor:
     return x.to(torch.promote_types(x.dtype, torch.float64))
 
 
+class _Switch:
+    """A setting that is global to the process, held at full precision while any thread asks for that."""
+
+    def __init__(self) -> None:
+        self._lock, self._inside, self._before = threading.Lock(), 0, None
+
+    def enter(self, owner: Any, attribute: str, exact: Any) -> None:
+        """The first one in notes what the user has set; it is written only where it has to change."""
+        with self._lock:
+            if not self._inside:
+                self._before = getattr(owner, attribute)
+                if self._before != exact:
+                    setattr(owner, attribute, exact)
+            self._inside += 1
+
+    def leave(self, owner: Any, attribute: str, exact: Any) -> None:
+        """The last one out restores it."""
+        with self._lock:
+            self._inside -= 1
+            if not self._inside and self._before != exact:
+                setattr(owner, attribute, self._before)
+
+
+_switches = {"cpu": _Switch(), "cuda": _Switch()}
+
+
 @contextmanager
 def full_precision(device: torch.device) -> Iterator[None]:
     """Turn autocast and reduced-precision float32 products off on ``device``, and restore the settings afterwards.
@@ -36,20 +63,21 @@ def full_precision(device: torch.device) -> Iterator[None]:
     Autocast and TF32 leave an "orthonormal" matrix with a residual of 0.01 to 0.07 (bfloat16) or 3e-4 (TF32), and a
     dtype check cannot see it: a product under autocast can come back as float32 with bfloat16 accuracy.
     """
-    # The setting is global to the process: it is written only where it has to change.
-    owner, attribute, exact = _switch(device)
-    before = getattr(owner, attribute)
-    if before != exact:
-        setattr(owner, attribute, exact)
+    if torch.compiler.is_compiling():  # traced code cannot write settings of the process
+        with torch.autocast(device.type, enabled=False):
+            yield
+        return
+    owner, attribute, exact = _setting(device)
+    switch = _switches["cpu" if owner is getattr(torch.backends.mkldnn, "matmul", None) else "cuda"]
+    switch.enter(owner, attribute, exact)
     try:
         with torch.autocast(device.type, enabled=False):
             yield
     finally:
-        if before != exact:
-            setattr(owner, attribute, before)
+        switch.leave(owner, attribute, exact)
 
 
-def _switch(device: torch.device) -> tuple[Any, str, Any]:
+def _setting(device: torch.device) -> tuple[Any, str, Any]:
     """Where the precision of float32 products on ``device`` is set, and the value for full precision.
 
     ``fp32_precision`` where torch has it: reading the older ``allow_tf32`` is an error once the newer one was written.

@@ -175,10 +175,11 @@ class Move:
 def moves_together(member: Member) -> Hashable:
     """What weights have in common that one batch steps."""
     p, binding = member.parameter, member.binding
-    # A penalty may depend on what the kernel does (its stride) and on the number of steps taken.
     method, layout = binding.constraint, binding.layout
-    more = (layout, binding.tally.steps) if isinstance(method, Penalty) else layout.matrix_shape[1:]
-    return id(method), more, p.dtype, p.device, member.lr, member.tangent, member.additive
+    penalty = isinstance(method, Penalty)  # may depend on what the kernel does (its stride)
+    more = layout if penalty else layout.matrix_shape[1:]
+    taken = binding.tally.steps if penalty or getattr(method, "counts", False) else None
+    return id(method), more, taken, p.dtype, p.device, member.lr, member.tangent, member.additive
 
 
 def _moved(binding: Binding, x: Tensor, displacement: Tensor, lr: float) -> tuple[Tensor, Tensor | None]:
@@ -187,5 +188,5 @@ def _moved(binding: Binding, x: Tensor, displacement: Tensor, lr: float) -> tupl
     if isinstance(method, Penalty):
         return method.step(x, displacement, lr * method.strength_at(binding.tally.steps), binding.layout), None
     assert isinstance(method, StepMethod)
-    result = method.step(x, displacement, lr)
+    result = method.step(x, displacement, lr, **({"taken": binding.tally.steps} if method.counts else {}))
     return result if isinstance(result, tuple) else (result, None)

@@ -1,5 +1,6 @@
 """Several threads of a CPU: batches of matrices so large that torch's own LU factorization of them fails there."""
 
+import threading
 from collections.abc import Iterator
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import stiefel
-from stiefel.linalg import cayley_step, gram_residual, one_by_one, polar
+from stiefel.linalg import cayley_step, full_precision, gram_residual, one_by_one, polar
 from stiefel.linalg.lu import TOGETHER, inverse_of, solve, solve_from_the_right
 from stiefel.manifold.retractions import retract_cayley
 
@@ -133,3 +134,33 @@ def test_a_step_of_every_method(name: str, options: dict[str, str], shape: tuple
             residual = gram_residual(weight.detach().double()).norm().item() / shape[1] ** 0.5
             assert method.claim.allows(residual, torch.float32, shape[1])
     assert stiefel.report(model) is not None  # which takes determinants of square weights
+
+
+@pytest.mark.skipif(not hasattr(torch.backends.mkldnn, "matmul"), reason="this torch has no such setting")
+@pytest.mark.parametrize("first_out", [0, 1])
+def test_full_precision_lasts_until_the_last_thread_is_out(first_out: int) -> None:
+    """The setting is one of the process: a thread that leaves must not take it from another."""
+    setting, cpu = torch.backends.mkldnn.matmul, torch.device("cpu")
+    before = setting.fp32_precision
+    both_in, may_leave, seen = threading.Barrier(3), [threading.Event(), threading.Event()], {}
+
+    def work(number: int) -> None:
+        with full_precision(cpu), full_precision(cpu):
+            both_in.wait()
+            may_leave[number].wait()
+            seen[number] = setting.fp32_precision
+
+    setting.fp32_precision = "bf16"
+    try:
+        workers = [threading.Thread(target=work, args=(number,)) for number in (0, 1)]
+        for worker in workers:
+            worker.start()
+        both_in.wait()
+        for number in (first_out, 1 - first_out):
+            assert setting.fp32_precision == "ieee"
+            may_leave[number].set()
+            workers[number].join()
+        assert seen == {0: "ieee", 1: "ieee"}
+        assert setting.fp32_precision == "bf16"  # what the user had set
+    finally:
+        setting.fp32_precision = before

@@ -22,9 +22,8 @@ def dense_rotation(x, u):
 def test_rsdm_with_all_columns_is_the_dense_rotation(shape, size):
     """Whatever the order in which the columns are drawn."""
     x, u = orthonormal(2, *shape), size * gaussian(2, *shape, seed=1)
-    for seed in range(3):
-        torch.manual_seed(seed)
-        moved = stepped(stiefel.get("rsdm", share=1.0), x, u, 0.1)
+    for taken in range(3):
+        moved = stepped(stiefel.get("rsdm", share=1.0), x, u, 0.1, taken=taken)
         for i in range(2):
             assert close(moved[i], dense_rotation(x[i], u[i]), 1e-12 * (1 + size))
 
@@ -32,7 +31,6 @@ def test_rsdm_with_all_columns_is_the_dense_rotation(shape, size):
 @pytest.mark.parametrize(("n", "share", "drawn"), [(5, 0.5, 2), (5, 0.4, 2), (6, 0.5, 3), (6, 0.01, 2), (1, 0.5, 1)])
 def test_rsdm_rotates_as_many_columns_as_its_share(n, share, drawn):
     x, u = orthonormal(1, min(3, n), n), gaussian(1, min(3, n), n, seed=1)
-    torch.manual_seed(0)
     moved = stepped(stiefel.get("rsdm", share=share), x, u, 0.1)
     changed = ((moved - x).abs().amax(dim=(0, 1)) > 1e-9).sum().item()
     assert changed == (drawn if n > 1 else 0)  # one coordinate has no rotation
@@ -58,6 +56,33 @@ def test_rsdm_mean_step_is_the_stated_share_of_the_whole(monkeypatch, n, drawn):
 def test_rsdm_stays_orthonormal_for_thousands_of_steps(dtype, share):
     torch.manual_seed(0)
     method, x = stiefel.get("rsdm", share=share), orthonormal(2, 3, 8).to(dtype)
-    for _ in range(2000):
-        x = stepped(method, x, torch.randn(2, 3, 8, dtype=dtype), 0.1)
+    for taken in range(2000):
+        x = stepped(method, x, torch.randn(2, 3, 8, dtype=dtype), 0.1, taken=taken)
     assert residual(x).max() < 16 * torch.finfo(dtype).eps
+
+
+def test_draws_depend_on_the_seed_and_the_steps_taken_alone():
+    x, u = orthonormal(1, 3, 40), gaussian(1, 3, 40, seed=1)
+    method = stiefel.get("rsdm")
+
+    def moved(method, taken):
+        return (stepped(method, x, u, 0.1, taken=taken) - x).abs().amax(dim=(0, 1)) > 1e-9
+
+    torch.manual_seed(1)
+    first, state = moved(method, 5), torch.get_rng_state()
+    torch.manual_seed(2)
+    assert torch.equal(moved(method, 5), first)
+    torch.manual_seed(1)
+    assert torch.equal(torch.get_rng_state(), state)  # nothing is drawn from the global generator
+    draws = {tuple(moved(method, taken).tolist()) for taken in range(20)}
+    draws |= {tuple(moved(stiefel.get("rsdm", seed=seed), 0).tolist()) for seed in range(1, 20)}
+    assert len(draws) == 39
+    # Each coordinate about equally often: 200 draws of half of them, whose standard deviation is 7.
+    often = sum(moved(method, taken).int() for taken in range(200))
+    assert 65 <= often.min() <= often.max() <= 135
+
+
+@pytest.mark.parametrize("seed", [-1, 0.5, True, 2**31, "a"])
+def test_a_seed_is_a_whole_number(seed):
+    with pytest.raises(stiefel.OptionError, match="seed="):
+        stiefel.get("rsdm", seed=seed)

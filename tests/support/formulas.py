@@ -67,9 +67,9 @@ every_step = pytest.mark.parametrize(("name", "options"), variants(StepMethod))
 every_proxy = pytest.mark.parametrize(("name", "options"), variants(Reparameterization))
 
 
-def stepped(method, x, displacement, lr):
+def stepped(method, x, displacement, lr, **count):
     """The point that a step method moves to, whether or not it tells which steps it shortened."""
-    result = method.step(x, displacement, lr)
+    result = method.step(x, displacement, lr, **count)
     return result[0] if isinstance(result, tuple) else result
 
 

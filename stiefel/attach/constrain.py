@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from stiefel.attach.hooks import add_weight_hooks, remove_weight_hooks
+from stiefel.attach.parallel import refuse_held
 from stiefel.attach.parametrization import Reparametrized
 from stiefel.attach.prefetch import prefetch_below, stop_prefetch
 from stiefel.attach.select import Target, layout_of, select
@@ -91,6 +92,7 @@ def _planned(target: Target, method: Constraint) -> Callable[[], None]:
     binding = Binding(method, layout, target.name)
     if not isinstance(method, Reparameterization):
         return partial(_attach_in_place, target, binding, binding.nearest(target.parameter))
+    refuse_held(target.name, target.parameter)
     parametrization = Reparametrized(binding, target.parameter)
     with torch.no_grad():  # a trial, so that a method that fails here fails before any layer is changed
         parametrization(parametrization.first)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Hashable, Mapping
 from typing import Any
 
 import torch
@@ -11,13 +11,14 @@ from torch import Tensor, nn
 from stiefel.attach.tagging import tag_weight
 from stiefel.attach.weights import ConstrainedWeight, constrained_weights
 from stiefel.compat.sharding import whole
-from stiefel.constraint import ManifoldMethod, Penalty
+from stiefel.constraint import Constraint, Decay, ManifoldMethod, Penalty
 from stiefel.errors import OptimizerError
 from stiefel.linalg import full_precision
 from stiefel.optim import keep_decay_off
-from stiefel.optim.bases import make
+from stiefel.optim.bases import INNER, inner_class, options_of_inner
 from stiefel.optim.buckets import bucket, stack
 from stiefel.optim.lift import lift
+from stiefel.optim.probe import make
 
 
 def optimizer(
@@ -37,7 +38,8 @@ def optimizer(
         module: the model, constrained before.
         cls: an optimizer class.
         params: parameters or parameter groups; default: all of the module's.
-        hyper: the optimizer's own options (lr, momentum, ...).
+        hyper: the optimizer's own options (lr, momentum, ...). Where one is ``optimizer_class``, as of torch's
+            ZeroRedundancyOptimizer, the optimizer of that class is the one that is adapted.
 
     Raises:
         OptimizerError: ``cls`` cannot serve the model's constraints, or not with these options.
@@ -47,16 +49,33 @@ def optimizer(
     found = list(constrained_weights(module))
     for weight in found:  # again: a copy or a conversion since constrain() may have lost the tags
         tag_weight(weight)
+    params = module.parameters() if params is None else params
     methods = [weight.binding.constraint for weight in found]
+    kind: dict[Tensor, Decay] = {weight.parameter: weight.binding.constraint.decay for weight in found}
+    inner = inner_class(cls, hyper)
+    if inner is None:
+        return _made(_form_for(cls, methods), params, hyper, kind)
+    # An optimizer around another one, as ZeroRedundancyOptimizer: the inner one steps, and needs the form.
+    form = _form_for(inner, methods)
+    groups = _made(form, params, options_of_inner(cls, hyper), kind).param_groups
+    return cls(groups, **{**hyper, INNER: form})
+
+
+def _form_for(cls: type[torch.optim.Optimizer], methods: list[Constraint]) -> type[torch.optim.Optimizer]:
+    """The form of an optimizer class that can step weights held by these methods."""
     if any(isinstance(m, ManifoldMethod) for m in methods):
         from stiefel.optim.riemannian import riemannian  # imports geoopt, which takes 0.5 s: only where it is needed
 
         cls = riemannian(cls)
     # After the Riemannian form, because a model with methods of both kinds gets the lifted form of that.
-    if any(m.lifts for m in methods):
-        cls = lift(cls)
-    made = make(cls, module.parameters() if params is None else params, hyper)
-    keep_decay_off(made, {weight.parameter: weight.binding.constraint.decay for weight in found})
+    return lift(cls) if any(m.lifts for m in methods) else cls
+
+
+def _made(
+    cls: type[torch.optim.Optimizer], params: Any, hyper: dict[str, Any], kind: Mapping[Tensor, Decay]
+) -> torch.optim.Optimizer:
+    made = make(cls, params, hyper)
+    keep_decay_off(made, kind)
     return made
 
 

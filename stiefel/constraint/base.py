@@ -219,7 +219,7 @@ class StepMethod(Constraint):
     tangent: ClassVar[bool] = True
     """Whether the base optimizer gets ``P_X(G)``; False for a baseline that was published with the gradient itself."""
     counts: ClassVar[bool] = False
-    """Whether :meth:`step` depends on how many steps were taken, which it then gets as ``taken``."""
+    """Whether :meth:`step` depends on how many steps were taken, which it then gets by the keyword ``taken``."""
     shortens: ClassVar[bool] = False
     """Whether :meth:`step` also returns which matrices' steps it shortened."""
     projects: ClassVar[bool] = False
@@ -232,7 +232,7 @@ class StepMethod(Constraint):
 
     @abstractmethod
     def step(
-        self, x: Float[Tensor, "b p n"], displacement: Float[Tensor, "b p n"], lr: float, **count: int
+        self, x: Float[Tensor, "b p n"], displacement: Float[Tensor, "b p n"], lr: float
     ) -> Float[Tensor, "b p n"] | tuple[Float[Tensor, "b p n"], Bool[Tensor, " b"]]:
         """The next point, given where the base optimizer would have moved: X + displacement.
 

@@ -7,6 +7,7 @@ mix decay into that state.
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -95,47 +96,28 @@ def decay_only_rescales(optimizer: torch.optim.Optimizer, group: dict[str, Any])
     return float(group["lr"]) * sum(float(group[name]) for name in decays(group)) < (1 - momentum**0.5) ** 2
 
 
-def make(cls: type[torch.optim.Optimizer], params: Any, hyper: dict[str, Any]) -> torch.optim.Optimizer:
-    """Make an optimizer of a class, plain or lifted, and try it out on small parameters if the class is torch's.
+INNER = "optimizer_class"
+"""The option by which an optimizer takes the class of another one, which does its steps."""
 
-    Raises:
-        OptimizerError: the class refuses its options or the parameters, now or at its first step.
-    """
-    name = own_class(cls).__name__
-    try:
-        made = cls(params, **hyper)
-        if own_class(cls).__module__.startswith("torch.optim"):  # a user's own may count or log its steps
-            _try_out(made, hyper)
-    # A TypeError too, which the next clause would wrap a second time.
-    except OptimizerError:
-        raise
-    except (TypeError, ValueError, RuntimeError, AssertionError) as error:
-        if "2D" in str(error):  # Muon: "only supports 2D parameters"
-            raise OptimizerError(
-                f"{name} takes matrices only, and one optimizer serves the whole model: {error}; use it where all "
-                "parameters of the model are 2-D"
-            ) from error
-        options = ", ".join(f"{option}={value!r}" for option, value in hyper.items())
-        raise OptimizerError(
-            f"{name} cannot train this model with the options {options or 'given'}: {error}"
-        ) from error
-    return made
+
+def inner_class(cls: type[torch.optim.Optimizer], hyper: dict[str, Any]) -> type[torch.optim.Optimizer] | None:
+    """The class that does the steps of an optimizer around another one; None for any other."""
+    inner = hyper.get(INNER)
+    takes = INNER in inspect.signature(cls.__init__).parameters
+    return inner if takes and isinstance(inner, type) and issubclass(inner, torch.optim.Optimizer) else None
+
+
+def options_of_inner(cls: type[torch.optim.Optimizer], hyper: dict[str, Any]) -> dict[str, Any]:
+    """The options that an optimizer around another one passes on: those that it does not name itself."""
+    return {name: value for name, value in hyper.items() if name not in inspect.signature(cls.__init__).parameters}
+
+
+def acting(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """The optimizer that does the steps: that inside of another one, or the optimizer itself."""
+    inner = getattr(optimizer, "optim", None)
+    return inner if isinstance(inner, torch.optim.Optimizer) else optimizer
 
 
 def own_class(cls: type[torch.optim.Optimizer]) -> type[torch.optim.Optimizer]:
     """The class that a lifted class was made from; any other class itself."""
     return getattr(cls, "base", cls)
-
-
-def _try_out(optimizer: torch.optim.Optimizer, hyper: dict[str, Any]) -> None:
-    """Step a small parameter per group, dtype and device: options that fail only at a step then fail now."""
-    cls: Any = own_class(type(optimizer))
-    for group in optimizer.param_groups:
-        options = {key: value for key, value in group.items() if key not in ("params", "param_names")}
-        for dtype, device in {(p.dtype, p.device) for p in group["params"]}:
-            if not (dtype.is_floating_point or dtype.is_complex) or device.type == "meta":
-                continue
-            p = torch.nn.Parameter(torch.ones(2, 2, dtype=dtype, device=device))  # a matrix, for Muon
-            p.grad = torch.ones_like(p)
-            # An optimizer of its own: the user's keeps no state of the trial. Some classes require a closure.
-            cls([{"params": [p], **options}], **hyper).step(lambda: 0.0)

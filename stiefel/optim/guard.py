@@ -24,7 +24,7 @@ from stiefel.compat.sharding import agree_on_least, is_sharded, local_of
 from stiefel.compat.torch_private import norms_of_all
 from stiefel.errors import DivergenceError, OptimizerError
 from stiefel.linalg import is_capturing, may_wait
-from stiefel.optim.bases import decays, refuse_late_start
+from stiefel.optim.bases import acting, decays, refuse_late_start
 from stiefel.optim.decay import unwelcome
 from stiefel.optim.divergence import raise_later, raise_pending
 from stiefel.optim.lift import Lift, skipped
@@ -65,7 +65,7 @@ def _check(optimizer: torch.optim.Optimizer) -> None:
     recognize(optimizer)
     known = [(p, ownership(p)) for group in optimizer.param_groups for p in group["params"]]
     stepped = [(p, owned) for p, owned in known if p.grad is not None]
-    _refuse_plain_step(optimizer, stepped)
+    _refuse_plain_step(acting(optimizer), stepped)
     _refuse_decay(optimizer)
     refuse_late_start(optimizer)
     for p, owned in stepped:
@@ -172,10 +172,13 @@ def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Non
     # The base step inside a lifted one would count twice, and a skipped one has moved nothing.
     if getattr(optimizer, "stepping", False) or skipped(optimizer):
         return
+    # The steps of an optimizer inside of another one are counted by themselves.
+    inner = [] if acting(optimizer) is optimizer else acting(optimizer).param_groups
+    counted = {id(p) for group in inner for p in group["params"]}
     for group in optimizer.param_groups:
         for p in group["params"]:
             owned = ownership(p)
-            if owned is not None and not owned.part:
+            if owned is not None and not owned.part and id(p) not in counted:
                 owned.binding.tally.steps += 1
 
 

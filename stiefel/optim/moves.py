@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -188,5 +189,6 @@ def _moved(binding: Binding, x: Tensor, displacement: Tensor, lr: float) -> tupl
     if isinstance(method, Penalty):
         return method.step(x, displacement, lr * method.strength_at(binding.tally.steps), binding.layout), None
     assert isinstance(method, StepMethod)
-    result = method.step(x, displacement, lr, **({"taken": binding.tally.steps} if method.counts else {}))
+    count: dict[str, Any] = {"taken": binding.tally.steps} if method.counts else {}
+    result = method.step(x, displacement, lr, **count)
     return result if isinstance(result, tuple) else (result, None)

@@ -135,12 +135,16 @@ def test_maximizing_is_minimizing_the_negative() -> None:
 
 def test_gradients_come_back_where_the_step_raises() -> None:
     class Fails(torch.optim.SGD):
+        fails = False
+
         def step(self, closure: Any = None) -> Any:
             super().step()
-            raise RuntimeError("after the step")
+            if self.fails:
+                raise RuntimeError("after the step")
 
     net = layers(stiefel.get("retraction"))
-    optimizer = stiefel.optimizer(net, Fails, lr=0.1, momentum=0.9)
+    optimizer: Any = stiefel.optimizer(net, Fails, lr=0.1, momentum=0.9)
+    optimizer.fails = True
     backward(net)
     before, weights = kept(net), [p.detach().clone() for p in net[0].parameters()]
     with pytest.raises(RuntimeError, match="after the step"):

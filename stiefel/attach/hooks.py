@@ -1,4 +1,4 @@
-"""Hooks of constrained modules: they tag new parameters, check loaded weights, and save and load tallies.
+"""Hooks of constrained modules: they remember copies, adapt checkpoints, and check loaded weights.
 
 Each hook is a function of this file that looks up its module's bindings, so that copies and pickles keep working.
 Imports ``binding``, ``optim`` and below.
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from stiefel.attach.checkpoint import adapt, describe
 from stiefel.attach.tagging import remember, tag_weight
 from stiefel.attach.weights import ConstrainedWeight, bindings_of
 from stiefel.compat.torch_private import drop_flat_weights, has_hook, on_conversion, remove_hooks, restore_flat_weights
@@ -21,10 +22,10 @@ from stiefel.errors import WeightError
 
 def add_weight_hooks(owner: nn.Module, method: Constraint) -> None:
     """Give a module the hooks that a method on one of its tensors needs, each once."""
-    if not has_hook(owner, _save_tally):
+    if not has_hook(owner, describe):
         owner.register_load_state_dict_post_hook(_after_load)
-        owner.register_state_dict_post_hook(_save_tally)
-        owner.register_load_state_dict_pre_hook(_load_tally)
+        owner.register_state_dict_post_hook(describe)
+        owner.register_load_state_dict_pre_hook(adapt)
     if not has_hook(owner, remember):
         owner.register_forward_pre_hook(remember)
     recomputed = isinstance(owner, nn.RNNBase) and isinstance(method, Reparameterization)
@@ -35,7 +36,7 @@ def add_weight_hooks(owner: nn.Module, method: Constraint) -> None:
 
 def remove_weight_hooks(owner: nn.Module) -> None:
     """Remove all these hooks from a module that has no binding left."""
-    remove_hooks(owner, _after_load, _save_tally, _load_tally, remember, _drop_flat_weights)
+    remove_hooks(owner, _after_load, describe, adapt, remember, _drop_flat_weights)
     if isinstance(owner, nn.RNNBase):
         restore_flat_weights(owner)
 
@@ -75,19 +76,3 @@ def _drop_flat_weights(owner: nn.Module, *args: Any) -> None:
     """
     assert isinstance(owner, nn.RNNBase)
     drop_flat_weights(owner)
-
-
-def _save_tally(owner: nn.Module, state: dict[str, Any], prefix: str, metadata: dict[str, Any]) -> None:
-    """Keep tallies in the state dict's metadata, so that its keys stay those of a plain module."""
-    # A count that is still on a device is read here: a checkpoint holds numbers.
-    metadata["stiefel"] = {
-        tensor: (b.tally.steps, None if b.tally.shortened is None else int(b.tally.shortened))
-        for tensor, b in bindings_of(owner).items()
-    }
-
-
-def _load_tally(owner: nn.Module, state: dict[str, Any], prefix: str, metadata: dict[str, Any], *args: Any) -> None:
-    for tensor, tally in metadata.get("stiefel", {}).items():  # none in a plain checkpoint
-        if tensor in bindings_of(owner):
-            mine = bindings_of(owner)[tensor].tally
-            mine.steps, mine.shortened = tally

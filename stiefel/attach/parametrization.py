@@ -123,6 +123,26 @@ class Reparametrized(Convertible):
         return proxy
 
     @torch.no_grad()
+    def entries(self, weight: Tensor, gain: Tensor | None = None) -> dict[str, Tensor]:
+        """What a state dict has, below the tensor's name, where training starts from a weight.
+
+        Args:
+            weight: the whole weight.
+            gain: the learnable factors that the weight has been multiplied by; default 1.
+        """
+        found: dict[str, Tensor] = {}
+        layout, points = self.binding.layout, self.binding.layout.points(weight)
+        if self.gain is not None:
+            factors = torch.ones_like(whole(self.gain)) if gain is None else whole(gain).to(self.gain)
+            found["0.gain"] = factors
+            factors = factors.reshape(*points.shape[:2], 1)
+            points = points / torch.where(factors == 0, 1, factors)
+        method = self.binding.constraint
+        assert isinstance(method, Reparameterization)
+        proxy, parts = method.start(method.nearest(points, layout), layout)
+        return {"original": layout.weight(proxy), **found, **{f"0.parts.{name}": part for name, part in parts.items()}}
+
+    @torch.no_grad()
     def _start(self, weight: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         method, layout = self.binding.constraint, self.binding.layout
         assert isinstance(method, Reparameterization)

@@ -12,7 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["agree_on_least", "is_sharded", "like", "local_of", "local_part", "shard_dimension", "whole", "write"]
+__all__ = [
+    "agree_on_least",
+    "cut_as",
+    "is_sharded",
+    "like",
+    "local_of",
+    "local_part",
+    "shard_dimension",
+    "whole",
+    "write",
+]
 
 
 def is_sharded(tensor: Tensor) -> bool:
@@ -43,6 +53,11 @@ def local_part(value: Tensor, sharded: Any) -> Tensor:
     mesh = sharded.device_mesh
     everywhere = DTensor.from_local(value, mesh, [Replicate()] * mesh.ndim, run_check=False)
     return everywhere.redistribute(placements=sharded.placements).to_local()
+
+
+def cut_as(value: Tensor, tensor: Tensor) -> Tensor:
+    """A whole value that every process has, cut as a tensor is; the value itself where that is not sharded."""
+    return like(local_part(value, tensor), tensor) if is_sharded(tensor) else value
 
 
 def like(local: Tensor, sharded: Any) -> Tensor:

@@ -25,6 +25,7 @@ __all__ = [
     "drop_flat_weights",
     "has_hook",
     "is_batched_gradient",
+    "is_called_by",
     "is_forward_mode",
     "is_functorch_active",
     "norms_of_all",
@@ -215,6 +216,16 @@ def drop_flat_weights(recurrent: nn.RNNBase) -> None:
     """
     if not parametrize._cache_enabled:
         recurrent._flat_weights = [None] * len(recurrent._flat_weights_names)
+
+
+def is_called_by(name: str) -> bool:
+    """Whether a function of this name is among the callers, at whatever distance."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_name == name:
+            return True
+        frame = frame.f_back  # type: ignore[assignment]
+    return False
 
 
 def restore_flat_weights(recurrent: nn.RNNBase) -> None:

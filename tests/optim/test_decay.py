@@ -102,12 +102,55 @@ def test_without_decay_there_is_one_group() -> None:
     assert len(stiefel.optimizer(model("retraction"), torch.optim.Adam).param_groups) == 1
 
 
-def test_a_checkpoint_with_other_groups_says_why() -> None:
-    net = model("retraction")
-    before = torch.optim.AdamW(model("unconstrained").parameters(), lr=0.1).state_dict()
+def stepped(net: nn.Module, optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    for i, p in enumerate(net.parameters()):
+        p.grad = torch.full_like(p, 0.01 * (i + 1))
+    optimizer.step()
+    return optimizer
+
+
+@pytest.mark.parametrize(("first", "second"), [("soft", "retraction"), ("retraction", "soft"), ("pogo", "retraction")])
+@pytest.mark.parametrize("several", [False, True])
+def test_a_checkpoint_moves_between_groups_that_are_parted_and_not(first, second, several):
+    def made(net: nn.Module, decay: float) -> torch.optim.Optimizer:
+        parameters = list(net.parameters())
+        groups = [{"params": parameters[:3], "lr": 0.2}, {"params": parameters[3:]}] if several else parameters
+        return stiefel.optimizer(net, torch.optim.AdamW, groups, lr=0.1, weight_decay=decay)
+
+    a, b = model(first), model(second)
+    one, two = stepped(a, made(a, 0.3)), made(b, 0.4)
+    two.load_state_dict(copy.deepcopy(one.state_dict()))
+    for p, q in zip(a.parameters(), b.parameters(), strict=True):
+        # Of equal gradients where no tangent part is taken; of the same parameter in any case.
+        assert two.state[q]["exp_avg"].shape == q.shape
+        assert torch.equal(two.state[q]["exp_avg"], one.state[p]["exp_avg"])
+    of = {id(p): group for group in two.param_groups for p in group["params"]}
+    for i, p in enumerate(b.parameters()):
+        assert of[id(p)]["lr"] == (0.2 if several and i < 3 else 0.1)
+    assert of[id(b[0].bias)]["weight_decay"] == (0.3 if first == "pogo" else 0.4)  # its own, where the groups differ
+    assert (of[id(b[0].weight)]["weight_decay"] == 0) == (second != "soft")
+    stepped(b, two)
+
+
+def test_a_checkpoint_of_a_plain_optimizer_moves_into_parted_groups() -> None:
+    plain, net = model("unconstrained"), model("retraction")
+    before = stepped(plain, torch.optim.AdamW(plain.parameters(), lr=0.1))
     optimizer = stiefel.optimizer(net, torch.optim.AdamW, lr=0.1)
-    with pytest.raises(stiefel.OptimizerError, match=r"groups of \[8\] parameters.*\[6, 2\].*without weight decay"):
-        optimizer.load_state_dict(before)
+    optimizer.load_state_dict(before.state_dict())
+    for p, q in zip(plain.parameters(), net.parameters(), strict=True):
+        assert torch.equal(optimizer.state[q]["exp_avg"], before.state[p]["exp_avg"])
+
+
+def test_a_checkpoint_of_other_parameters_says_why() -> None:
+    net = model("retraction")
+    optimizer = stiefel.optimizer(net, torch.optim.AdamW, lr=0.1)
+    other = torch.optim.AdamW(list(net.parameters())[:3], lr=0.1)
+    with pytest.raises(stiefel.OptimizerError, match="has 3 parameters in 1 groups, and the optimizer has 8 in 1"):
+        optimizer.load_state_dict(other.state_dict())
+    proxied = model("own")
+    saved = stepped(proxied, stiefel.optimizer(proxied, torch.optim.AdamW, lr=0.1))
+    with pytest.raises(stiefel.OptimizerError, match=r"exp_avg .* has the shape .*come in another order"):
+        optimizer.load_state_dict(saved.state_dict())
     optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
 
 

@@ -1,0 +1,165 @@
+"""What a checkpoint says of its weights, and loading it into a model that holds them in another way.
+
+The state dict's metadata has the method, its options and the layout of each weight, so that its keys stay torch's. A
+checkpoint of the same method with the same options is loaded bit for bit. From any other the weight's value is taken:
+where it was saved as a proxy, the method that saved it computes the value, and the method that loads it starts from
+there. Where it cannot be told, or the method is not there, loading is refused.
+
+Imports ``weights``, ``methods`` and below.
+"""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import asdict, fields
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from stiefel.attach.weights import ConstrainedWeight, bindings_of
+from stiefel.compat.sharding import cut_as, whole
+from stiefel.compat.torch_private import is_called_by
+from stiefel.constraint import ROUNDING, Binding, Constraint, Reparameterization
+from stiefel.errors import StiefelError, WeightError
+from stiefel.layout import Layout
+from stiefel.linalg import full_precision
+from stiefel.methods import get
+
+KEY = "stiefel"
+"""Where a module's metadata has what is known of its weights: a dictionary by tensor."""
+PLAIN = "save_pretrained"
+"""Functions of this name write files that plain models read: they get the weights themselves."""
+
+
+def describe(owner: nn.Module, state: dict[str, Any], prefix: str, metadata: dict[str, Any]) -> None:
+    """Add what is known of a module's weights to a state dict's metadata: a state-dict hook."""
+    metadata[KEY] = {tensor: _facts(binding) for tensor, binding in bindings_of(owner).items()}
+    if is_called_by(PLAIN):
+        for tensor, binding in bindings_of(owner).items():
+            if isinstance(binding.constraint, Reparameterization):
+                for key in _keys_of_proxy(state, prefix, tensor):
+                    del state[key]
+                with torch.no_grad():
+                    state[prefix + tensor] = ConstrainedWeight(binding.label, owner, tensor, binding).value
+
+
+def adapt(owner: nn.Module, state: dict[str, Any], prefix: str, metadata: dict[str, Any], *args: Any) -> None:
+    """Rewrite a state dict to the form in which a module holds its weights: a load-state-dict pre-hook.
+
+    Raises:
+        WeightError: a weight is saved as the proxy of a method that the checkpoint does not name, or that is not there.
+    """
+    saved = metadata.get(KEY, {})
+    for tensor, binding in bindings_of(owner).items():
+        facts = saved.get(tensor)
+        if isinstance(facts, tuple):  # of 0.1.0, which saved the tally alone
+            facts = {"steps": facts[0], "shortened": facts[1]}
+        if facts is not None:
+            binding.tally.steps, binding.tally.shortened = facts["steps"], facts["shortened"]
+        found = ConstrainedWeight(binding.label, owner, tensor, binding)
+        with torch.no_grad():
+            _adapt_one(found, state, prefix, facts or {})
+
+
+def _adapt_one(found: ConstrainedWeight, state: dict[str, Any], prefix: str, facts: dict[str, Any]) -> None:
+    plain, proxied = prefix + found.tensor, _keys_of_proxy(state, prefix, found.tensor)
+    binding, parametrization = found.binding, found.parametrization
+    if parametrization is None:
+        if proxied and plain not in state:
+            state[plain] = cut_as(_saved_weight(state, prefix, found, facts), found.parameter)
+            for key in proxied:
+                del state[key]
+        return
+    if proxied and ("method" not in facts or _same(facts, binding)):
+        return
+    if proxied:
+        weight = _saved_weight(state, prefix, found, facts)
+    elif plain in state and state[plain].shape == binding.layout.shape:  # of another shape: torch says which
+        weight = whole(state.pop(plain))
+    else:
+        return
+    gain = state.get(f"{prefix}parametrizations.{found.tensor}.0.gain")
+    for key in proxied:
+        del state[key]
+    entries = parametrization.entries(weight.to(found.parameter), gain)
+    for name, value in entries.items():
+        state[f"{prefix}parametrizations.{found.tensor}.{name}"] = value
+    _tell_of_move(found, weight, entries)
+
+
+def _tell_of_move(found: ConstrainedWeight, weight: Tensor, entries: dict[str, Tensor]) -> None:
+    """Warn where the weight that will be held is not the one that was saved."""
+    parts = {name.rpartition(".")[2]: value for name, value in entries.items() if ".parts." in name}
+    binding = found.binding
+    held = _weight_of(binding.constraint, binding.layout, entries["original"], parts, entries.get("0.gain"))
+    size, moved = torch.linalg.vector_norm(weight), torch.linalg.vector_norm(held - weight)
+    if moved > ROUNDING * torch.finfo(weight.dtype).eps * size:
+        warnings.warn(
+            f"weight '{binding.label}' was loaded off the set of {binding.constraint} and has been moved to the "
+            f"nearest point of it, by {moved / size:.1e} of its length",
+            stacklevel=2,
+        )
+
+
+def _facts(binding: Binding) -> dict[str, Any]:
+    tally, method = binding.tally, binding.constraint
+    return {
+        # A count that is still on a device is read here: a checkpoint holds numbers.
+        "steps": tally.steps,
+        "shortened": None if tally.shortened is None else int(tally.shortened),
+        "method": method.name,
+        "options": _plain_options(method),
+        "layout": asdict(binding.layout),
+    }
+
+
+def _plain_options(method: Constraint) -> dict[str, Any]:
+    """The options that differ from their defaults; functions are left out, which reading a file must not call."""
+    options = {f.name: getattr(method, f.name) for f in fields(method)}
+    defaults = {f.name: f.default for f in fields(method)}
+    return {
+        name: value
+        for name, value in options.items()
+        if value != defaults[name] and isinstance(value, (str, int, float, bool, tuple, type(None)))
+    }
+
+
+def _same(facts: dict[str, Any], binding: Binding) -> bool:
+    """Whether the weight was saved by this very method, with these options, and read in this way."""
+    mine = _facts(binding)
+    return all(facts[name] == mine[name] for name in ("method", "options", "layout"))
+
+
+def _keys_of_proxy(state: dict[str, Any], prefix: str, tensor: str) -> list[str]:
+    return [key for key in state if key.startswith(f"{prefix}parametrizations.{tensor}.")]
+
+
+def _saved_weight(state: dict[str, Any], prefix: str, found: ConstrainedWeight, facts: dict[str, Any]) -> Tensor:
+    """The weight that the method that saved it would compute."""
+    label, start = found.binding.label, f"{prefix}parametrizations.{found.tensor}."
+    if "method" not in facts:
+        raise WeightError(
+            f"weight '{label}' was saved as the proxy of a reparameterization, and the checkpoint does not say of "
+            "which one (formats that keep tensors alone do not); load it into a model that is constrained by the same "
+            "method with the same options, and save that model's state with torch.save, or release it"
+        )
+    try:
+        method = get(facts["method"], **facts["options"])
+    except StiefelError as error:
+        raise WeightError(
+            f"weight '{label}' was saved as the proxy of {facts['method']!r}, which is needed to compute it: {error}"
+        ) from error
+    parts = {key.rpartition(".")[2]: whole(value) for key, value in state.items() if key.startswith(f"{start}0.parts.")}
+    layout = Layout(**facts["layout"])
+    gain = state.get(f"{start}0.gain")
+    return _weight_of(method, layout, whole(state[f"{start}original"]), parts, None if gain is None else whole(gain))
+
+
+def _weight_of(
+    method: Constraint, layout: Layout, proxy: Tensor, parts: dict[str, Tensor], gain: Tensor | None
+) -> Tensor:
+    assert isinstance(method, Reparameterization)
+    with full_precision(proxy.device):
+        x = method.forward(layout.points(proxy), layout, **parts)
+        return layout.weight(x if gain is None else x * gain.reshape(*x.shape[:2], 1))

@@ -8,6 +8,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
+from stiefel.attach import compiled
 from stiefel.attach.prefetched import prefetched_weight
 from stiefel.attach.snapshot import Snapshot, can_be_watched
 from stiefel.compat.sharding import whole, write
@@ -60,6 +61,7 @@ class Reparametrized(Convertible):
                 self.parts.register_parameter(name, part)
             else:
                 self.parts.register_buffer(name, part)
+        self.text = compiled.text_of(binding, self.names, self.gain is not None)
         self.first: Tensor | None = proxy  # what right_inverse returns while torch registers the parametrization
 
     def forward(self, proxy: Tensor) -> Tensor:
@@ -69,6 +71,11 @@ class Reparametrized(Convertible):
             WeightError: the model was converted to a precision in which no weight is orthogonal.
         """
         tensors = self.tensors(proxy)
+        # An exported program has to run where this library is not.
+        if self.text is not None and torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+            require_exact(proxy.dtype, self.binding.label)
+            trained = [torch.is_grad_enabled() and t.requires_grad for t in tensors]
+            return compiled.weight(list(tensors), self.text, trained)
         if not is_traced():
             ready = self.ready(proxy)
             if ready is not None:

@@ -7,7 +7,8 @@ names the one that a newer torch lacks. Imports torch alone.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, Self
 
 import torch
@@ -32,6 +33,7 @@ __all__ = [
     "on_conversion",
     "operator_of",
     "parameters_of",
+    "recording_within",
     "remove_hooks",
     "restore_flat_weights",
     "saves_tensors_elsewhere",
@@ -46,6 +48,8 @@ __all__ = [
 PRIVATE_NAMES: dict[str, str] = {
     "torch._C._functorch.is_legacy_batchedtensor": "2.8 to 2.14",
     "torch._C._functorch.peek_interpreter_stack": "2.8 to 2.14",
+    "torch._C._dispatch_tls_is_dispatch_key_excluded": "2.8 to 2.14",
+    "torch._C._dispatch_tls_set_dispatch_key_excluded": "2.8 to 2.14",
     "torch.autograd.forward_ad._current_level": "2.8 to 2.14",
     "torch._foreach_copy_": "2.8 to 2.14",
     "torch._foreach_norm": "2.8 to 2.14",
@@ -109,6 +113,23 @@ def compiler_callbacks() -> Any:
     """The handler called when ``torch.compile`` begins and ends compiling; None before the compiler is imported."""
     # Looked up, not imported: the compiler is slow to import, and compiles nothing before something else imports it.
     return getattr(sys.modules.get("torch._dynamo.callback"), "callback_handler", None)
+
+
+@contextmanager
+def recording_within() -> Iterator[None]:
+    """Let autograd record inside of an operation of one's own, from which torch keeps it out."""
+    keys = [
+        getattr(torch._C.DispatchKey, name) for name in ("AutogradFunctionality", "AutogradOther", "ADInplaceOrView")
+    ]
+    out = [key for key in keys if torch._C._dispatch_tls_is_dispatch_key_excluded(key)]
+    for key in out:
+        torch._C._dispatch_tls_set_dispatch_key_excluded(key, False)
+    try:
+        with torch.enable_grad():
+            yield
+    finally:
+        for key in out:
+            torch._C._dispatch_tls_set_dispatch_key_excluded(key, True)
 
 
 def operator_of(overload: Any) -> Any:

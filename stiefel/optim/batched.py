@@ -120,8 +120,7 @@ class Batched:
             parts.append([local_of(t) for t in (p, p.grad, *(state[k] for k in kept if state.get(k) is not None))])
         whole = exchange.gather(parts)
         copies = {i: self._copy(parameters[i], whole[i], kept) for i in exchange.owned}
-        for members in bucket(copies.values(), self._key):
-            self.move(group, members)
+        self.move_copies(group, list(copies.values()))
         moved = {i: [copy, *(self.state[copy][k] for k in kept)] for i, copy in copies.items()}
         for copy in copies.values():
             self.state.pop(copy)
@@ -133,6 +132,11 @@ class Batched:
                 state[name] = like(tensor.contiguous(), p)
             if self.counts:
                 state["step"] = torch.tensor(float(state.get("step", 0)) + 1)
+
+    def move_copies(self, group: dict[str, Any], copies: list[Tensor]) -> None:
+        """Move the weights that this process owns."""
+        for members in bucket(copies, self._key):
+            self.move(group, members)
 
     def _copy(self, parameter: Any, whole: list[Tensor], kept: tuple[str, ...]) -> Tensor:
         """A whole weight in place of a sharded one, with its manifold, gradient and state."""

@@ -36,11 +36,11 @@ OPTIMIZERS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
 }
 
 
-def net(dtype: torch.dtype = torch.float64) -> nn.Sequential:
+def net(dtype: torch.dtype = torch.float64, width: int = 33) -> nn.Sequential:
     """A convolution and linear layers, whose 7 and 33 rows no number of processes divides; the head is free."""
     torch.manual_seed(0)
-    layers = [nn.Conv2d(2, 7, 3), nn.Flatten(), nn.Linear(28, 33), nn.Tanh(), nn.Linear(33, 33), nn.Tanh()]
-    return nn.Sequential(*layers, nn.Linear(33, 33), nn.Tanh(), nn.Linear(33, 5)).to(dtype)
+    layers = [nn.Conv2d(2, 7, 3), nn.Flatten(), nn.Linear(28, width), nn.Tanh(), nn.Linear(width, width), nn.Tanh()]
+    return nn.Sequential(*layers, nn.Linear(width, width), nn.Tanh(), nn.Linear(width, 5)).to(dtype)
 
 
 def data(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
@@ -50,9 +50,9 @@ def data(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
     return x, torch.randint(5, (8,), generator=generator)
 
 
-def constrained(method: str, dtype: torch.dtype = torch.float64) -> nn.Module:
+def constrained(method: str, dtype: torch.dtype = torch.float64, width: int = 33) -> nn.Module:
     """The model with all layers but the head constrained."""
-    return stiefel.constrain(net(dtype), method, exclude=[HEAD], scale="relu")
+    return stiefel.constrain(net(dtype, width), method, exclude=[HEAD], scale="relu")
 
 
 def share(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
@@ -261,7 +261,7 @@ def work(method: str) -> dict[str, Any]:
 
 def tensor_parallel(method: str) -> dict[str, Any]:
     """Columns of one layer and rows of the next on the processes, by ``parallelize_module``."""
-    one, many = constrained(method), constrained(method)
+    one, many = constrained(method, width=32), constrained(method, width=32)  # torch's own cuts must be even here
     train(one, stiefel.optimizer(one, torch.optim.SGD, lr=0.1, momentum=0.9), data(), 10)
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     try:

@@ -1,0 +1,157 @@
+"""Several processes on one model (gloo): sharded, tensor-parallel and data-parallel, over all methods.
+
+Each is right to rounding, or refused by an error that names the weight and says what to do; nothing is silent, and no
+error is torch's own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import stiefel
+
+if not (torch.distributed.is_available() and torch.distributed.is_gloo_available()):
+    pytest.skip("this torch has no gloo", allow_module_level=True)
+
+SCRIPT = Path(__file__).parents[1] / "support" / "processes.py"
+METHODS = [m for m in stiefel.available() if not m.startswith("test_")]
+PROXIED = [m for m in METHODS if stiefel.get(m).place == "forward"]
+MOVED = [m for m in METHODS if stiefel.get(m).moves]
+# Not continuous: a sign, or the order of equal eigenvalues, may turn on the last digit.
+SIGN = [m for m in METHODS if stiefel.get(m).step_length]
+CHAOTIC = [m for m in METHODS if stiefel.get(m).faults] + SIGN
+
+
+@cache
+def _folder() -> Path:
+    import tempfile
+
+    return Path(tempfile.mkdtemp())
+
+
+def found(feature: str, size: int = 2, methods: list[str] = METHODS) -> dict[str, dict[str, Any]]:
+    """What so many processes found, by method; an error that is not this library's fails the test."""
+    output = _folder() / f"{feature}-{size}.json"
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(SCRIPT.parent)}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={size}", str(SCRIPT)]
+    done = subprocess.run(
+        [*command, feature, str(output), *methods], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    results = json.loads(output.read_text(encoding="utf-8"))
+    assert list(results) == methods
+    assert {m: r["raw"] for m, r in results.items() if "raw" in r} == {}
+    return results
+
+
+@pytest.mark.parametrize("size", [2, pytest.param(3, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("feature", "tolerance"), [("double", 2e-12), ("single", 1e-5)])
+def test_sharded_training_is_that_of_one_process(feature, tolerance, size):
+    for method, result in found(feature, size).items():
+        for name in ("momentum", "adam", "adamw"):
+            if name in result:
+                assert result[f"{name} ranks"] == 0, (method, result)
+                assert method in CHAOTIC or result[name] < tolerance, (method, result)
+        assert method in CHAOTIC or result["report"] < max(tolerance, 1e-6 * (feature == "single")), (method, result)
+
+
+def test_shards_with_replicas():
+    some = ["own", "retraction", "soft", "riemannian", "pogo", "unconstrained"]
+    for method, result in found("hybrid", 4, some).items():
+        assert all(result[f"{name}{more}"] < 2e-12 for name in ("momentum",) for more in ("", " ranks")), (
+            method,
+            result,
+        )
+
+
+def test_a_plain_optimizer_on_a_sharded_model_is_refused_where_it_would_be_on_a_whole_one():
+    for method, result in found("plain").items():
+        assert bool(result["refused"]) == (method in MOVED), (method, result)
+        if result["refused"]:
+            assert "'0.weight'" in result["refused"]
+            assert "stiefel.optimizer(model, SGD, ...)" in result["refused"]
+            assert result["moved"] == 0
+
+
+def test_a_sharded_model_is_projected_saved_loaded_and_released():
+    for method, result in found("whole_again").items():
+        assert result["loaded"] == 0, method
+        assert bool(result["released"]) == (method in PROXIED), (method, result)
+        if result["released"]:
+            assert "'0.weight'" in result["released"]
+            assert "full_state_dict=True" in result["released"]
+        else:
+            assert result["released apart"] == 0
+        if stiefel.get(method).feasible:
+            assert result["projected"] < 1e-14
+
+
+def test_half_precision_by_policy_computes_with_orthogonal_weights_or_is_refused():
+    for method, result in found("half").items():
+        assert bool(result["refused"]) == (method in PROXIED), (method, result)
+        if result["refused"]:
+            assert "'0.weight' is torch.bfloat16" in result["refused"]
+        elif stiefel.get(method).feasible:
+            assert result["worst"] < 1e-6
+
+
+def test_accumulation_and_clipping_of_sharded_gradients():
+    for method, result in found("clipped_and_accumulated").items():
+        assert method in CHAOTIC or result["apart"] < 1e-13, (method, result)
+
+
+def test_a_part_that_is_not_finite_stops_every_process_before_the_step():
+    for method, result in found("diverged").items():
+        assert all("'0.weight'" in told and "NaN or infinite" in told for told in result["told"]), (method, result)
+        assert result["moved"] == 0, method
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_the_work_and_the_traffic_of_a_process_fall_with_their_number(size):
+    """(R−1)/R² · N entries received for each of X, G, P(G), U and the new X; each matrix is stepped once."""
+    for method, result in found("work", size, [*MOVED, "own", "soft"]).items():
+        matrices = [c["matrices"] for c in result["counts"]]
+        received = sum(c["received"] for c in result["counts"]) / size
+        if method not in MOVED:
+            assert sum(matrices) == received == 0
+            continue
+        assert sum(matrices) == result["weights"]
+        assert max(matrices) <= -(-result["weights"] // size)
+        most = 5 * (size - 1) / size**2 * result["entries"]
+        assert 0 < received <= 1.15 * most, (method, received, most)  # shards are uneven
+
+
+def test_tensor_parallel_layers():
+    for method, result in found("tensor_parallel").items():
+        assert bool(result["refused"]) == (method in PROXIED), (method, result)
+        if result["refused"]:
+            assert "a method that keeps the weight itself" in result["refused"]
+        else:
+            assert result["ranks"] == 0, (method, result)
+            assert method in CHAOTIC or result["apart"] < 2e-12, (method, result)
+
+
+def test_data_parallel_and_zero():
+    for method, result in found("data_parallel").items():
+        for name in ("ddp", "zero"):
+            assert result[f"{name} ranks"] == 0, (method, result)
+            assert method in CHAOTIC or result[name] < 2e-12, (method, result)
+            assert result[f"{name} steps"] == [10, 10, 10, 10], (method, result)
+
+
+def test_a_model_that_data_parallel_holds_already_is_refused_where_it_would_not_be_averaged():
+    for method, result in found("wrapped_first").items():
+        for name in ("", "unused", "static"):
+            if method in PROXIED:
+                assert "'0.weight' is held by DistributedDataParallel" in result[name], (method, result)
+            else:
+                assert method in CHAOTIC or result[name] < 2e-12, (method, result)

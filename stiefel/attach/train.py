@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from stiefel.attach.tagging import tag_weight
 from stiefel.attach.weights import ConstrainedWeight, constrained_weights
 from stiefel.compat.sharding import whole
-from stiefel.constraint import Constraint, Decay, ManifoldMethod, Penalty
+from stiefel.constraint import Binding, Constraint, Decay, ManifoldMethod, Penalty
 from stiefel.errors import OptimizerError
 from stiefel.linalg import full_precision
 from stiefel.optim import keep_decay_off
@@ -100,10 +100,8 @@ def penalty(module: nn.Module) -> Tensor:
         assert isinstance(method, Penalty)
         with full_precision(members[0].parameter.device):
             x = stack([w.binding.layout for w in members], [whole(w.parameter) for w in members], scaled=True)
-            strength = method.strength_at(binding.tally.steps)
+            strength = method.strength_at(_taken(binding))
             terms.append(strength * scale**2 * method.penalty(x, binding.layout).sum())
-        for w in members:
-            tag_weight(w)  # a copy of a model counts its own steps
     # In one dtype and on one device: those of a model's weights may differ.
     return torch.stack([t.to(terms[0]) for t in terms]).sum()
 
@@ -111,4 +109,10 @@ def penalty(module: nn.Module) -> Tensor:
 def _measured_together(w: ConstrainedWeight) -> Hashable:
     binding = w.binding
     # Steps, because a schedule gives weights that have taken equally many the same strength.
-    return id(binding.constraint), binding.layout, binding.tally.steps, w.parameter.dtype, w.parameter.device
+    return id(binding.constraint), binding.layout, _taken(binding), w.parameter.dtype, w.parameter.device
+
+
+def _taken(binding: Binding) -> int:
+    """The steps taken, where the strength depends on them; a compiled penalty would depend on what it reads."""
+    assert isinstance(binding.constraint, Penalty)
+    return binding.tally.steps if binding.constraint.scheduled else 0

@@ -9,9 +9,10 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import torch
+import torch._compile
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -30,6 +31,7 @@ __all__ = [
     "is_forward_mode",
     "is_functorch_active",
     "norms_of_all",
+    "not_compiled",
     "on_conversion",
     "operator_of",
     "parameters_of",
@@ -58,6 +60,7 @@ PRIVATE_NAMES: dict[str, str] = {
     "torch.utils._pytree.tree_map": "2.8 to 2.14",
     "torch.utils._python_dispatch.TorchDispatchMode": "2.8 to 2.14",
     "torch._ops.OpOverload._overloadpacket": "2.8 to 2.14",
+    "torch._compile._disable_dynamo": "2.8 to 2.14",
     "torch._dynamo.callback.callback_handler": "2.8 to 2.14",
     "torch.nn.utils.parametrize._cache_enabled": "2.8 to 2.14",
     "torch.nn.Module._apply": "2.8 to 2.14",
@@ -130,6 +133,17 @@ def recording_within() -> Iterator[None]:
     finally:
         for key in out:
             torch._C._dispatch_tls_set_dispatch_key_excluded(key, True)
+
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def not_compiled(function: F) -> F:
+    """Let ``torch.compile`` call a function as it is, with all that it calls, instead of tracing it.
+
+    As ``torch.compiler.disable``, which imports the compiler at once; torch's own optimizers import it when one is made.
+    """
+    return torch._compile._disable_dynamo(function)  # type: ignore[return-value]
 
 
 def operator_of(overload: Any) -> Any:

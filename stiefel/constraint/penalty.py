@@ -52,6 +52,11 @@ class Penalty(Constraint):
         """Whether the penalty is decoupled."""
         return self.decoupled
 
+    @property
+    def scheduled(self) -> bool:
+        """Whether the strength depends on the number of steps taken."""
+        return callable(self.strength)
+
     def strength_at(self, step: int) -> float:
         """λ after ``step`` optimizer steps.
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from stiefel.compat.sharding import is_sharded, like, local_of
+from stiefel.compat.torch_private import not_compiled
 from stiefel.constraint import is_number
 from stiefel.errors import OptimizerError
 from stiefel.linalg import require_exact
@@ -57,6 +58,7 @@ class Batched:
         self._refuse(param_group)
         super().add_param_group(param_group)  # type: ignore[misc]
 
+    @not_compiled
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step; ``closure``, where given, re-evaluates the loss and its gradients first."""

@@ -21,7 +21,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 from stiefel.compat.geoopt import is_on_manifold, is_riemannian
 from stiefel.compat.sharding import agree_on_least, is_sharded, local_of
-from stiefel.compat.torch_private import norms_of_all
+from stiefel.compat.torch_private import norms_of_all, not_compiled
 from stiefel.errors import DivergenceError, OptimizerError
 from stiefel.linalg import is_capturing, may_wait
 from stiefel.optim.bases import acting, decays, refuse_late_start
@@ -39,6 +39,7 @@ def steps_seen() -> int:
     return _steps_seen
 
 
+@not_compiled
 def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Any:
     global _steps_seen
     _steps_seen += 1  # now, not after: an optimizer's own post-step hooks run before our global one
@@ -166,6 +167,7 @@ def _values(gradient: Tensor) -> Tensor:
     return gradient.coalesce().values() if gradient.is_sparse else local_of(gradient)
 
 
+@not_compiled
 def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
     global _steps_seen
     _steps_seen += 1  # again: what a closure's forward passes have cached within the step is out of date now

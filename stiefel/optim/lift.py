@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from stiefel.compat.torch_private import not_compiled
 from stiefel.constraint import Constraint, StepMethod
 from stiefel.linalg import require_exact
 from stiefel.optim.bases import is_additive, keeps_nothing, refuse
@@ -41,6 +42,7 @@ class Lift(_Base):
     base: type[torch.optim.Optimizer]
     stepping = False  # true inside the base step, where torch may run the global hooks again
 
+    @not_compiled  # it counts steps, on which a compiled one would depend
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """One step of the base optimizer, followed by the methods' own."""

@@ -9,15 +9,15 @@ import torch
 from torch import Tensor, nn
 
 from stiefel.attach import compiled
+from stiefel.attach.bucket import Bucket, Formula
 from stiefel.attach.prefetched import prefetched_weight
 from stiefel.attach.snapshot import Snapshot, can_be_watched
 from stiefel.compat.sharding import whole, write
 from stiefel.compat.torch_private import Convertible, version
 from stiefel.constraint import Binding, Reparameterization
-from stiefel.errors import DivergenceError, StiefelError
-from stiefel.linalg import full_precision, is_traced, require_exact
+from stiefel.errors import StiefelError
+from stiefel.linalg import is_traced
 from stiefel.optim import is_lent
-from stiefel.optim.buckets import stack, unstack
 
 
 class CachedWeight:
@@ -39,6 +39,7 @@ class Reparametrized(Convertible):
     """
 
     cached: CachedWeight | None = None
+    ahead: Tensor | None = None  # while a compiler traces a pass: the weight computed when it began
 
     def __init__(self, binding: Binding, weight: Tensor) -> None:
         super().__init__()
@@ -61,7 +62,8 @@ class Reparametrized(Convertible):
                 self.parts.register_parameter(name, part)
             else:
                 self.parts.register_buffer(name, part)
-        self.text = compiled.text_of(binding, self.names, self.gain is not None)
+        self.formula = Formula(binding, self.names, self.gain is not None)
+        self.text = compiled.text_of(self.formula)
         self.first: Tensor | None = proxy  # what right_inverse returns while torch registers the parametrization
 
     def forward(self, proxy: Tensor) -> Tensor:
@@ -73,9 +75,7 @@ class Reparametrized(Convertible):
         tensors = self.tensors(proxy)
         # An exported program has to run where this library is not.
         if self.text is not None and torch.compiler.is_compiling() and not torch.compiler.is_exporting():
-            require_exact(proxy.dtype, self.binding.label)
-            trained = [torch.is_grad_enabled() and t.requires_grad for t in tensors]
-            return compiled.weight(list(tensors), self.text, trained)
+            return self.ahead if self.ahead is not None else compiled.weights_of([self], tensors)[0]
         if not is_traced():
             ready = self.ready(proxy)
             if ready is not None:
@@ -86,7 +86,7 @@ class Reparametrized(Convertible):
         return self._computed(tensors)
 
     def _computed(self, tensors: Sequence[Tensor]) -> Tensor:
-        return Bucket([self]).weights(tensors)[0]
+        return Bucket([self.formula]).weights(tensors)[0]
 
     def _cache(self, tensors: Sequence[Tensor]) -> Tensor:
         snapshot = Snapshot(tensors, hold=True)  # before the weight: another thread may change the proxy meanwhile
@@ -167,61 +167,3 @@ class Reparametrized(Convertible):
 def needs_graph(tensors: Sequence[Tensor]) -> bool:
     """Whether autograd records what is computed from these tensors now."""
     return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-
-
-class Bucket:
-    """Parametrizations by one method and of one layout, whose weights are computed as one batch.
-
-    Args:
-        parametrizations: one or more, with equally many tensors each.
-    """
-
-    def __init__(self, parametrizations: Sequence[Reparametrized]) -> None:
-        self.parametrizations, self.first = parametrizations, parametrizations[0]
-        self.layouts = [p.binding.layout for p in parametrizations]
-
-    def stack(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Stack the :meth:`Reparametrized.tensors` of all, given one after the other: one tensor per kind.
-
-        Raises:
-            WeightError: the model was converted to a precision in which no weight is orthogonal.
-        """
-        width = len(tensors) // len(self.parametrizations)
-        # Proxy, gain and parts of the first weight, then those of the second: a kind is every width-th tensor.
-        proxies, *others = [tensors[i::width] for i in range(width)]
-        for p, proxy in zip(self.parametrizations, proxies, strict=True):
-            require_exact(proxy.dtype, p.binding.label)
-        return [
-            stack(self.layouts, proxies, scaled=True),
-            *(o[0] if len(o) == 1 else torch.cat(list(o)) for o in others),
-        ]
-
-    def points(self, stacked: Sequence[Tensor]) -> Tensor:
-        """The weights, in units of X but with their gains, as functions of the stacked tensors."""
-        x = self.held(stacked)
-        with full_precision(x.device):
-            return x if self.first.gain is None else x * stacked[1].reshape(*x.shape[:2], 1)  # (Σb·p,) → (Σb, p, 1)
-
-    def held(self, stacked: Sequence[Tensor]) -> Tensor:
-        """The weights in units of X without gains: the points that the method keeps on its set.
-
-        Raises:
-            DivergenceError: a proxy is beyond what can be factorized.
-        """
-        method, names = self.first.binding.constraint, self.first.names
-        assert isinstance(method, Reparameterization)
-        with full_precision(stacked[0].device):
-            # The parts come last, whether there is a gain before them or not.
-            parts = dict(zip(names, stacked[len(stacked) - len(names) :], strict=True))
-            try:
-                return method.forward(stacked[0], self.layouts[0], **parts)
-            except torch.linalg.LinAlgError as error:
-                labels = ", ".join(f"'{p.binding.label}'" for p in self.parametrizations)
-                raise DivergenceError(
-                    f"no weight can be computed from the proxy of {labels}: {error} Its entries are NaN, infinite or "
-                    "too large; lower the learning rate"
-                ) from error
-
-    def weights(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Stack the tensors and compute the batch; returns the weights in their own shapes."""
-        return unstack(self.layouts, self.points(self.stack(tensors)), scaled=True)

@@ -20,7 +20,9 @@ from weakref import WeakKeyDictionary, ref
 import torch
 from torch import Tensor, nn
 
-from stiefel.attach.parametrization import Bucket, Reparametrized, needs_graph
+from stiefel.attach import compiled
+from stiefel.attach.bucket import Bucket
+from stiefel.attach.parametrization import Reparametrized, needs_graph
 from stiefel.attach.prefetched import PrefetchedWeight, begin, end, forget, prefetched_weight
 from stiefel.attach.snapshot import Snapshot
 from stiefel.attach.weights import constrained_weights, first_parametrization
@@ -34,10 +36,19 @@ from stiefel.optim.buckets import bucket, stack, unstack
 # By module: the owner and the name of each reparameterized tensor below it, looked up once.
 _places: WeakKeyDictionary[nn.Module, list[tuple[ref[nn.Module], str]]] = WeakKeyDictionary()
 
+_LISTS = "_stiefel_prefetch"
+"""Of a root: the lists of torch's parametrizations, of the reparameterized weights below it."""
+
 
 def prefetch_below(root: nn.Module) -> None:
     """From now on compute the reparameterized weights below ``root`` together, at each of its forward passes."""
     _places.pop(root, None)
+    lists = {
+        id(w.owner.parametrizations[w.tensor]): w.owner.parametrizations[w.tensor]  # type: ignore[index]
+        for w in constrained_weights(root)
+        if isinstance(w.binding.constraint, Reparameterization)
+    }
+    root.__dict__[_LISTS] = list(lists.values())  # not among its modules; a compiler cannot search them
     if not has_hook(root, _before_forward):
         root.register_forward_pre_hook(_before_forward)
         root.register_forward_hook(_after_forward, always_call=True)
@@ -46,6 +57,7 @@ def prefetch_below(root: nn.Module) -> None:
 def stop_prefetch(root: nn.Module) -> None:
     """Take the hooks off."""
     _places.pop(root, None)
+    root.__dict__.pop(_LISTS, None)
     remove_hooks(root, _before_forward, _after_forward)
 
 
@@ -58,6 +70,9 @@ class _Member:
 
 
 def _before_forward(root: nn.Module, args: Any) -> None:
+    if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+        compiled.begin(root.__dict__[_LISTS])
+        return
     if not torch.is_grad_enabled() or is_traced() or saves_tensors_elsewhere():
         return
     forget(root)
@@ -66,7 +81,7 @@ def _before_forward(root: nn.Module, args: Any) -> None:
         # Before the weights: a proxy that is changed meanwhile then makes them invalid.
         snapshots = [Snapshot(m.tensors) for m in members]
         weights = _Together.apply(
-            Bucket([m.parametrization for m in members]), *(t for m in members for t in m.tensors)
+            Bucket([m.parametrization.formula for m in members]), *(t for m in members for t in m.tensors)
         )
         prefetched += [
             PrefetchedWeight(m.parametrization, s, w) for m, s, w in zip(members, snapshots, weights, strict=True)
@@ -75,7 +90,9 @@ def _before_forward(root: nn.Module, args: Any) -> None:
 
 
 def _after_forward(root: nn.Module, args: Any, output: Any) -> None:
-    if not is_traced():
+    if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
+        compiled.end(root.__dict__[_LISTS])
+    elif not is_traced():
         end(root)
 
 
@@ -169,7 +186,7 @@ class _Together(torch.autograd.Function):
         used = [i for i, g in enumerate(gradients) if g is not None]
         width = len(ctx.tensors) // len(gradients)
         own = [k for i in used for k in range(i * width, (i + 1) * width)]  # the tensors of the weights used
-        weights = Bucket([ctx.bucket.parametrizations[i] for i in used]).weights([ctx.tensors[k] for k in own])
+        weights = Bucket([ctx.bucket.formulas[i] for i in used]).weights([ctx.tensors[k] for k in own])
         wanted = [k for k in own if ctx.needs_input_grad[1 + k]]
         found = torch.autograd.grad(
             weights,

@@ -38,7 +38,9 @@ def tag_weight(found: ConstrainedWeight) -> None:
 
 def remember(owner: nn.Module, args: Any) -> None:
     """Remember a module, which may be a copy: a forward pre-hook of modules with constrained weights."""
-    if torch.is_grad_enabled():  # nothing trains otherwise, and inference should cost what it does with plain layers
+    # Nothing trains without gradients, and inference should cost what it does with plain layers. A compiled pass must
+    # not depend on a set that other models change.
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         _owners.add(owner)
 
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from stiefel.attach.parametrization import Bucket, Reparametrized
+from stiefel.attach.bucket import Bucket
+from stiefel.attach.parametrization import Reparametrized
 from stiefel.compat.sharding import is_sharded, whole, write
 from stiefel.compat.torch_private import parameters_of, submodules_of
 from stiefel.constraint import Binding, Reparameterization
@@ -42,7 +43,7 @@ class ConstrainedWeight:
             self.parametrization.cached = None
             tensors = self.parametrization.tensors(self.parameter)
             if any(map(is_sharded, tensors)):
-                return Bucket([self.parametrization]).weights(list(map(whole, tensors)))[0]
+                return Bucket([self.parametrization.formula]).weights(list(map(whole, tensors)))[0]
         return whole(getattr(self.owner, self.tensor))
 
     @property
@@ -110,7 +111,9 @@ class ConstrainedWeight:
         parametrization = self.parametrization
         if parametrization is None or parametrization.gain is None:
             return self.binding.layout.points(self.value)
-        bucket = Bucket([parametrization])  # before the gain: a weight cannot be divided by a gain that has become 0
+        bucket = Bucket(
+            [parametrization.formula]
+        )  # before the gain: a weight cannot be divided by a gain that has become 0
         return bucket.held(bucket.stack(list(map(whole, parametrization.tensors(self.parameter)))))
 
 

@@ -141,7 +141,8 @@ F = TypeVar("F", bound=Callable[..., Any])
 def not_compiled(function: F) -> F:
     """Let ``torch.compile`` call a function as it is, with all that it calls, instead of tracing it.
 
-    As ``torch.compiler.disable``, which imports the compiler at once; torch's own optimizers import it when one is made.
+    As ``torch.compiler.disable``, which imports the compiler at once; this does so when the function is called, and by
+    then torch's own optimizers have.
     """
     return torch._compile._disable_dynamo(function)  # type: ignore[return-value]
 

@@ -1,15 +1,16 @@
-"""Weights as one operation of a compiled graph. Imports ``bucket``, ``methods``, ``layout``, ``linalg``.
+"""A weight as one operation of a compiled graph. Imports ``bucket``, ``methods``, ``layout``, ``linalg``.
 
 Traced through, a map is hundreds of operations that a compiler unrolls, fuses badly and compiles for a minute, that
 cannot read a number to decide on a number of steps, and that cannot set the precision of products, a setting of the
-process. As one operation it is computed as it is outside of a graph, to the bit, and equal weights of a model as one
-batch. The backward pass computes the map again: between the two an operation of a graph keeps nothing but tensors.
+process. As one operation it is computed as it is outside of a graph, to the bit. Two things cost time: the backward
+pass computes the map again, since between the two an operation keeps nothing but tensors, and each weight is computed
+by itself, since hooks of a compiled model run outside of its graph, so that none can compute equal weights together.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, fields
 from functools import cache
 from typing import Any
@@ -24,11 +25,10 @@ from stiefel.errors import StiefelError
 from stiefel.layout import Layout
 from stiefel.linalg import full_precision, require_exact
 from stiefel.methods import get
-from stiefel.optim import is_lent
 
 
 def text_of(formula: Formula) -> str | None:
-    """A formula in words, which a graph can hold and another process can read; equal ones are computed together.
+    """A formula in words, which a graph can hold and another process can read.
 
     Returns:
         None for a method that cannot be made again from its name and options: one that is not registered.
@@ -58,106 +58,69 @@ def formula_of(text: str) -> Formula:
     return Formula(Binding(method, Layout(**known), "of a compiled model"), tuple(words["names"]), words["gain"])
 
 
-def begin(lists: Iterable[Any]) -> None:
-    """Compute equal weights together, when a traced pass begins.
+def weight_of(formula: Formula, text: str, tensors: Sequence[Tensor]) -> Tensor:
+    """The weight of a formula as one operation.
 
     Args:
-        lists: torch's lists of parametrizations, of each weight.
-    """
-    groups: dict[str, list[Any]] = {}
-    for each in lists:
-        text = getattr(each[0], "text", None)
-        if text is not None and each[0].ahead is None and not is_lent(each.original):
-            groups.setdefault(f"{text} {each.original.dtype} {each.original.device}", []).append(each)
-    for members in groups.values():
-        if len(members) > 1:
-            tensors = [t for each in members for t in each[0].tensors(each.original)]
-            for each, made in zip(members, weights_of([each[0] for each in members], tensors), strict=True):
-                each[0].ahead = made
-
-
-def end(lists: Iterable[Any]) -> None:
-    """Forget them, before the trace ends."""
-    for each in lists:
-        each[0].ahead = None
-
-
-def weights_of(parametrizations: Sequence[Any], tensors: Sequence[Tensor]) -> list[Tensor]:
-    """The weights of equal parametrizations as one operation, given the tensors of one after the other.
+        formula: of the weight.
+        text: the same in words.
+        tensors: proxy, gain and parts.
 
     Raises:
         WeightError: the model was converted to a precision in which no weight is orthogonal.
     """
-    for each in parametrizations:
-        require_exact(tensors[0].dtype, each.binding.label)
-    trained = [torch.is_grad_enabled() and t.requires_grad for t in tensors]
-    return weights(list(tensors), parametrizations[0].text, trained)
+    require_exact(tensors[0].dtype, formula.binding.label)
+    return weight(list(tensors), text, [torch.is_grad_enabled() and t.requires_grad for t in tensors])
 
 
-def _computed(tensors: Sequence[Tensor], text: str) -> list[Tensor]:
-    formula = formula_of(text)
-    width = 1 + formula.gain + len(formula.names)
+def _computed(tensors: Sequence[Tensor], text: str) -> Tensor:
     with full_precision(tensors[0].device):
-        return Bucket([formula] * (len(tensors) // width)).weights(tensors)
+        return Bucket([formula_of(text)]).weights(tensors)[0]
 
 
-@torch.library.custom_op("stiefel::weights", mutates_args=())
-def weights(tensors: Sequence[Tensor], text: str, trained: Sequence[bool]) -> list[Tensor]:
+@torch.library.custom_op("stiefel::weight", mutates_args=())
+def weight(tensors: Sequence[Tensor], text: str, trained: Sequence[bool]) -> Tensor:
     """The operation.
 
     Args:
-        tensors: proxy, gain and parts of each weight.
+        tensors: proxy, gain and parts.
         text: from :func:`text_of`.
         trained: which of the tensors get gradients.
     """
     with torch.no_grad():
-        # Operations return tensors of their own, no parts of one, and none of their arguments.
-        return [made.clone() for made in _computed(tensors, text)]
+        made = _computed(tensors, text)
+        # An operation must not return one of its arguments.
+        return made.clone() if any(made.data_ptr() == t.data_ptr() for t in tensors) else made
 
 
-@weights.register_fake
-def _(tensors: Sequence[Tensor], text: str, trained: Sequence[bool]) -> list[Tensor]:
-    formula = formula_of(text)
-    proxies = tensors[:: 1 + formula.gain + len(formula.names)]
-    return [proxy.new_empty(formula.binding.layout.shape) for proxy in proxies]
+@weight.register_fake
+def _(tensors: Sequence[Tensor], text: str, trained: Sequence[bool]) -> Tensor:
+    return tensors[0].new_empty(tensors[0].shape)
 
 
-@torch.library.custom_op("stiefel::weights_backward", mutates_args=())
-def weights_backward(
-    gradients: Sequence[Tensor], tensors: Sequence[Tensor], text: str, trained: Sequence[bool]
-) -> list[Tensor]:
+@torch.library.custom_op("stiefel::weight_backward", mutates_args=())
+def weight_backward(gradient: Tensor, tensors: Sequence[Tensor], text: str, trained: Sequence[bool]) -> list[Tensor]:
     """The gradients of those tensors that are trained, and empty tensors for the others."""
     leaves = [t.detach().requires_grad_(want) for t, want in zip(tensors, trained, strict=True)]
     wanted = [leaf for leaf in leaves if leaf.requires_grad]
-    with recording_within(), full_precision(gradients[0].device):
-        found = iter(torch.autograd.grad(_computed(leaves, text), wanted, list(gradients), materialize_grads=True))
-    return [next(found).clone() if leaf.requires_grad else leaf.new_empty(0) for leaf in leaves]
+    with recording_within(), full_precision(gradient.device):
+        found = iter(torch.autograd.grad(_computed(leaves, text), wanted, gradient, materialize_grads=True))
+    return [next(found).contiguous() if leaf.requires_grad else leaf.new_empty(0) for leaf in leaves]
 
 
-@weights_backward.register_fake
-def _(gradients: Sequence[Tensor], tensors: Sequence[Tensor], text: str, trained: Sequence[bool]) -> list[Tensor]:
+@weight_backward.register_fake
+def _(gradient: Tensor, tensors: Sequence[Tensor], text: str, trained: Sequence[bool]) -> list[Tensor]:
     return [t.new_empty(t.shape if want else 0) for t, want in zip(tensors, trained, strict=True)]
 
 
-def _setup(ctx: Any, inputs: tuple[Sequence[Tensor], str, Sequence[bool]], output: list[Tensor]) -> None:
+def _setup(ctx: Any, inputs: tuple[Sequence[Tensor], str, Sequence[bool]], output: Tensor) -> None:
     tensors, ctx.text, ctx.trained = inputs
-    ctx.set_materialize_grads(False)  # None, not zeros, from weights that are not used
     ctx.save_for_backward(*tensors)
 
 
-def _backward(ctx: Any, gradients: Sequence[Tensor | None]) -> tuple[list[Tensor | None], None, None]:
-    """The backward pass of those weights that are used: the others keep no gradient, as outside of a graph."""
-    used = [i for i, g in enumerate(gradients) if g is not None]
-    width = len(ctx.saved_tensors) // len(gradients)
-    places = [k for i in used for k in range(i * width, (i + 1) * width)]
-    trained = [ctx.trained[k] for k in places]
-    result: list[Tensor | None] = [None] * len(ctx.saved_tensors)
-    if any(trained):
-        given = [g for g in gradients if g is not None]
-        found = weights_backward(given, [ctx.saved_tensors[k] for k in places], ctx.text, trained)
-        for k, gradient, want in zip(places, found, trained, strict=True):
-            result[k] = gradient if want else None
-    return result, None, None
+def _backward(ctx: Any, gradient: Tensor) -> tuple[list[Tensor | None], None, None]:
+    found = weight_backward(gradient, list(ctx.saved_tensors), ctx.text, ctx.trained)
+    return [g if want else None for g, want in zip(found, ctx.trained, strict=True)], None, None
 
 
-weights.register_autograd(_backward, setup_context=_setup)
+weight.register_autograd(_backward, setup_context=_setup)

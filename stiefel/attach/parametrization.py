@@ -39,7 +39,6 @@ class Reparametrized(Convertible):
     """
 
     cached: CachedWeight | None = None
-    ahead: Tensor | None = None  # while a compiler traces a pass: the weight computed when it began
 
     def __init__(self, binding: Binding, weight: Tensor) -> None:
         super().__init__()
@@ -75,7 +74,7 @@ class Reparametrized(Convertible):
         tensors = self.tensors(proxy)
         # An exported program has to run where this library is not.
         if self.text is not None and torch.compiler.is_compiling() and not torch.compiler.is_exporting():
-            return self.ahead if self.ahead is not None else compiled.weights_of([self], tensors)[0]
+            return compiled.weight_of(self.formula, self.text, tensors)
         if not is_traced():
             ready = self.ready(proxy)
             if ready is not None:

@@ -20,7 +20,6 @@ from weakref import WeakKeyDictionary, ref
 import torch
 from torch import Tensor, nn
 
-from stiefel.attach import compiled
 from stiefel.attach.bucket import Bucket
 from stiefel.attach.parametrization import Reparametrized, needs_graph
 from stiefel.attach.prefetched import PrefetchedWeight, begin, end, forget, prefetched_weight
@@ -36,19 +35,10 @@ from stiefel.optim.buckets import bucket, stack, unstack
 # By module: the owner and the name of each reparameterized tensor below it, looked up once.
 _places: WeakKeyDictionary[nn.Module, list[tuple[ref[nn.Module], str]]] = WeakKeyDictionary()
 
-_LISTS = "_stiefel_prefetch"
-"""Of a root: the lists of torch's parametrizations, of the reparameterized weights below it."""
-
 
 def prefetch_below(root: nn.Module) -> None:
     """From now on compute the reparameterized weights below ``root`` together, at each of its forward passes."""
     _places.pop(root, None)
-    lists = {
-        id(w.owner.parametrizations[w.tensor]): w.owner.parametrizations[w.tensor]  # type: ignore[index]
-        for w in constrained_weights(root)
-        if isinstance(w.binding.constraint, Reparameterization)
-    }
-    root.__dict__[_LISTS] = list(lists.values())  # not among its modules; a compiler cannot search them
     if not has_hook(root, _before_forward):
         root.register_forward_pre_hook(_before_forward)
         root.register_forward_hook(_after_forward, always_call=True)
@@ -57,7 +47,6 @@ def prefetch_below(root: nn.Module) -> None:
 def stop_prefetch(root: nn.Module) -> None:
     """Take the hooks off."""
     _places.pop(root, None)
-    root.__dict__.pop(_LISTS, None)
     remove_hooks(root, _before_forward, _after_forward)
 
 
@@ -70,9 +59,6 @@ class _Member:
 
 
 def _before_forward(root: nn.Module, args: Any) -> None:
-    if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
-        compiled.begin(root.__dict__[_LISTS])
-        return
     if not torch.is_grad_enabled() or is_traced() or saves_tensors_elsewhere():
         return
     forget(root)
@@ -90,9 +76,7 @@ def _before_forward(root: nn.Module, args: Any) -> None:
 
 
 def _after_forward(root: nn.Module, args: Any, output: Any) -> None:
-    if torch.compiler.is_compiling() and not torch.compiler.is_exporting():
-        compiled.end(root.__dict__[_LISTS])
-    elif not is_traced():
+    if not is_traced():
         end(root)
 
 

@@ -18,7 +18,7 @@ import stiefel
 from stiefel.layout import Layout
 
 METHODS = [m for m in stiefel.available() if not m.startswith("test_")]
-# Of torch's own doing: it looks at gradients of what goes from one graph of a step into the next, and makes instances of
+# Of torch's own doing: it looks at gradients of what goes from one graph of a step into the next, and instantiates
 # autograd functions.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),

@@ -12,9 +12,10 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from stiefel.attach.hooks import add_weight_hooks, remove_weight_hooks
+from stiefel.attach.intact import forget_names, note_names, note_release, register_parameter
 from stiefel.attach.parallel import refuse_held
-from stiefel.attach.parametrization import Reparametrized
 from stiefel.attach.prefetch import prefetch_below, stop_prefetch
+from stiefel.attach.proxy.parametrization import Reparametrized
 from stiefel.attach.select import Target, layout_of, select
 from stiefel.attach.tagging import tag_weight, untag_weight
 from stiefel.attach.weights import ConstrainedWeight, add_quick_access, bind, bindings_of, constrained_weights, unbind
@@ -62,9 +63,11 @@ def constrain(
     """
     method = _method(constraint, options)
     # All checks run here, before the loop below makes the first change.
-    plan = [_planned(target, method) for target in select(module, layers, exclude)]
+    targets = select(module, layers, exclude)
+    plan = [_planned(target, method) for target in targets]
     for attach in plan:
         attach()
+    note_names(module, (name for target in targets for name in target.names))
     if isinstance(method, Reparameterization):
         prefetch_below(module)
     return module
@@ -126,10 +129,12 @@ def release(module: nn.Module) -> nn.Module:
             _restore_order(owner, tensor, found.binding.position)
         untag_weight(found)
         unbind(owner, tensor)
+        note_release(owner, tensor)
         if not bindings_of(owner):
             remove_weight_hooks(owner)
     for each in module.modules():  # each submodule on which constrain was called has hooks of its own
         stop_prefetch(each)
+        forget_names(each)
     for parameter, value in values.values():
         write(parameter, value)  # with tied layers, releasing the first has changed what the others compute
     return module
@@ -188,7 +193,9 @@ def _attach_forward(target: Target, binding: Binding, parametrization: Reparamet
         # Before torch takes the tensor from the module's own parameters.
         position = list(parameters_of(each.owner)).index(each.tensor)
         parametrize.register_parametrization(each.owner, each.tensor, parametrization)
+        # On the class that torch has made for this layer alone.
         add_quick_access(each.owner, each.tensor)
+        type(each.owner).register_parameter = register_parameter  # type: ignore[method-assign, assignment]
         bind(each.owner, each.tensor, replace(binding, label=each.name, position=position))
         add_weight_hooks(each.owner, binding.constraint)
     parametrization.first = parametrization.cached = None  # from now on right_inverse starts from the assigned weight

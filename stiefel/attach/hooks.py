@@ -6,18 +6,16 @@ Imports ``binding``, ``optim`` and below.
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
 import torch
 from torch import nn
 
 from stiefel.attach.checkpoint import adapt, describe
-from stiefel.attach.tagging import remember, tag_weight
+from stiefel.attach.tagging import put_on_set, remember, tag_weight
 from stiefel.attach.weights import ConstrainedWeight, bindings_of
 from stiefel.compat.torch_private import drop_flat_weights, has_hook, on_conversion, remove_hooks, restore_flat_weights
 from stiefel.constraint import Constraint, Reparameterization
-from stiefel.errors import WeightError
 
 
 def add_weight_hooks(owner: nn.Module, method: Constraint) -> None:
@@ -52,21 +50,7 @@ def _after_load(owner: nn.Module, incompatible_keys: Any) -> None:
         if found.parametrization is not None:
             found.parametrization.cached = None
         tag_weight(found)
-        if binding.constraint.claim is None or not found.may_be_off_set:
-            continue
-        residual = found.residual()
-        if residual != residual:  # NaN: no point of the set is the nearest
-            raise WeightError(
-                f"weight '{binding.label}' was loaded with entries that are NaN or infinite; load "
-                "a checkpoint from before the loss diverged"
-            )
-        if not found.allows(residual):
-            found.move_to_nearest()
-            warnings.warn(
-                f"weight '{binding.label}' was loaded off its constraint's set (‖W Wᵀ/s² − I‖_F/√p is "
-                f"{residual:.1e}) and has been moved to the nearest point of it",
-                stacklevel=2,
-            )
+        put_on_set(found, "loaded")
 
 
 def _drop_flat_weights(owner: nn.Module, *args: Any) -> None:

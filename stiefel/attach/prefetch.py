@@ -20,10 +20,10 @@ from weakref import WeakKeyDictionary, ref
 import torch
 from torch import Tensor, nn
 
-from stiefel.attach.bucket import Bucket
-from stiefel.attach.parametrization import Reparametrized, needs_graph
-from stiefel.attach.prefetched import PrefetchedWeight, begin, end, forget, prefetched_weight
-from stiefel.attach.snapshot import Snapshot
+from stiefel.attach.proxy.bucket import Bucket
+from stiefel.attach.proxy.parametrization import Reparametrized, needs_graph
+from stiefel.attach.proxy.prefetched import PrefetchedWeight, begin, end, forget, prefetched_weight
+from stiefel.attach.proxy.snapshot import Snapshot
 from stiefel.attach.weights import constrained_weights, first_parametrization
 from stiefel.compat.sharding import is_sharded
 from stiefel.compat.torch_private import has_hook, remove_hooks, saves_tensors_elsewhere

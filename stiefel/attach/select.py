@@ -41,6 +41,11 @@ class Target:
         return id(self.owner), self.tensor
 
     @property
+    def names(self) -> list[str]:
+        """Its name, and those of the layers that share it."""
+        return [self.name, *(tie.name for tie in self.ties)]
+
+    @property
     def parameter(self) -> nn.Parameter:
         """The parameter itself."""
         parameter = parameters_of(self.owner)[self.tensor]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
 from typing import Any
 from weakref import WeakSet
@@ -9,11 +10,13 @@ from weakref import WeakSet
 import torch
 from torch import Tensor, nn
 
+from stiefel.attach.intact import refuse_taken_over
 from stiefel.attach.weights import ConstrainedWeight, bindings_of
 from stiefel.compat.geoopt import tag as tag_manifold
 from stiefel.compat.geoopt import untag as untag_manifold
 from stiefel.constraint import ManifoldMethod, Reparameterization
-from stiefel.optim import mark, on_unknown, unmark
+from stiefel.errors import WeightError
+from stiefel.optim import mark, on_unknown, ownership, unmark
 
 _owners: WeakSet[nn.Module] = WeakSet()
 """Modules with constrained weights: all that were constrained, loaded, or trained in this process."""
@@ -37,13 +40,51 @@ def tag_weight(found: ConstrainedWeight) -> None:
 
 
 def remember(owner: nn.Module, args: Any) -> None:
-    """Remember a module, which may be a copy: a forward pre-hook of modules with constrained weights."""
+    """Remember a module, which may be a copy, and check it: a forward pre-hook of modules with constrained weights."""
     # Nothing trains without gradients, and inference should cost what it does with plain layers. A compiled pass must
     # not depend on a set that other models change.
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        refuse_taken_over(owner)
         _owners.add(owner)
 
 
+@torch.no_grad()
+def recognize(found: ConstrainedWeight) -> None:
+    """Tag a weight; one whose parameter is another than before, by an assignment or a conversion, is put on its set."""
+    known = ownership(found.parameter) is not None
+    tag_weight(found)
+    if not known:
+        put_on_set(found, "assigned")
+
+
+def put_on_set(found: ConstrainedWeight, how: str) -> None:
+    """Move a weight that breaks its method's claim to the nearest point of its set, with a warning.
+
+    Args:
+        found: the weight. With a proxy alone it is on the set; a trivialization's base point may be off it.
+        how: it got its value, for the warning.
+
+    Raises:
+        WeightError: it has entries that are NaN or infinite: no point of the set is the nearest.
+    """
+    if found.binding.constraint.claim is None or not found.may_be_off_set:
+        return
+    residual = found.residual()
+    if residual != residual:  # NaN
+        raise WeightError(
+            f"weight '{found.binding.label}' was {how} with entries that are NaN or infinite; load "
+            "a checkpoint from before the loss diverged"
+        )
+    if not found.allows(residual):
+        found.move_to_nearest()
+        warnings.warn(
+            f"weight '{found.binding.label}' was {how} off its constraint's set (‖W Wᵀ/s² − I‖_F/√p is "
+            f"{residual:.1e}) and has been moved to the nearest point of it",
+            stacklevel=3,
+        )
+
+
+@torch.no_grad()
 def _tag_unknown(parameters: Iterable[Tensor]) -> None:
     """Tag those of some parameters that are constrained: a conversion or ``fully_shard`` has made them anew."""
     sought = set(map(id, parameters))
@@ -51,7 +92,7 @@ def _tag_unknown(parameters: Iterable[Tensor]) -> None:
         for tensor, binding in bindings_of(owner).items():
             found = ConstrainedWeight(binding.label, owner, tensor, binding)
             if not sought.isdisjoint(map(id, found.trained())):
-                tag_weight(found)
+                recognize(found)
 
 
 on_unknown(_tag_unknown)

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stiefel.attach.tagging import tag_weight
+from stiefel.attach.intact import refuse_taken_over, warn_of_replaced
+from stiefel.attach.tagging import recognize
 from stiefel.attach.weights import ConstrainedWeight, constrained_weights
 from stiefel.compat.sharding import whole
 from stiefel.constraint import Binding, Constraint, Decay, ManifoldMethod, Penalty
@@ -46,9 +47,12 @@ def optimizer(
     """
     if not (isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer)):
         raise OptimizerError(f"cls must be an optimizer class such as torch.optim.SGD, got {cls!r}")
+    warn_of_replaced(module)
     found = list(constrained_weights(module))
+    for owner in {id(weight.owner): weight.owner for weight in found}.values():
+        refuse_taken_over(owner)
     for weight in found:  # again: a copy or a conversion since constrain() may have lost the tags
-        tag_weight(weight)
+        recognize(weight)
     params = module.parameters() if params is None else params
     methods = [weight.binding.constraint for weight in found]
     kind: dict[Tensor, Decay] = {weight.parameter: weight.binding.constraint.decay for weight in found}

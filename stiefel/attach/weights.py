@@ -10,12 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from stiefel.attach.bucket import Bucket
-from stiefel.attach.parametrization import Reparametrized
+from stiefel.attach.proxy.bucket import Bucket
+from stiefel.attach.proxy.parametrization import Reparametrized
 from stiefel.compat.sharding import is_sharded, whole, write
 from stiefel.compat.torch_private import parameters_of, submodules_of
 from stiefel.constraint import Binding, Reparameterization
-from stiefel.errors import WeightError
 from stiefel.linalg import gram_residual, in_double, is_traced
 from stiefel.optim import Mark
 
@@ -151,18 +150,6 @@ def add_quick_access(owner: nn.Module, tensor: str) -> None:
 
     # On the class that torch made for this module when it was parametrized, not on one that others share.
     setattr(type(owner), tensor, property(weight, torchs.fset))
-    type(owner).register_parameter = _register_parameter  # type: ignore[method-assign]
-
-
-def _register_parameter(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
-    """torch's own, which tensor parallelism calls with the names of the parameters below a layer."""
-    if name.startswith("parametrizations."):
-        raise WeightError(
-            f"{type(self).__name__} has a weight that is computed from a proxy, which parallelize_module cannot cut; "
-            "leave the layer out of the plan, use fully_shard, or a method that keeps the weight itself (one on the "
-            "step, or a penalty)"
-        )
-    nn.Module.register_parameter(self, name, param)
 
 
 def bindings_of(owner: nn.Module) -> dict[str, Binding]:

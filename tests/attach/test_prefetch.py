@@ -14,8 +14,9 @@ from torch.nn.utils import parametrize
 from torch.utils.checkpoint import checkpoint
 
 import stiefel
-from stiefel.attach import prefetch, prefetched
+from stiefel.attach import prefetch
 from stiefel.attach.prefetch import stop_prefetch
+from stiefel.attach.proxy import prefetched
 from stiefel.constraint import Reparameterization
 from stiefel.methods import method_class
 

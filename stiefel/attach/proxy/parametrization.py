@@ -1,4 +1,4 @@
-"""torch's parametrization of a weight by a method, alone and in batches. Imports ``prefetched``, ``snapshot``."""
+"""torch's parametrization of a weight by a method. Imports ``bucket``, ``compiled``, ``prefetched``, ``snapshot``."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from stiefel.attach import compiled
-from stiefel.attach.bucket import Bucket, Formula
-from stiefel.attach.prefetched import prefetched_weight
-from stiefel.attach.snapshot import Snapshot, can_be_watched
+from stiefel.attach.proxy import compiled
+from stiefel.attach.proxy.bucket import Bucket, Formula
+from stiefel.attach.proxy.prefetched import prefetched_weight
+from stiefel.attach.proxy.snapshot import Snapshot, can_be_watched
 from stiefel.compat.sharding import whole, write
 from stiefel.compat.torch_private import Convertible, version
 from stiefel.constraint import Binding, Reparameterization

@@ -10,7 +10,7 @@ from weakref import ref
 import torch
 from torch import Tensor, nn
 
-from stiefel.attach.snapshot import Snapshot
+from stiefel.attach.proxy.snapshot import Snapshot
 from stiefel.compat.torch_private import saves_tensors_elsewhere
 
 

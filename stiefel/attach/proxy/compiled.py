@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stiefel.attach.bucket import Bucket, Formula
+from stiefel.attach.proxy.bucket import Bucket, Formula
 from stiefel.compat.torch_private import recording_within
 from stiefel.constraint import Binding
 from stiefel.errors import StiefelError

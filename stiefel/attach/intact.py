@@ -1,0 +1,96 @@
+"""Whether a model still is as it was constrained: its layers, and what its weights are. Imports ``weights``."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+from stiefel.attach.weights import bindings_of
+from stiefel.compat.torch_private import parameters_of
+from stiefel.constraint import Reparameterization
+from stiefel.errors import WeightError
+from stiefel.optim.ownership import quoted
+
+# Entries of a module's __dict__, which copies have too.
+_NAMES = "_stiefel_names"
+_RELEASED = "_stiefel_released"
+
+
+def note_names(root: nn.Module, names: Iterable[str]) -> None:
+    """Note which weights were constrained below a module."""
+    known = root.__dict__.setdefault(_NAMES, [])
+    known.extend(name for name in names if name not in known)
+
+
+def note_release(owner: nn.Module, tensor: str) -> None:
+    """Note that a weight is free because it was released."""
+    owner.__dict__.setdefault(_RELEASED, []).append(tensor)
+
+
+def forget_names(module: nn.Module) -> None:
+    """Forget what was noted on a module."""
+    module.__dict__.pop(_NAMES, None)
+
+
+def warn_of_replaced(module: nn.Module) -> None:
+    """Warn of layers that have been replaced since they were constrained: the new ones are free."""
+    replaced = []
+    for prefix, root in module.named_modules():
+        for name in root.__dict__.get(_NAMES, ()):
+            path, _, tensor = name.rpartition(".")
+            try:
+                owner = root.get_submodule(path)
+            except AttributeError:
+                continue  # taken out of the model: nothing trains in its place
+            if tensor not in bindings_of(owner) and tensor not in owner.__dict__.get(_RELEASED, ()):
+                replaced.append(f"{prefix}.{name}" if prefix else name)
+    if replaced:
+        warnings.warn(
+            f"the layers of {', '.join(map(repr, replaced))} have been replaced since they were constrained, and the "
+            f"new weights are free; constrain them: stiefel.constrain(model, ..., layers={replaced!r})",
+            stacklevel=3,
+        )
+
+
+def refuse_taken_over(owner: nn.Module) -> None:
+    """Refuse to go on where something else computes a weight that a method holds: pruning, another parametrization.
+
+    Raises:
+        WeightError: something does.
+    """
+    for tensor, binding in bindings_of(owner).items():
+        if isinstance(binding.constraint, Reparameterization) or getattr(owner, "_is_replica", False):
+            continue
+        if parametrize.is_parametrized(owner, tensor) or parameters_of(owner).get(tensor) is None:
+            raise WeightError(
+                f"weight '{binding.label}' is no longer a parameter of its layer: pruning, weight_norm or another "
+                "parametrization that was applied after constrain computes it, and takes it off its constraint's set; "
+                "undo that, or call stiefel.release(model) before it"
+            )
+
+
+def register_parameter(owner: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+    """torch's own, for a layer whose weight is computed from a proxy.
+
+    Raises:
+        WeightError: it is tensor parallelism's or pruning's, which cannot act on such a weight.
+    """
+    if isinstance(getattr(type(owner), name, None), property) and isinstance(parameter, torch.Tensor):
+        setattr(owner, name, parameter.detach())  # as an assigned tensor: training goes on from there
+        return
+    labels = quoted(binding.label for binding in bindings_of(owner).values())
+    if name.startswith("parametrizations."):
+        raise WeightError(
+            f"weight {labels} is computed from a proxy, which parallelize_module cannot cut; leave the layer out of "
+            "the plan, use fully_shard, or a method that keeps the weight itself (one on the step, or a penalty)"
+        )
+    if isinstance(parameter, torch.Tensor) and not isinstance(parameter, nn.Parameter):
+        raise WeightError(
+            f"weight {labels} is computed from a proxy, and pruning it (registering {name!r}) would take it off its "
+            "constraint's set; call stiefel.release(model) first"
+        )
+    nn.Module.register_parameter(owner, name, parameter)

@@ -1,0 +1,94 @@
+"""A model that is changed after ``constrain``: pruned, parametrized again, its layers and weights replaced."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+
+import pytest
+import torch
+from contract import FEASIBLE, METHODS, batch, mlp, train
+from torch import Tensor, nn
+from torch.nn.utils import parametrize, prune
+
+import stiefel
+
+PROXIED = [m for m in METHODS if stiefel.get(m).place == "forward"]
+
+
+def constrained(method: str) -> nn.Module:
+    return stiefel.constrain(mlp(), method)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_pruning_is_refused_by_name(method):
+    model = constrained(method)
+    with pytest.raises(stiefel.WeightError, match=r"'2\.weight' is .*pruning.*stiefel\.release\(model\)"):
+        prune.l1_unstructured(model[2], "weight", 0.3)
+        model(batch(4, 6))
+    if method not in PROXIED:
+        with pytest.raises(stiefel.WeightError, match=r"'2\.weight'"):
+            stiefel.optimizer(model, torch.optim.SGD, lr=0.1)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_pruning_after_release_is_torchs_own(method):
+    model = stiefel.release(constrained(method))
+    prune.l1_unstructured(model[2], "weight", 0.25)
+    assert (model[2].weight == 0).sum() == round(0.25 * model[2].weight.numel())
+
+
+class Doubled(nn.Module):
+    """A parametrization of somebody else's."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Twice the tensor."""
+        return 2 * x
+
+
+@pytest.mark.parametrize("method", [m for m in METHODS if m not in PROXIED and m != "riemannian"])
+def test_another_parametrization_of_a_weight_is_refused_by_name(method):
+    model = constrained(method)
+    parametrize.register_parametrization(model[2], "weight", Doubled())
+    with pytest.raises(stiefel.WeightError, match=r"'2\.weight' is no longer a parameter"):
+        model(batch(4, 6))
+    parametrize.remove_parametrizations(model[2], "weight", leave_parametrized=False)
+    model(batch(4, 6))  # undone
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_an_assigned_parameter_is_where_training_goes_on(method):
+    model, new = constrained(method), nn.Parameter(torch.linalg.qr(torch.randn(5, 5))[0].repeat(2, 2)[:8, :8])
+    model[2].weight = new
+    train(model, stiefel.optimizer(model, torch.optim.SGD, lr=0.1), batch(4, 6))
+    if method in FEASIBLE:
+        assert stiefel.report(model).worst < 1e-5
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("call", ["report", "optimizer"])
+def test_a_replaced_layer_is_told(method, call):
+    model = constrained(method)
+    model[2] = nn.Linear(8, 8)
+    with pytest.warns(UserWarning, match=r"layers of '2\.weight' have been replaced .* layers=\['2\.weight'\]"):
+        stiefel.report(model) if call == "report" else stiefel.optimizer(model, torch.optim.SGD, lr=0.1)
+    stiefel.constrain(model, method, layers=["2.weight"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert len(stiefel.report(model).to_dict()) == len(stiefel.report(constrained(method)).to_dict())
+
+
+@pytest.mark.parametrize("method", ["own", "retraction"])
+def test_nothing_is_told_of_layers_that_are_free_on_purpose(method):
+    model = constrained(method)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        stiefel.release(model[2])
+        stiefel.report(model)
+        twin = copy.deepcopy(model)
+        stiefel.optimizer(twin, torch.optim.SGD, lr=0.1)
+        del twin[4]  # a layer taken out
+        stiefel.report(twin)
+        stiefel.release(model)
+        model[0] = nn.Linear(6, 8)
+        stiefel.optimizer(model, torch.optim.SGD, lr=0.1)

@@ -30,6 +30,7 @@ __all__ = [
     "is_called_by",
     "is_forward_mode",
     "is_functorch_active",
+    "is_in_onnx_export",
     "norms_of_all",
     "not_compiled",
     "on_conversion",
@@ -79,7 +80,8 @@ PRIVATE_NAMES: dict[str, str] = {
 }
 """Names that this library cannot do without, and the versions of torch that have them.
 
-``torch._C._autograd._top_saved_tensors_default_hooks`` is not among them: see :func:`saves_tensors_elsewhere`.
+Not among them are ``torch._C._autograd._top_saved_tensors_default_hooks`` (see :func:`saves_tensors_elsewhere`) and
+``torch.onnx._internal.exporter._flags._is_onnx_exporting`` (see :func:`is_in_onnx_export`).
 """
 
 
@@ -110,6 +112,14 @@ def saves_tensors_elsewhere() -> bool:
     # The argument True: see the hooks while a compiler traces too.
     top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
     return top is None or top(True) is not None
+
+
+def is_in_onnx_export() -> bool:
+    """Whether ``torch.onnx.export`` is at work."""
+    # Looked up, not imported: the exporter needs other packages. Dynamo, which that export tries too, takes
+    # torch.onnx.is_in_onnx_export() for false.
+    flags = sys.modules.get("torch.onnx._internal.exporter._flags")
+    return flags is not None and flags._is_onnx_exporting
 
 
 def compiler_callbacks() -> Any:

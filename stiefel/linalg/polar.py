@@ -13,7 +13,7 @@ from stiefel.linalg.devices import may_wait
 from stiefel.linalg.inverse_root import inverse_root, inverse_root_by_iteration
 from stiefel.linalg.lu import solve
 from stiefel.linalg.lyapunov import lyapunov, lyapunov_by_doubling, lyapunov_by_products
-from stiefel.linalg.precision import full_precision, in_double
+from stiefel.linalg.precision import full_precision, in_double, real_dtype
 from stiefel.linalg.products import newton_schulz
 from stiefel.linalg.tracing import is_traced, readable
 
@@ -131,7 +131,7 @@ class _Polar(torch.autograd.Function):
             x, d, s = _decompose(v, eps)
         # D and s are stored for the gradient: in V's precision, but not below float32.
         work = torch.promote_types(v.dtype, torch.float32)
-        return x.to(v.dtype), d.to(work), s.to(work.to_real())
+        return x.to(v.dtype), d.to(work), s.to(real_dtype(work))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, float], output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -194,7 +194,7 @@ class _PolarOfRoot(torch.autograd.Function):
 def _gradient_by_eigenvalues(v: Tensor, g: Tensor, eps: float) -> Tensor:
     with full_precision(v.device):
         _, d, s = _decompose(v.detach(), eps)
-        return _differentiable_gradient(v, g, d.to(v.dtype), s.to(v.dtype.to_real()), eps)
+        return _differentiable_gradient(v, g, d.to(v.dtype), s.to(real_dtype(v.dtype)), eps)
 
 
 def _differentiable_gradient(v: Tensor, g: Tensor, d: Tensor, s: Tensor, eps: float) -> Tensor:

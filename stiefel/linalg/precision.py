@@ -25,6 +25,11 @@ def require_exact(dtype: torch.dtype, label: str) -> None:
         )
 
 
+def real_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The precision of real numbers that go with a dtype; as ``dtype.to_real()``, which no compiler traces."""
+    return {torch.complex64: torch.float32, torch.complex128: torch.float64}.get(dtype, dtype)
+
+
 def in_double(x: Tensor) -> Tensor:
     """``x`` in float64, or complex128 where it is complex."""
     return x.to(torch.promote_types(x.dtype, torch.float64))

@@ -13,9 +13,9 @@ from stiefel.attach.proxy.bucket import Bucket, Formula
 from stiefel.attach.proxy.prefetched import prefetched_weight
 from stiefel.attach.proxy.snapshot import Snapshot, can_be_watched
 from stiefel.compat.sharding import whole, write
-from stiefel.compat.torch_private import Convertible, version
+from stiefel.compat.torch_private import Convertible, is_in_onnx_export, version
 from stiefel.constraint import Binding, Reparameterization
-from stiefel.errors import StiefelError
+from stiefel.errors import StiefelError, WeightError
 from stiefel.linalg import is_traced
 from stiefel.optim import is_lent
 
@@ -69,9 +69,15 @@ class Reparametrized(Convertible):
         """The constrained weight of a proxy: one computed already where that is valid, a new one otherwise.
 
         Raises:
-            WeightError: the model was converted to a precision in which no weight is orthogonal.
+            WeightError: the model was converted to a precision in which no weight is orthogonal, or is on its way to
+                ONNX.
         """
         tensors = self.tensors(proxy)
+        if torch.compiler.is_exporting() and is_in_onnx_export():
+            raise WeightError(
+                f"weight '{self.binding.label}' is computed from a proxy, by operations that ONNX does not have, and "
+                "that would be done at each inference; call stiefel.release(model), or on a copy, before the export"
+            )
         # An exported program has to run where this library is not.
         if self.text is not None and torch.compiler.is_compiling() and not torch.compiler.is_exporting():
             return compiled.weight_of(self.formula, self.text, tensors)

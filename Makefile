@@ -46,7 +46,7 @@ docs: .venv/.installed
 	@echo "installing into .venv (some minutes the first time: torch is large)"
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt \
-	  --config-settings editable_mode=compat -e ".[compare,bench,notebooks,dev]"
+	  --config-settings editable_mode=compat -e ".[compare,bench,notebooks,integrations,dev]"
 	@touch $@
 
 clean:

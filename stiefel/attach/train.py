@@ -16,7 +16,7 @@ from stiefel.constraint import Binding, Constraint, Decay, ManifoldMethod, Penal
 from stiefel.errors import OptimizerError
 from stiefel.linalg import full_precision
 from stiefel.optim import keep_decay_off
-from stiefel.optim.bases import INNER, inner_class, options_of_inner
+from stiefel.optim.bases import INNER, inner_class, options_of_inner, own_class
 from stiefel.optim.buckets import bucket, stack
 from stiefel.optim.lift import lift
 from stiefel.optim.probe import make
@@ -79,7 +79,10 @@ def _made(
     cls: type[torch.optim.Optimizer], params: Any, hyper: dict[str, Any], kind: Mapping[Tensor, Decay]
 ) -> torch.optim.Optimizer:
     made = make(cls, params, hyper)
-    keep_decay_off(made, kind)
+    try:
+        keep_decay_off(made, kind)
+    except AttributeError as error:
+        raise OptimizerError(f"{own_class(cls).__name__} is not a whole torch optimizer: {error}") from error
     return made
 
 

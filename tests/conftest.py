@@ -7,6 +7,7 @@ import pytest
 from common import Projection, registered
 
 import stiefel
+import stiefel.methods  # all of them, before a test could seem to have registered one
 
 
 @pytest.fixture(autouse=True)

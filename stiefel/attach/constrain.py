@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 from stiefel.attach.hooks import add_weight_hooks, remove_weight_hooks
-from stiefel.attach.intact import forget_names, note_names, note_release, register_parameter
+from stiefel.attach.intact import note_names, note_release, register_parameter
 from stiefel.attach.parallel import refuse_held
 from stiefel.attach.prefetch import prefetch_below, stop_prefetch
 from stiefel.attach.proxy.parametrization import Reparametrized
@@ -129,12 +129,11 @@ def release(module: nn.Module) -> nn.Module:
             _restore_order(owner, tensor, found.binding.position)
         untag_weight(found)
         unbind(owner, tensor)
-        note_release(owner, tensor)
         if not bindings_of(owner):
             remove_weight_hooks(owner)
     for each in module.modules():  # each submodule on which constrain was called has hooks of its own
         stop_prefetch(each)
-        forget_names(each)
+    note_release(module, [(found.owner, found.tensor) for found in weights])
     for parameter, value in values.values():
         write(parameter, value)  # with tied layers, releasing the first has changed what the others compute
     return module

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable
+from contextlib import suppress
 
 import torch
 from torch import nn
@@ -26,14 +27,25 @@ def note_names(root: nn.Module, names: Iterable[str]) -> None:
     known.extend(name for name in names if name not in known)
 
 
-def note_release(owner: nn.Module, tensor: str) -> None:
-    """Note that a weight is free because it was released."""
-    owner.__dict__.setdefault(_RELEASED, []).append(tensor)
+def note_release(module: nn.Module, released: Iterable[tuple[nn.Module, str]]) -> None:
+    """Forget what was noted in a module, whose weights are free from now on.
 
+    A weight that was constrained through a larger module is noted there; its own layer tells that it is free on
+    purpose.
 
-def forget_names(module: nn.Module) -> None:
-    """Forget what was noted on a module."""
-    module.__dict__.pop(_NAMES, None)
+    Args:
+        module: what has been released.
+        released: each layer and its tensor.
+    """
+    noted = set()
+    for root in module.modules():
+        for name in root.__dict__.pop(_NAMES, ()):
+            path, _, tensor = name.rpartition(".")
+            with suppress(AttributeError):  # a layer taken out of the model
+                noted.add((root.get_submodule(path), tensor))
+    for owner, tensor in released:
+        if (owner, tensor) not in noted:
+            owner.__dict__.setdefault(_RELEASED, []).append(tensor)
 
 
 def warn_of_replaced(module: nn.Module) -> None:

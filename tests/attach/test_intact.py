@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -63,8 +64,13 @@ def test_another_parametrization_of_a_weight_is_refused_by_name(method):
 @pytest.mark.parametrize("method", METHODS)
 def test_an_assigned_parameter_is_where_training_goes_on(method):
     model, new = constrained(method), nn.Parameter(torch.linalg.qr(torch.randn(5, 5))[0].repeat(2, 2)[:8, :8])
+    kept = model[2].weight
     model[2].weight = new
-    train(model, stiefel.optimizer(model, torch.optim.SGD, lr=0.1), batch(4, 6))
+    moved = method not in PROXIED and stiefel.get(method).claim is not None
+    with pytest.warns(UserWarning, match="assigned off its constraint's set") if moved else nullcontext():
+        optimizer = stiefel.optimizer(model, torch.optim.SGD, lr=0.1)
+    assert not torch.equal(model[2].weight, kept)
+    train(model, optimizer, batch(4, 6))
     if method in FEASIBLE:
         assert stiefel.report(model).worst < 1e-5
 

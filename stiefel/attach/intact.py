@@ -10,11 +10,13 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from stiefel.attach.weights import bindings_of
+from stiefel.attach.weights import ConstrainedWeight, bindings_of
+from stiefel.compat.sharding import is_sharded
 from stiefel.compat.torch_private import parameters_of
 from stiefel.constraint import Reparameterization
 from stiefel.errors import WeightError
-from stiefel.optim.ownership import quoted
+from stiefel.linalg import is_capturing, is_traced
+from stiefel.optim.ownership import is_lent, quoted, state_of
 
 # Entries of a module's __dict__, which copies have too.
 _NAMES = "_stiefel_names"
@@ -82,6 +84,28 @@ def refuse_taken_over(owner: nn.Module) -> None:
                 f"weight '{binding.label}' is no longer a parameter of its layer: pruning, weight_norm or another "
                 "parametrization that was applied after constrain computes it, and takes it off its constraint's set; "
                 "undo that, or call stiefel.release(model) before it"
+            )
+
+
+def warn_of_changes(owner: nn.Module) -> None:
+    """Warn in evaluation of weights that something but an optimizer or this library has taken off their sets.
+
+    A weight that has not changed since its last step, or since it was looked at, costs no more than a comparison.
+    """
+    for tensor, binding in bindings_of(owner).items():
+        weight = parameters_of(owner).get(tensor)
+        if weight is None or not binding.constraint.moves or binding.tally.left == (state := state_of(weight)):
+            continue
+        if is_traced() or is_sharded(weight) or is_lent(weight) or is_capturing(weight):
+            continue  # it has no values, or not all of them
+        binding.tally.left = state
+        found = ConstrainedWeight(binding.label, owner, tensor, binding)
+        if not found.allows(found.residual()):
+            warnings.warn(
+                f"weight '{binding.label}' is off its constraint's set where the model is evaluated: something but an "
+                "optimizer's step has changed it, as averages of weights do (SWA, EMA); before evaluating and saving "
+                "these call stiefel.project(model) on the model that holds them",
+                stacklevel=3,
             )
 
 

@@ -10,7 +10,7 @@ from weakref import WeakSet
 import torch
 from torch import Tensor, nn
 
-from stiefel.attach.intact import refuse_taken_over
+from stiefel.attach.intact import refuse_taken_over, warn_of_changes
 from stiefel.attach.weights import ConstrainedWeight, bindings_of
 from stiefel.compat.geoopt import tag as tag_manifold
 from stiefel.compat.geoopt import untag as untag_manifold
@@ -41,11 +41,13 @@ def tag_weight(found: ConstrainedWeight) -> None:
 
 def remember(owner: nn.Module, args: Any) -> None:
     """Remember a module, which may be a copy, and check it: a forward pre-hook of modules with constrained weights."""
-    # Nothing trains without gradients, and inference should cost what it does with plain layers. A compiled pass must
-    # not depend on a set that other models change.
-    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():
+        return  # a compiled pass must not depend on a set that other models change
+    if torch.is_grad_enabled():  # nothing trains without, and inference should cost what it does with plain layers
         refuse_taken_over(owner)
         _owners.add(owner)
+    if not (owner.training and torch.is_grad_enabled()):
+        warn_of_changes(owner)
 
 
 @torch.no_grad()
@@ -87,12 +89,16 @@ def put_on_set(found: ConstrainedWeight, how: str) -> None:
 @torch.no_grad()
 def _tag_unknown(parameters: Iterable[Tensor]) -> None:
     """Tag those of some parameters that are constrained: a conversion or ``fully_shard`` has made them anew."""
-    sought = set(map(id, parameters))
+    holders: dict[int, list[ConstrainedWeight]] = {id(p): [] for p in parameters}
     for owner in list(_owners):
         for tensor, binding in bindings_of(owner).items():
             found = ConstrainedWeight(binding.label, owner, tensor, binding)
-            if not sought.isdisjoint(map(id, found.trained())):
-                recognize(found)
+            for p in found.trained():
+                holders.get(id(p), []).append(found)
+    # In the order of the parameters, which all processes share: that of a set of modules is each one's own, and to look
+    # at a sharded weight they must meet.
+    for found in (weight for weights in holders.values() for weight in weights):
+        recognize(found)
 
 
 on_unknown(_tag_unknown)

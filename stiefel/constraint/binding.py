@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 
 import torch
@@ -19,10 +20,12 @@ class Tally:
         steps: optimizer steps taken.
         shortened: how many of them the method shortened to keep its claim; None for methods that never do. A tensor
             while the count is on a device, so that the host does not wait for it.
+        left: what an optimizer's step, or a check, has left behind: by it a later change from outside is known.
     """
 
     steps: int = 0
     shortened: Tensor | int | None = None
+    left: Hashable = None
 
 
 @dataclass

@@ -30,12 +30,14 @@ def whitened(v: Float[Tensor, "*batch p n"], eps: float = 1e-6) -> Float[Tensor,
 
     Source: Huang et al. (AAAI 2018), section 3.2 (OLM_var); Dang, Yi, Hu, Wang and Fua (2018) for the instability.
     """
-    return _Whitened.apply(v, eps)
+    return _Whitened.apply(v, eps)[0]
 
 
 class _Whitened(torch.autograd.Function):
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, v: Tensor, eps: float) -> Tensor:
+    def forward(v: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         with full_precision(v.device):
             d, s, x = torch.linalg.svd(in_double(v), full_matrices=False)
             # torch's singular values descend; PCA's eigenvalues ascend here, as eigh returns them.
@@ -44,9 +46,14 @@ class _Whitened(torch.autograd.Function):
             signs = torch.sgn(torch.take_along_dim(d, d.abs().argmax(dim=-2, keepdim=True), dim=-2))
             d, x = d * signs, newton_schulz(x * signs.mT)  # long rows of an SVD are orthonormal to 1e-13 only
             s = s.clamp_min(eps * s[..., -1:]).clamp_min(torch.finfo(s.dtype).tiny)
-        ctx.save_for_backward(x, d, s, v)
-        ctx.eps = eps
-        return x.to(v.dtype)
+        # Two X: where V is in double, the second would be the first, which an output may not be.
+        return x.to(v.dtype), x.clone(), d, s
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, float], output: tuple[Tensor, ...]) -> None:
+        v, ctx.eps = inputs
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.save_for_backward(*output[1:], v)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
@@ -61,9 +68,15 @@ class _Once(torch.autograd.Function):
     would silently lack this term.
     """
 
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, gradient: Tensor, v: Tensor, incoming: Tensor) -> Tensor:
+    def forward(gradient: Tensor, v: Tensor, incoming: Tensor) -> Tensor:
         return gradient.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        pass
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:

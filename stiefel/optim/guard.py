@@ -28,7 +28,7 @@ from stiefel.optim.bases import acting, decays, refuse_late_start
 from stiefel.optim.decay import unwelcome
 from stiefel.optim.divergence import raise_later, raise_pending
 from stiefel.optim.lift import Lift, skipped
-from stiefel.optim.ownership import Ownership, ownership, quoted, recognize, stepped_by
+from stiefel.optim.ownership import Ownership, ownership, quoted, recognize, state_of, stepped_by
 
 _steps_seen = 0
 _told_of_decay: WeakKeyDictionary[torch.optim.Optimizer, set[str]] = WeakKeyDictionary()
@@ -182,6 +182,7 @@ def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Non
             owned = ownership(p)
             if owned is not None and not owned.part and id(p) not in counted:
                 owned.binding.tally.steps += 1
+                owned.binding.tally.left = state_of(p)
 
 
 # At import, so that also a process that only reads a pickle of a constrained model has them.

@@ -3,13 +3,13 @@
 A parameter carries its :class:`Ownership` as an attribute. Its class would not do: a sharded parameter (a ``DTensor``)
 cannot have another class, and compilers and exporters treat subclasses of parameters apart. The attribute is lost where
 a parameter is made anew: by copies, for which a :class:`Mark` brings it back, and by conversions and by
-``fully_shard``, after which :func:`on_unknown` asks those who know the model. Imports ``constraint``.
+``fully_shard``, after which :func:`on_unknown` asks those who know the model. Imports ``compat`` and ``constraint``.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -17,6 +17,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
+from stiefel.compat.torch_private import version
 from stiefel.constraint import Binding, Decay
 
 
@@ -75,6 +76,11 @@ def unmark(parameter: Tensor) -> None:
     """Make it an ordinary parameter again."""
     if hasattr(parameter, _ATTRIBUTE):
         delattr(parameter, _ATTRIBUTE)
+
+
+def state_of(parameter: Tensor) -> Hashable:
+    """What changes whenever a parameter's value is written, and is another one's in a copy."""
+    return id(parameter), version(parameter)
 
 
 def is_lent(tensor: Tensor) -> bool:

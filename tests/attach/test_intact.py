@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize, prune
 
 import stiefel
+from stiefel.attach.weights import ConstrainedWeight, constrained_weights
 
 PROXIED = [m for m in METHODS if stiefel.get(m).place == "forward"]
 
@@ -102,3 +103,48 @@ def test_nothing_is_told_of_layers_that_are_free_on_purpose(method):
         stiefel.release(model)
         model[0] = nn.Linear(6, 8)
         stiefel.optimizer(model, torch.optim.SGD, lr=0.1)
+
+
+def averages(method: str) -> nn.Module:
+    """The average of five weights that are far apart."""
+    model = constrained(method)
+    average = torch.optim.swa_utils.AveragedModel(model)
+    optimizer = stiefel.optimizer(model, torch.optim.SGD, lr=1.0)
+    for _ in range(5):
+        train(model, optimizer, batch(4, 6), steps=1)
+        average.update_parameters(model)
+    return average.module
+
+
+@pytest.mark.parametrize("how", ["eval", "no_grad", "inference"])
+@pytest.mark.parametrize("method", METHODS)
+def test_an_average_off_its_set_is_told_where_it_is_evaluated(method, how):
+    average, x = averages(method), batch(4, 6)
+    leaves = method not in PROXIED and not all(f.allows(f.residual()) for f in constrained_weights(average))
+    assert leaves or stiefel.report(average).worst < 1e-5 or not stiefel.get(method).feasible
+
+    def evaluate() -> None:
+        if how == "eval":
+            average.eval()(x)
+        else:
+            with torch.no_grad() if how == "no_grad" else torch.inference_mode():
+                average(x)
+
+    with pytest.warns(UserWarning, match=r"'\d\.weight' is off .* stiefel\.project") if leaves else nullcontext():
+        evaluate()
+    evaluate()  # told once
+    stiefel.project(average)
+    evaluate()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_weights_that_only_optimizers_change_are_not_looked_at_in_evaluation(method, monkeypatch):
+    model, looked = constrained(method), []
+    monkeypatch.setattr(ConstrainedWeight, "residual", lambda self: looked.append(self.name) or 0.0)
+    optimizer = stiefel.optimizer(model, torch.optim.SGD, lr=0.1)
+    looked.clear()
+    for _ in range(3):
+        train(model, optimizer, batch(4, 6), steps=2)
+        model.eval()(batch(4, 6))
+        model.train()
+    assert looked == []

@@ -4,6 +4,7 @@
 # make test      set up .venv, run the tests
 # make fuzz      train random configurations (ARGS="--count 10000 --seed 7 --jobs 2")
 # make lint      formatting, lint, types
+# make compatibility  try every method with what PyTorch offers, and write the tables of docs/compatibility.md
 # make docs      regenerate the tables in docs/, benchmarks/README.md, and the notebook's outputs
 
 PYTHON ?= python3
@@ -13,7 +14,7 @@ COMPARE ?= --depth 4 --scale relu --epochs 20
 COST ?= --short
 ARGS ?=
 
-.PHONY: compare reproduce cost test fuzz lint docs clean
+.PHONY: compare reproduce cost test fuzz lint compatibility docs clean
 
 compare: .venv/.installed
 	$(BIN)/stiefel compare benchmarks/omdsm.py --methods $(METHODS) $(COMPARE) $(ARGS)
@@ -34,6 +35,9 @@ lint: .venv/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+compatibility: .venv/.installed
+	OMP_NUM_THREADS=1 PYTHONPATH=tests/support $(BIN)/python tests/support/features.py
 
 docs: .venv/.installed
 	PYTHONPATH=tests/support $(BIN)/python tests/docs/test_readme.py

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed.algorithms.join import Joinable
 
 import stiefel
 from stiefel.compat import torch_private
@@ -289,9 +290,18 @@ def test_torch_still_has_what_it_does_not_promise(name: str) -> None:
     for part in module.split("."):
         owner = importlib.import_module("torch") if part == "torch" and owner is None else _part(owner, part)
     layer, recurrent, overload = torch.nn.Linear(1, 1), torch.nn.LSTM(1, 1), torch.ops.aten.add.Tensor
-    instances = {torch.nn.Module: layer, torch.nn.RNNBase: recurrent, type(overload): overload}
+    instances = {torch.nn.Module: layer, torch.nn.RNNBase: recurrent, type(overload): overload, Joinable: Uneven()}
     instance = instances.get(owner, owner) if isinstance(owner, type) else owner
     assert hasattr(instance, attribute) or hasattr(owner, attribute), f"torch {torch.__version__} has no {name}"
+
+
+class Uneven(Joinable):
+    """The least that can take part where processes have uneven inputs."""
+
+    join_hook = join_device = join_process_group = None  # type: ignore[assignment]
+
+    def __init__(self) -> None:
+        super().__init__()
 
 
 def _part(owner: Any, name: str) -> Any:

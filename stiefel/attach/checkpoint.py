@@ -56,7 +56,11 @@ def adapt(owner: nn.Module, state: dict[str, Any], prefix: str, metadata: dict[s
         if isinstance(facts, tuple):  # of 0.1.0, which saved the tally alone
             facts = {"steps": facts[0], "shortened": facts[1]}
         if facts is not None:
-            binding.tally.steps, binding.tally.shortened = facts["steps"], facts["shortened"]
+            binding.tally.shortened = facts["shortened"]
+            # Where an optimizer has been loaded just now, its count is right in any format: distributed.checkpoint
+            # loads into the model's own state dict, whose metadata is of before.
+            if binding.tally.resumed != binding.tally.steps:
+                binding.tally.steps = facts["steps"]
         found = ConstrainedWeight(binding.label, owner, tensor, binding)
         with torch.no_grad():
             _adapt_one(found, state, prefix, facts or {})

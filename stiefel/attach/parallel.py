@@ -1,11 +1,17 @@
-"""Models that several processes train together: what must not change once they do. Imports torch and the errors."""
+"""Models that several processes train together: what must not change once they do, and the work that they share.
+
+Imports ``compat``, ``optim`` and the errors.
+"""
 
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
+from stiefel.compat.torch_private import is_joining
 from stiefel.errors import WeightError
+from stiefel.optim import Lift
 
 
 def refuse_held(name: str, parameter: Tensor) -> None:
@@ -41,3 +47,15 @@ def _accumulates_for_others(parameter: Tensor) -> bool:
     del notes
     again: dict[str, bool] = node().metadata  # type: ignore[assignment]
     return again.pop("held", False)
+
+
+def share_work(optimizer: torch.optim.Optimizer, module: nn.Module) -> None:
+    """Let the processes of a model that DistributedDataParallel holds share the methods' own steps.
+
+    Under ``torch.distributed.algorithms.Join`` some processes may have run out of data and step no longer: there each
+    does all the work.
+    """
+    if isinstance(module, DistributedDataParallel) and isinstance(optimizer, Lift):
+        group = module.process_group
+        alone = torch.distributed.get_world_size(group) == 1
+        optimizer.replicas = lambda: None if alone or is_joining(module) else group

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from stiefel.attach.intact import refuse_taken_over, warn_of_replaced
+from stiefel.attach.parallel import share_work
 from stiefel.attach.tagging import recognize
 from stiefel.attach.weights import ConstrainedWeight, constrained_weights
 from stiefel.compat.sharding import whole
@@ -18,6 +19,7 @@ from stiefel.linalg import full_precision
 from stiefel.optim import keep_decay_off
 from stiefel.optim.bases import INNER, inner_class, options_of_inner, own_class
 from stiefel.optim.buckets import bucket, stack
+from stiefel.optim.counts import restore_counts
 from stiefel.optim.lift import lift
 from stiefel.optim.probe import make
 
@@ -36,7 +38,8 @@ def optimizer(
     without decay, after the groups given.
 
     Args:
-        module: the model, constrained before.
+        module: the model, constrained before. Where it is the ``DistributedDataParallel`` around it, the processes
+            share the steps of methods on large weights.
         cls: an optimizer class.
         params: parameters or parameter groups; default: all of the module's.
         hyper: the optimizer's own options (lr, momentum, ...). Where one is ``optimizer_class``, as of torch's
@@ -58,7 +61,9 @@ def optimizer(
     kind: dict[Tensor, Decay] = {weight.parameter: weight.binding.constraint.decay for weight in found}
     inner = inner_class(cls, hyper)
     if inner is None:
-        return _made(_form_for(cls, methods), params, hyper, kind)
+        made = _made(_form_for(cls, methods), params, hyper, kind)
+        share_work(made, module)
+        return made
     # An optimizer around another one, as ZeroRedundancyOptimizer: the inner one steps, and needs the form.
     form = _form_for(inner, methods)
     groups = _made(form, params, options_of_inner(cls, hyper), kind).param_groups
@@ -83,6 +88,7 @@ def _made(
         keep_decay_off(made, kind)
     except AttributeError as error:
         raise OptimizerError(f"{own_class(cls).__name__} is not a whole torch optimizer: {error}") from error
+    made.register_load_state_dict_post_hook(restore_counts)
     return made
 
 

@@ -31,6 +31,7 @@ __all__ = [
     "is_forward_mode",
     "is_functorch_active",
     "is_in_onnx_export",
+    "is_joining",
     "norms_of_all",
     "not_compiled",
     "on_conversion",
@@ -63,6 +64,7 @@ PRIVATE_NAMES: dict[str, str] = {
     "torch._ops.OpOverload._overloadpacket": "2.8 to 2.14",
     "torch._compile._disable_dynamo": "2.8 to 2.14",
     "torch._dynamo.callback.callback_handler": "2.8 to 2.14",
+    "torch.distributed.algorithms.join.Joinable._join_config": "2.8 to 2.14",
     "torch.nn.utils.parametrize._cache_enabled": "2.8 to 2.14",
     "torch.nn.Module._apply": "2.8 to 2.14",
     "torch.nn.Module._forward_hooks": "2.8 to 2.14",
@@ -120,6 +122,12 @@ def is_in_onnx_export() -> bool:
     # torch.onnx.is_in_onnx_export() for false.
     flags = sys.modules.get("torch.onnx._internal.exporter._flags")
     return flags is not None and flags._is_onnx_exporting
+
+
+def is_joining(module: nn.Module) -> bool:
+    """Whether processes may have uneven inputs, under ``torch.distributed.algorithms.Join`` or ``module.join()``."""
+    config: Any = module._join_config
+    return config.enable
 
 
 def compiler_callbacks() -> Any:

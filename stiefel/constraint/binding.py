@@ -20,11 +20,13 @@ class Tally:
         steps: optimizer steps taken.
         shortened: how many of them the method shortened to keep its claim; None for methods that never do. A tensor
             while the count is on a device, so that the host does not wait for it.
+        resumed: the steps taken as an optimizer's loaded state has them.
         left: what an optimizer's step, or a check, has left behind: by it a later change from outside is known.
     """
 
     steps: int = 0
     shortened: Tensor | int | None = None
+    resumed: int | None = None
     left: Hashable = None
 
 

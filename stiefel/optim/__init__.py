@@ -2,10 +2,11 @@
 
 from stiefel.optim.decay import keep_decay_off
 from stiefel.optim.guard import steps_seen
-from stiefel.optim.lift import lift
+from stiefel.optim.lift import Lift, lift
 from stiefel.optim.ownership import Mark, is_lent, mark, on_unknown, ownership, unmark
 
 __all__ = [
+    "Lift",
     "Mark",
     "is_lent",
     "keep_decay_off",

@@ -131,7 +131,8 @@ class Batched:
             local_of(p).copy_(weight)
             state = self.state[p]
             for name, tensor in zip(kept, tensors, strict=True):
-                state[name] = like(tensor.contiguous(), p)
+                # Copied: a slice would keep alive all that was received, and torch's checkpoints take no such parts.
+                state[name] = like(tensor.clone(memory_format=torch.contiguous_format), p)
             if self.counts:
                 state["step"] = torch.tensor(float(state.get("step", 0)) + 1)
 

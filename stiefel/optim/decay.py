@@ -80,6 +80,8 @@ def _regroup(places: _Places, optimizer: torch.optim.Optimizer, state: dict[str,
     groups = state["param_groups"]
     if len(optimizer.param_groups) != len(places):
         return None  # groups were added since: torch compares them
+    if KEY not in state and [len(g["params"]) for g in groups] == list(map(len, places)):
+        return None  # of a copy of such an optimizer, which notes no places, or of one whose groups were not split
     known = state.get(KEY) or [[(number, i) for i in range(len(g["params"]))] for number, g in enumerate(groups)]
     mine, theirs = (sorted(place for group in each for place in group) for each in (places, known))
     if mine != theirs:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from stiefel.compat.sharding import is_sharded, like, local_part, shard_dimension, whole
+from stiefel.compat.sharding import agree_on_least, is_sharded, like, local_of, local_part, shard_dimension, whole
 
 
 def exchanged_together(parameter: Tensor) -> Hashable:
@@ -43,6 +43,19 @@ class Exchange:
         self.parameters = parameters
         self.owned: Sequence[int] = range(len(parameters))
         """Places, in ``parameters``, of the weights whose steps are this process's work."""
+
+    def gradient(self, i: int) -> Tensor:
+        """This process's part of a parameter's gradient, which may still be a sum that is spread over processes."""
+        parameter = self.parameters[i]
+        return local_of(parameter.grad.redistribute(placements=parameter.placements))
+
+    def joined(self, i: int, part: Tensor) -> Tensor:
+        """The tensor of which each process has such a part, cut as a parameter is."""
+        return like(part.contiguous(), self.parameters[i])
+
+    def agree_on_least(self, values: Tensor) -> Tensor:
+        """The least of each of ``values`` over all processes."""
+        return agree_on_least(values, self.parameters[0])
 
     def gather(self, parts: Sequence[Sequence[Tensor]]) -> dict[int, list[Tensor]]:
         """The wholes of tensors that are cut as the weights are.
@@ -148,3 +161,44 @@ class OwnerExchange(Exchange):
         else:
             torch.distributed.all_to_all_single(received, data, list(entries), sizes, self.group)
         return received.split(list(entries))
+
+
+class ReplicaExchange(OwnerExchange):
+    """One process steps a weight of which all have the whole, and sends it: received are (R−1)/R · N entries.
+
+    Args:
+        parameters: of one precision and device, alike on every process, as their gradients are.
+        group: of the processes.
+    """
+
+    def __init__(self, parameters: Sequence[Tensor], group: Any) -> None:
+        Exchange.__init__(self, parameters)
+        self.group, self.device, self.dims = group, parameters[0].device, [0] * len(parameters)
+        self.size, self.rank = torch.distributed.get_world_size(group), torch.distributed.get_rank(group)
+        self.owned = range(self.rank, len(parameters), self.size)
+
+    def gradient(self, i: int) -> Tensor:
+        """The gradient."""
+        gradient = self.parameters[i].grad
+        return gradient.to_dense() if gradient.is_sparse else gradient
+
+    def joined(self, i: int, part: Tensor) -> Tensor:
+        """The value itself, laid out as the gradient: kernels over lists of tensors want them alike (channels_last)."""
+        gradient = self.parameters[i].grad
+        alike = gradient.is_sparse or part.stride() == gradient.stride()
+        return part if alike else torch.empty_like(gradient).copy_(part)
+
+    def agree_on_least(self, values: Tensor) -> Tensor:
+        """The least of each of ``values`` over all processes."""
+        torch.distributed.all_reduce(values, torch.distributed.ReduceOp.MIN, group=self.group)
+        return values
+
+    def gather(self, parts: Sequence[Sequence[Tensor]]) -> dict[int, list[Tensor]]:
+        """Nothing is sent."""
+        return {i: list(parts[i]) for i in self.owned}
+
+    def _part_shape(self, i: int, rank: int) -> tuple[int, ...]:
+        return tuple(self.parameters[i].shape)
+
+    def _part(self, i: int, rank: int, value: Tensor) -> Tensor:
+        return value

@@ -25,6 +25,7 @@ from stiefel.compat.torch_private import norms_of_all, not_compiled
 from stiefel.errors import DivergenceError, OptimizerError
 from stiefel.linalg import is_capturing, may_wait
 from stiefel.optim.bases import acting, decays, refuse_late_start
+from stiefel.optim.counts import note_count
 from stiefel.optim.decay import unwelcome
 from stiefel.optim.divergence import raise_later, raise_pending
 from stiefel.optim.lift import Lift, skipped
@@ -183,6 +184,8 @@ def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Non
             if owned is not None and not owned.part and id(p) not in counted:
                 owned.binding.tally.steps += 1
                 owned.binding.tally.left = state_of(p)
+                if owned.counts and p.grad is not None:
+                    note_count(optimizer, p, owned)
 
 
 # At import, so that also a process that only reads a pickle of a constrained model has them.

@@ -41,6 +41,8 @@ class Lift(_Base):
 
     base: type[torch.optim.Optimizer]
     stepping = False  # true inside the base step, where torch may run the global hooks again
+    replicas: Callable[[], Any] = staticmethod(lambda: None)
+    """The group of processes with equal models, which share the work; None for no others. Copies have none."""
 
     @not_compiled  # it counts steps, on which a compiled one would depend
     @torch.no_grad()
@@ -51,7 +53,7 @@ class Lift(_Base):
             with torch.enable_grad():
                 loss = closure()
         # Each move copies its weights as they are before the base step, so that undo() can put them back.
-        moves = moves_of(self._members())
+        moves = moves_of(self._members(), self.replicas())
         handed = Gradients()
         try:
             for p in (p for group in self.param_groups for p in group["params"]):

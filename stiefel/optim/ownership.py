@@ -48,6 +48,12 @@ class Ownership:
         """Whether the parameter is a weight that its method moves, given the displacement of a base optimizer."""
         return not self.part and self.binding.constraint.lifts
 
+    @property
+    def counts(self) -> bool:
+        """Whether what its method does depends on the steps taken: draws, or a schedule of a penalty's strength."""
+        method = self.binding.constraint
+        return not self.part and (getattr(method, "counts", False) or getattr(method, "scheduled", False))
+
 
 _ATTRIBUTE = "_stiefel_ownership"  # on the parameter itself: a weak reference to it would forbid torch to swap it
 

@@ -204,3 +204,32 @@ def test_a_tied_and_a_recurrent_weight_move_over():
     back.load_state_dict(model.state_dict())
     for layer, tensor in (("rnn", "weight_hh_l0"), ("a", "weight"), ("b", "weight")):
         torch.testing.assert_close(getattr(back[layer], tensor), getattr(model[layer], tensor), rtol=0, atol=1e-6)
+
+
+def warmed_up(step: int) -> float:
+    return 0.05 * step
+
+
+@pytest.mark.parametrize("order", ["model first", "optimizer first"])
+@pytest.mark.parametrize(
+    "hyper", [{"lr": 0.1}, {"lr": 0.1, "momentum": 0.9}, {"lr": 0.05, "betas": (0.9, 0.99)}], ids=str
+)
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [("rsdm", {}), ("soft", {"strength": warmed_up}), ("soft", {"strength": warmed_up, "decoupled": True})],
+    ids=["draws", "schedule", "decoupled schedule"],
+)
+def test_what_depends_on_the_steps_taken_goes_on_from_a_format_that_keeps_tensors_alone(method, options, hyper, order):
+    """The optimizer's state has the count too, for formats that lose a state dict's metadata."""
+    model, again = (stiefel.constrain(mlp(seed=seed), method, **options) for seed in (0, 1))
+    cls = torch.optim.Adam if "betas" in hyper else torch.optim.SGD
+    optimizer, other = (stiefel.optimizer(each, cls, **hyper) for each in (model, again))
+    train(model, optimizer, batch(4, 6), steps=3)
+    tensors, state = dict(through_file(dict(model.state_dict()))), through_file(optimizer.state_dict())
+    loads = [lambda: again.load_state_dict(tensors), lambda: other.load_state_dict(state)]
+    for load in loads if order == "model first" else reversed(loads):
+        load()
+    for each, by in ((model, optimizer), (again, other)):
+        train(each, by, batch(4, 6), steps=3)
+    assert [b.tally.steps for i in LAYERS for b in bindings_of(again[i]).values()] == [6] * 3
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), again.parameters(), strict=True))

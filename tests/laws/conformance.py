@@ -26,7 +26,6 @@ from stiefel.attach.weights import constrained_weights
 from stiefel.constraint import ROUNDING, Constraint, ManifoldMethod, Penalty, Reparameterization
 from stiefel.errors import LayoutError
 from stiefel.layout import Layout
-from stiefel.manifold.geometry import random_stiefel
 
 CPU = torch.device("cpu")
 

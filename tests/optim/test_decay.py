@@ -1,6 +1,7 @@
 """Weight decay that would move a weight along its set: kept off by parameter groups, and told of where it is not."""
 
 import copy
+import pickle
 import warnings
 from typing import Any
 
@@ -139,6 +140,20 @@ def test_a_checkpoint_of_a_plain_optimizer_moves_into_parted_groups() -> None:
     optimizer.load_state_dict(before.state_dict())
     for p, q in zip(plain.parameters(), net.parameters(), strict=True):
         assert torch.equal(optimizer.state[q]["exp_avg"], before.state[p]["exp_avg"])
+
+
+@pytest.mark.parametrize("method", ["soft", "retraction", "riemannian"])
+@pytest.mark.parametrize("how", ["deepcopy", "pickle"])
+def test_a_checkpoint_of_a_copied_optimizer_can_be_loaded_and_a_copy_can_load_one(method: str, how: str) -> None:
+    """Copies of optimizers lose their hooks, by which a checkpoint tells how its groups were parted."""
+    net = model(method)
+    first = stiefel.optimizer(net, torch.optim.Adam, lr=0.1, weight_decay=0.1)
+    step(net, first)
+    copied = copy.deepcopy(first) if how == "deepcopy" else pickle.loads(pickle.dumps(first))
+    for source, target in ((copied, first), (first, copied)):
+        target.load_state_dict(source.state_dict())
+        assert [g["weight_decay"] for g in target.param_groups] == [g["weight_decay"] for g in first.param_groups]
+    step(net, first)
 
 
 def test_a_checkpoint_of_other_parameters_says_why() -> None:

@@ -6,8 +6,12 @@ words. Process 0 writes them to files, for tests/parallel.
 
 from __future__ import annotations
 
+import copy
 import json
+import os
+import shutil
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,17 +20,24 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
+from torch.distributed import checkpoint as distributed_checkpoint
+from torch.distributed.checkpoint.state_dict import (
+    get_model_state_dict,
+    get_state_dict,
+    set_model_state_dict,
+    set_state_dict,
+)
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.functional import cross_entropy
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 
 import stiefel
 from stiefel.attach.weights import constrained_weights
-from stiefel.optim import batched, moves
+from stiefel.optim import batched, moves, sharded_moves
 
 LAYERS, HEAD = (0, 2, 4, 6, 8), "8"
 OPTIMIZERS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
@@ -259,6 +270,102 @@ def work(method: str) -> dict[str, Any]:
     return {"counts": everyone, "entries": entries, "weights": len(list(constrained_weights(many)))}
 
 
+class Recomputed(nn.Sequential):
+    """Each layer under activation checkpointing."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Keeps the layers' inputs alone, and computes the rest again in the backward pass."""
+        for layer in self:
+            x = checkpoint(layer, x, use_reentrant=False)
+        return x
+
+
+def recomputed_and_offloaded(method: str) -> dict[str, Any]:
+    """Sharded models whose activations are recomputed, and whose parts are kept on the host."""
+    found: dict[str, Any] = {}
+    cls, hyper = OPTIMIZERS["momentum"]
+    one = constrained(method)
+    train(one, stiefel.optimizer(one, cls, **hyper), data(), 5)
+    for name, options in (("recomputed", {}), ("offloaded", {"offload_policy": CPUOffloadPolicy(pin_memory=False)})):
+        many = constrained(method)
+        many = sharded(Recomputed(*many) if name == "recomputed" else many, **options)
+        train(many, stiefel.optimizer(many, cls, **hyper), share(data()), 5)
+        found |= {name: apart(one, many), f"{name} ranks": between_ranks(many)}
+    return found
+
+
+def resumed(method: str) -> dict[str, Any]:
+    """A sharded model and its optimizer saved by torch.distributed.checkpoint, and gone on with bit for bit."""
+    found: dict[str, Any] = {}
+    for kind, name in zip(("at once", "async"), optimizers_of(method), strict=True):
+        cls, hyper = OPTIMIZERS[name]
+
+        many, again = (sharded(constrained(method)) for _ in range(2))
+        optimizer, other = (stiefel.optimizer(model, cls, **hyper) for model in (many, again))
+        train(many, optimizer, share(data()), 4)
+        folder = [tempfile.mkdtemp() if dist.get_rank() == 0 else None]
+        dist.broadcast_object_list(folder)
+        model_state, optimizer_state = get_state_dict(many, optimizer)
+        state = {"model": model_state, "optimizer": optimizer_state}
+        if kind == "async":
+            distributed_checkpoint.async_save(state, checkpoint_id=folder[0]).result()
+        else:
+            distributed_checkpoint.save(state, checkpoint_id=folder[0])
+        dist.barrier()
+        model_state, optimizer_state = get_state_dict(again, other)
+        state = {"model": model_state, "optimizer": optimizer_state}
+        distributed_checkpoint.load(state, checkpoint_id=folder[0])
+        set_state_dict(again, other, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
+        for each, by in ((many, optimizer), (again, other)):
+            train(each, by, share(data()), 3)
+        pairs = zip(many.parameters(), again.parameters(), strict=True)
+        found[kind] = max(float((whole(p.detach()) - whole(q.detach())).abs().max()) for p, q in pairs)
+        dist.barrier()
+        if dist.get_rank() == 0:
+            shutil.rmtree(folder[0])
+    return found
+
+
+def shared_work(method: str) -> dict[str, Any]:
+    """DistributedDataParallel whose processes share the steps: against one process, and the matrices each computes."""
+    found: dict[str, Any] = {}
+    before, sharded_moves.SHARED_FROM = sharded_moves.SHARED_FROM, 8  # all but the convolution
+    count, step = {"matrices": 0}, moves.Batch.moved
+
+    def counted(self: Any, ends: Any) -> Any:
+        count["matrices"] += len(ends)
+        return step(self, ends)
+
+    try:
+        for name in optimizers_of(method):
+            cls, hyper = OPTIMIZERS[name]
+            one, many = constrained(method), constrained(method)
+            train(one, stiefel.optimizer(one, cls, **hyper), data(), 10)
+            wrapped = DistributedDataParallel(many)
+            optimizer = stiefel.optimizer(wrapped, cls, **hyper)
+            torch.manual_seed(dist.get_rank())
+            train(wrapped, optimizer, share(data()), 9, many)
+            optimizer.load_state_dict(copy.deepcopy(optimizer).state_dict())  # a copy has no processes
+            moves.Batch.moved = counted  # type: ignore[method-assign]
+            train(wrapped, optimizer, share(data()), 1, many)
+            moves.Batch.moved = step  # type: ignore[method-assign]
+            found |= {name: apart(one, many), f"{name} ranks": between_ranks(many)}
+    finally:
+        moves.Batch.moved, sharded_moves.SHARED_FROM = step, before  # type: ignore[method-assign]
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, count["matrices"])
+    return found | {"matrices": everyone, "uneven": uneven(method)}
+
+
+def uneven(method: str) -> bool:
+    """Process 0 has more batches than the others, under DistributedDataParallel's ``join``."""
+    many = DistributedDataParallel(constrained(method))
+    optimizer = stiefel.optimizer(many, torch.optim.SGD, lr=0.1, momentum=0.9)
+    with many.join():
+        train(many, optimizer, share(data()), 3 if dist.get_rank() == 0 else 2, many.module)
+    return all(w.allows(w.residual()) for w in constrained_weights(many))
+
+
 def tensor_parallel(method: str) -> dict[str, Any]:
     """Columns of one layer and rows of the next on the processes, by ``parallelize_module``."""
     one, many = constrained(method, width=32), constrained(method, width=32)  # torch's own cuts must be even here
@@ -322,6 +429,9 @@ FEATURES: dict[str, Callable[[str], dict[str, Any]]] = {
         clipped_and_accumulated,
         diverged,
         work,
+        recomputed_and_offloaded,
+        resumed,
+        shared_work,
         tensor_parallel,
         data_parallel,
         wrapped_first,
@@ -352,6 +462,8 @@ def main() -> None:
                 dist.barrier()
             if dist.get_rank() == 0:
                 (Path(folder) / f"{feature}.json").write_text(json.dumps(found), encoding="utf-8")
+    sys.stderr.flush()
+    os._exit(0)  # threads of gloo's may outlast the interpreter, and end the process with SIGABRT
 
 
 if __name__ == "__main__":

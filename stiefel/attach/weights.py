@@ -14,8 +14,8 @@ from stiefel.attach.proxy.bucket import Bucket
 from stiefel.attach.proxy.parametrization import Reparametrized
 from stiefel.compat.sharding import is_sharded, whole, write
 from stiefel.compat.torch_private import parameters_of, submodules_of
-from stiefel.constraint import Binding, Reparameterization
-from stiefel.linalg import gram_residual, in_double, is_traced
+from stiefel.constraint import Binding, Reparameterization, residual_of
+from stiefel.linalg import is_traced
 from stiefel.optim import Mark
 
 # Entries of the owner's __dict__, which copies and pickles of the module have too.
@@ -87,13 +87,11 @@ class ConstrainedWeight:
     @torch.no_grad()
     def residual(self) -> float:
         """``‖XXᵀ − I‖_F/√p``, the largest of the weight's matrices, in double precision."""
-        x = in_double(self.points())
-        return torch.linalg.matrix_norm(gram_residual(x)).max().item() / x.shape[-2] ** 0.5
+        return residual_of(self.points())
 
     def allows(self, residual: float) -> bool:
         """Whether such a residual is within what the weight's method promises; true where it promises nothing."""
-        claim, p = self.binding.constraint.claim, self.binding.layout.matrix_shape[1]
-        return claim is None or claim.allows(residual, self.parameter.dtype, p)
+        return self.binding.allows(residual, self.parameter.dtype)
 
     @torch.no_grad()
     def move_to_nearest(self) -> None:

@@ -9,7 +9,7 @@ from stiefel.constraint.base import (
     Reparameterization,
     StepMethod,
 )
-from stiefel.constraint.binding import Binding, Tally
+from stiefel.constraint.binding import Binding, Tally, residual_of
 from stiefel.constraint.catalogue import available, control, get, method_class, register
 from stiefel.constraint.centred import Centred
 from stiefel.constraint.claim import ROUNDING, Claim
@@ -40,4 +40,5 @@ __all__ = [
     "is_number",
     "method_class",
     "register",
+    "residual_of",
 ]

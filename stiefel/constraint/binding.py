@@ -1,4 +1,4 @@
-"""One method on one tensor: the record that its layer and its optimizer share. Imports ``base``, ``layout``."""
+"""One method on one tensor: what its layer and its optimizer share. Imports ``base``, ``layout`` and ``linalg``."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from stiefel.constraint.base import Constraint
 from stiefel.layout import Layout
+from stiefel.linalg import gram_residual, in_double
 
 
 @dataclass
@@ -55,3 +56,15 @@ class Binding:
         if not self.constraint.orthogonal_start:
             return weight  # as it is, to the bit: dividing by the scale and multiplying again would round
         return self.layout.weight(self.constraint.nearest(self.layout.points(weight), self.layout))
+
+    def allows(self, residual: float, dtype: torch.dtype) -> bool:
+        """Whether a residual is within what the method promises in a precision; true where it promises nothing."""
+        claim = self.constraint.claim
+        return claim is None or claim.allows(residual, dtype, self.layout.matrix_shape[1])
+
+
+@torch.no_grad()
+def residual_of(points: Tensor) -> float:
+    """``‖XXᵀ − I‖_F/√p``, the largest of some matrices ``(b, p, n)``, in double precision."""
+    x = in_double(points)
+    return torch.linalg.matrix_norm(gram_residual(x)).max().item() / x.shape[-2] ** 0.5

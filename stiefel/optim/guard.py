@@ -22,6 +22,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from stiefel.compat.geoopt import is_on_manifold, is_riemannian
 from stiefel.compat.sharding import agree_on_least, is_sharded, local_of
 from stiefel.compat.torch_private import norms_of_all, not_compiled
+from stiefel.constraint import residual_of
 from stiefel.errors import DivergenceError, OptimizerError
 from stiefel.linalg import is_capturing, may_wait
 from stiefel.optim.bases import acting, decays, refuse_late_start
@@ -32,6 +33,7 @@ from stiefel.optim.lift import Lift, skipped
 from stiefel.optim.ownership import Ownership, ownership, quoted, recognize, state_of, stepped_by
 
 _steps_seen = 0
+_told_of_changes: WeakKeyDictionary[torch.optim.Optimizer, set[str]] = WeakKeyDictionary()
 _told_of_decay: WeakKeyDictionary[torch.optim.Optimizer, set[str]] = WeakKeyDictionary()
 
 
@@ -70,6 +72,7 @@ def _check(optimizer: torch.optim.Optimizer) -> None:
     _refuse_plain_step(acting(optimizer), stepped)
     _refuse_decay(optimizer)
     refuse_late_start(optimizer)
+    _tell_of_changes(optimizer, stepped)
     for p, owned in stepped:
         if owned is not None and p.grad.is_conj() and not isinstance(optimizer, Lift):
             p.grad = p.grad.resolve_conj()  # of weights that were stacked: torch's optimizers refuse such views
@@ -112,6 +115,26 @@ def _refuse_decay(optimizer: torch.optim.Optimizer) -> None:
                 raise OptimizerError(message)
             _told_of_decay.setdefault(optimizer, set()).add(owned.label)
             warnings.warn(message, stacklevel=5)
+
+
+def _tell_of_changes(optimizer: torch.optim.Optimizer, members: list[tuple[Tensor, Ownership | None]]) -> None:
+    """Warn where something else has taken a weight off its set since its last step, as wrappers that average do."""
+    for p, owned in members:
+        if owned is None or owned.part or not owned.binding.constraint.moves or is_sharded(p) or is_capturing(p):
+            continue
+        binding = owned.binding
+        if binding.tally.left in (None, state_of(p)) or owned.label in _told_of_changes.get(optimizer, ()):
+            continue
+        residual = residual_of(binding.layout.points(p.detach()))
+        if not binding.allows(residual, p.dtype):
+            _told_of_changes.setdefault(optimizer, set()).add(owned.label)
+            warnings.warn(
+                f"weight '{owned.label}' has been taken off its constraint's set since its last step (its residual "
+                f"‖W Wᵀ/s² − I‖_F/√p is {residual:.1e}) by something but {type(optimizer).__name__}: an average, an "
+                "assignment, or an optimizer around this one; use a reparameterization with those, or call "
+                "stiefel.project(model) after a change",
+                stacklevel=5,
+            )
 
 
 def _refuse_divergence(optimizer: torch.optim.Optimizer, members: list[tuple[Tensor, Ownership]]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import warnings
 from dataclasses import dataclass
 
 import pytest
@@ -240,3 +241,34 @@ def test_a_step_without_a_gradient_of_any_constrained_weight_moves_the_others(me
     optimizer.step()
     assert torch.equal(net[0].weight, before)
     assert not torch.equal(net[1].weight, free)
+
+
+@pytest.mark.parametrize("method", [m for m in METHODS if stiefel.get(m).moves])
+def test_an_optimizer_around_another_one_that_moves_weights_between_steps_is_told_once(method):
+    """As schedulefree's wrapper does, which is no torch optimizer: the inner one alone is seen."""
+    net = model(method)
+    optimizer, averages = stiefel.optimizer(net, torch.optim.SGD, lr=0.5), kept(net)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        loss(net, 10.0).backward()
+        optimizer.step()
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(3):
+            step()
+        stiefel.project(net)
+        net.load_state_dict(net.state_dict())  # changes that leave it on its set
+        step()
+    for layer, average in zip((net[0], net[2]), averages, strict=True):
+        with torch.no_grad():
+            layer.weight.lerp_(average + 0.3, 0.5)
+    with pytest.warns(UserWarning, match="has been taken off its constraint's set since its last step") as told:
+        step()
+    assert {f"'{n}.weight'" for n in (0, 2)} == {str(w.message).split()[1] for w in told}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with torch.no_grad():
+            net[0].weight.add_(0.1)
+        step()

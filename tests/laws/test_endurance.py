@@ -1,0 +1,105 @@
+"""Long training, and several models at once.
+
+Over 100,000 steps in float32 of every feasible method, with a gradient that is noise:
+
+    ‖XXᵀ − I‖_F/√p ≤ 1e-5,   proxies stay within a factor of 100 of their length, and memory does not grow
+
+Models that train in two threads have the weights, to the bit, that each has when it trains alone.
+"""
+
+from __future__ import annotations
+
+import gc
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import stiefel
+from stiefel.attach.weights import constrained_weights
+
+METHODS = [m for m in stiefel.available() if not m.startswith("test_")]
+FEASIBLE = [m for m in METHODS if stiefel.get(m).feasible]
+OPTIMIZERS = {"momentum": (torch.optim.SGD, {"lr": 0.05, "momentum": 0.9}), "adam": (torch.optim.Adam, {"lr": 0.01})}
+
+
+def model(method: str, seed: int = 0) -> nn.Module:
+    """Two long matrices, which are one batch, a square one and a row."""
+    torch.manual_seed(seed)
+    net = nn.ModuleList([nn.Linear(9, 4), nn.Linear(9, 4), nn.Linear(6, 6), nn.Linear(5, 1)])
+    return stiefel.constrain(net, method)
+
+
+def train(net: nn.Module, optimizer: torch.optim.Optimizer, steps: int, seed: int) -> None:
+    """Gradients that no weight can follow: other targets at each step."""
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        weights = [layer.weight for layer in net]
+        noise = [torch.randn(w.shape, generator=generator) for w in weights]
+        loss = torch.stack([(w * t).sum() for w, t in zip(weights, noise, strict=True)]).sum() + stiefel.penalty(net)
+        loss.backward()
+        optimizer.step()
+
+
+def lengths(net: nn.Module) -> Tensor:
+    return torch.stack([torch.linalg.vector_norm(w.parameter.detach()) for w in constrained_weights(net)])
+
+
+def resident() -> int:
+    """The process's memory, in bytes."""
+    gc.collect()
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+
+@pytest.mark.parametrize("steps", [500, pytest.param(100_000, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("choice", OPTIMIZERS)
+@pytest.mark.parametrize("method", FEASIBLE)
+def test_long_training_keeps_orthogonality_memory_and_the_lengths_of_proxies(method, choice, steps):
+    net, (cls, hyper) = model(method), OPTIMIZERS[choice]
+    optimizer, start = stiefel.optimizer(net, cls, **hyper), lengths(net)
+    train(net, optimizer, steps // 5, seed=0)
+    memory = resident()
+    for part in range(1, 5):
+        train(net, optimizer, steps // 5, seed=part)
+        assert stiefel.report(net).worst <= 1e-5
+    ratio = lengths(net) / start.where(start > 0, 1)  # trivializations start at 0
+    assert 0.01 < ratio.min() <= ratio.max() < 100
+    # Allocators keep some pages; 80,000 steps that each kept a weight would keep 20 MB.
+    assert resident() - memory < 10e6
+
+
+@pytest.mark.parametrize("pair", [(m, METHODS[(i + 7) % len(METHODS)]) for i, m in enumerate(METHODS)], ids="-".join)
+def test_models_in_two_threads_train_as_alone(pair):
+    def run(method: str, seed: int) -> list[Tensor]:
+        net = model(method, seed)
+        train(net, stiefel.optimizer(net, torch.optim.SGD, lr=0.05, momentum=0.9), 40, seed)
+        with torch.no_grad():
+            return [layer.weight.clone() for layer in net]
+
+    alone, found = [run(method, seed) for seed, method in enumerate(pair)], {}
+    nets = [model(method, seed) for seed, method in enumerate(pair)]  # the global generator is one
+
+    def work(seed: int, ready: Callable[[], object]) -> None:
+        ready()
+        net = nets[seed]
+        train(net, stiefel.optimizer(net, torch.optim.SGD, lr=0.05, momentum=0.9), 40, seed)
+        with torch.no_grad():
+            found[seed] = [layer.weight.clone() for layer in net]
+
+    before, barrier = torch.get_float32_matmul_precision(), threading.Barrier(2)
+    torch.set_float32_matmul_precision("medium")
+    try:
+        threads = [threading.Thread(target=work, args=(seed, barrier.wait)) for seed in (0, 1)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(before)
+    for seed in (0, 1):
+        assert all(torch.equal(a, b) for a, b in zip(alone[seed], found[seed], strict=True)), pair[seed]

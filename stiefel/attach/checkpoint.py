@@ -28,6 +28,8 @@ from stiefel.methods import get
 
 KEY = "stiefel"
 """Where a module's metadata has what is known of its weights: a dictionary by tensor."""
+VERSION = 1
+"""Of the meaning of these entries and of proxies."""
 PLAIN = "save_pretrained"
 """Functions of this name write files that plain models read: they get the weights themselves."""
 
@@ -109,6 +111,7 @@ def _tell_of_move(found: ConstrainedWeight, weight: Tensor, entries: dict[str, T
 def _facts(binding: Binding) -> dict[str, Any]:
     tally, method = binding.tally, binding.constraint
     return {
+        "version": VERSION,
         # A count that is still on a device is read here: a checkpoint holds numbers.
         "steps": tally.steps,
         "shortened": None if tally.shortened is None else int(tally.shortened),

@@ -150,7 +150,7 @@ def test_the_metadata_has_method_options_layout_and_tally():
     model = stiefel.constrain(mlp(), "own", layers=["2"], group_size=2, scale="relu")
     train(model, stiefel.optimizer(model, torch.optim.SGD, lr=0.3), batch(4, 6), steps=5)
     facts = through_file(model.state_dict())._metadata["2"]["stiefel"]["weight"]
-    assert (facts["method"], facts["steps"]) == ("own", 5)
+    assert (facts["method"], facts["steps"], facts["version"]) == ("own", 5, 1)
     assert facts["options"] == {"group_size": 2, "scale": "relu"}
     assert Layout(**facts["layout"]) == bindings_of(model[2])["weight"].layout
 

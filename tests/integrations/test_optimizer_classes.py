@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from features import RIGHT, part
 from torch import nn
 from torch.nn.functional import cross_entropy
 
@@ -60,6 +61,26 @@ def outcome(cls: type[torch.optim.Optimizer], method: str) -> str:
     return "works"
 
 
+def kind(found: str) -> str:
+    """A column of the document's table."""
+    if found == "works":
+        return RIGHT
+    if AVERAGING in found or ELSEWHERE in found:
+        return "refused: steps from another point"
+    return "refused: needs more than gradients, or another form of parameters"
+
+
+def outcomes() -> dict[str, dict[str, str]]:
+    """What becomes of each class with a method on the step, by package; in words."""
+    found: dict[str, dict[str, str]] = {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for each in classes():
+            (cls,), (package, name) = each.values, each.id.rsplit(".", 1)
+            found.setdefault(f"`{package}`", {})[name] = kind(outcome(cls, "retraction"))
+    return found
+
+
 @pytest.fixture(autouse=True)
 def _quiet() -> Iterator[None]:
     with warnings.catch_warnings():
@@ -68,9 +89,13 @@ def _quiet() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("cls", list(classes()))
-def test_a_class_serves_a_method_on_the_step_or_is_refused_by_name(cls):
+def test_a_class_serves_a_method_on_the_step_or_is_refused_by_name(cls, request):
     found = outcome(cls, "retraction")
     assert found == "works" or cls.__name__ in found
+    columns = [cell.strip() for cell in part("optimizers").strip().splitlines()[0].split("|")]
+    package = request.node.callspec.id.rpartition(".")[0]
+    (row,) = (line.split("|") for line in part("optimizers").splitlines() if f"`{package}`" in line)
+    assert cls.__name__ in [name.strip() for name in row[columns.index(kind(found))].split(",")]  # make compatibility
     name = cls.__name__
     if "ScheduleFree" in name and not name.endswith(("Closure", "Wrapper")):
         assert AVERAGING in found

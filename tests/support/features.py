@@ -10,6 +10,7 @@ import copy
 import io
 import logging
 import pickle
+import re
 import sys
 import warnings
 from collections.abc import Callable
@@ -326,19 +327,32 @@ def outcome(feature: Callable[[str], bool], method: str) -> str:
 
 
 def table(cells: dict[str, dict[str, str]]) -> str:
-    """Features as rows, methods as columns."""
-    lines = [f"| | {' | '.join(f'`{m}`' for m in METHODS)} |", "|---" * (len(METHODS) + 1) + "|"]
-    lines += [f"| {name} | {' | '.join(row[m] for m in METHODS)} |" for name, row in cells.items()]
+    """Features as rows; methods that have the same outcomes are one column."""
+    groups: dict[tuple[str, ...], list[str]] = {}
+    for m in METHODS:
+        groups.setdefault(tuple(row[m] for row in cells.values()), []).append(m)
+    columns = sorted(groups.items(), key=lambda group: -len(group[1]))
+    lines = ["| | " + " | ".join(", ".join(f"`{m}`" for m in methods) for _, methods in columns) + " |"]
+    lines += ["|---" * (len(columns) + 1) + "|"]
+    lines += [f"| {name} | {' | '.join(column[i] for column, _ in columns)} |" for i, name in enumerate(cells)]
     return "\n".join(lines) + "\n"
 
 
 def documented() -> dict[str, dict[str, str]]:
     """The cells of the document's tables, by feature and method."""
-    rows = [
-        [c.strip() for c in line.strip("|").split("|")] for line in DOCUMENT.read_text().splitlines() if "|" in line
-    ]
-    tables = [row for row in rows if len(row) == len(METHODS) + 1 and not set(row[1]) <= {"-"} and row[0]]
-    return {row[0]: dict(zip(METHODS, row[1:], strict=True)) for row in tables}
+    found = {}
+    for mark in ("one process", "several processes"):
+        head, _, *lines = part(mark).strip().splitlines()
+        groups = [re.findall(r"`(\w+)`", cell) for cell in head.split("|")[2:-1]]
+        for line in lines:
+            name, *cells = (cell.strip() for cell in line.strip("|").split(" | "))
+            found[name] = {m: cell for methods, cell in zip(groups, cells, strict=True) for m in methods}
+    return found
+
+
+def part(mark: str) -> str:
+    """What the document has between two marks."""
+    return DOCUMENT.read_text().split(f"<!-- {mark} -->\n")[1].split("<!-- end -->")[0]
 
 
 def in_one_process() -> dict[str, dict[str, str]]:
@@ -351,16 +365,31 @@ def in_several(found: Callable[[str], dict[str, dict[str, Any]]]) -> dict[str, d
     return {name: {m: cell(of(found(feature)[m])) for m in METHODS} for name, (feature, of) in SEVERAL.items()}
 
 
+def by_package(outcomes: dict[str, dict[str, str]]) -> str:
+    """Packages as rows, outcomes as columns, and the classes that have them."""
+    kinds = list(dict.fromkeys(kind for row in outcomes.values() for kind in row.values()))
+    kinds.sort(key=lambda kind: (kind != RIGHT, kind))
+    lines = [f"| | {' | '.join(kinds)} |", "|---" * (len(kinds) + 1) + "|"]
+    for package, row in outcomes.items():
+        cells = [", ".join(name for name, found in row.items() if found == kind) for kind in kinds]
+        lines.append(f"| {package} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
 def write() -> None:
-    """Write both tables into the document."""
-    sys.path.insert(0, str(DOCUMENT.parents[1] / "tests" / "parallel"))
+    """Write the tables into the document."""
+    sys.path[:0] = [str(ROOT / "tests" / folder) for folder in ("parallel", "integrations")]
+    from test_optimizer_classes import outcomes
     from test_processes import found
 
-    text = DOCUMENT.read_text()
-    for mark, cells in (("one process", in_one_process()), ("several processes", in_several(found))):
-        head, rest = text.split(f"<!-- {mark} -->\n")
-        text = f"{head}<!-- {mark} -->\n\n{table(cells)}\n<!-- end -->{rest.split('<!-- end -->', 1)[1]}"
-    DOCUMENT.write_text(text)
+    tables = {
+        "one process": lambda: table(in_one_process()),
+        "optimizers": lambda: by_package(outcomes()),
+        "several processes": lambda: table(in_several(found)),
+    }
+    for mark in sys.argv[1:] or tables:
+        new, text = tables[mark](), DOCUMENT.read_text()
+        DOCUMENT.write_text(text.replace(f"<!-- {mark} -->\n{part(mark)}", f"<!-- {mark} -->\n\n{new}\n"))
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ Imports ``weights``, ``methods`` and below.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from dataclasses import asdict, fields
 from typing import Any
 
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from stiefel.attach.weights import ConstrainedWeight, bindings_of
-from stiefel.compat.sharding import cut_as, whole
+from stiefel.compat.sharding import agree_on_least, cut_as, is_sharded, whole
 from stiefel.compat.torch_private import is_called_by
 from stiefel.constraint import ROUNDING, Binding, Constraint, Reparameterization
 from stiefel.errors import StiefelError, WeightError
@@ -65,33 +66,73 @@ def adapt(owner: nn.Module, state: dict[str, Any], prefix: str, metadata: dict[s
                 binding.tally.steps = facts["steps"]
         found = ConstrainedWeight(binding.label, owner, tensor, binding)
         with torch.no_grad():
-            _adapt_one(found, state, prefix, facts or {})
+            _adapt_one(found, state, prefix, facts or {}, bool(metadata.get("assign_to_params_buffers")))
 
 
-def _adapt_one(found: ConstrainedWeight, state: dict[str, Any], prefix: str, facts: dict[str, Any]) -> None:
-    plain, proxied = prefix + found.tensor, _keys_of_proxy(state, prefix, found.tensor)
-    binding, parametrization = found.binding, found.parametrization
-    if parametrization is None:
-        if proxied and plain not in state:
-            state[plain] = cut_as(_saved_weight(state, prefix, found, facts), found.parameter)
-            for key in proxied:
-                del state[key]
+def _adapt_one(
+    found: ConstrainedWeight, state: dict[str, Any], prefix: str, facts: dict[str, Any], assigned: bool
+) -> None:
+    parametrization, proxied = found.parametrization, _keys_of_proxy(state, prefix, found.tensor)
+    saved = _to_convert(found, state, prefix, facts)
+    if is_sharded(found.parameter):
+        _refuse_unlike(found, saved is not None)
+    if saved is None:
         return
-    if proxied and ("method" not in facts or _same(facts, binding)):
-        return
-    if proxied:
-        weight = _saved_weight(state, prefix, found, facts)
-    elif plain in state and state[plain].shape == binding.layout.shape:  # of another shape: torch says which
-        weight = whole(state.pop(plain))
-    else:
-        return
+    plain, weight = prefix + found.tensor, saved()
     gain = state.get(f"{prefix}parametrizations.{found.tensor}.0.gain")
-    for key in proxied:
-        del state[key]
-    entries = parametrization.entries(weight.to(found.parameter), gain)
+    for key in (*proxied, plain):
+        state.pop(key, None)
+    if parametrization is None:
+        state[plain] = cut_as(weight, found.parameter)
+        return
+    # An assigned weight keeps its own precision and device, any other gets those of the model.
+    weight = weight if assigned else weight.to(found.parameter)
+    entries = parametrization.entries(weight, gain)
+    if not weight.is_meta:
+        _tell_of_move(found, weight, entries)
     for name, value in entries.items():
-        state[f"{prefix}parametrizations.{found.tensor}.{name}"] = value
-    _tell_of_move(found, weight, entries)
+        mine = parametrization.entry(name, found.parameter)
+        state[f"{prefix}parametrizations.{found.tensor}.{name}"] = cut_as(value, mine)
+
+
+def _to_convert(
+    found: ConstrainedWeight, state: dict[str, Any], prefix: str, facts: dict[str, Any]
+) -> Callable[[], Tensor] | None:
+    """The weight that a checkpoint has in another form; None where it can be loaded as it is, or is not there."""
+    plain, proxied = prefix + found.tensor, _keys_of_proxy(state, prefix, found.tensor)
+    original = f"{prefix}parametrizations.{found.tensor}.original"
+    if found.parametrization is None:
+        if not proxied or plain in state:
+            return None
+    elif proxied:
+        if "method" not in facts or _same(facts, found.binding):
+            return None
+    elif plain not in state:
+        return None
+    elif state[plain].shape != found.binding.layout.shape:
+        state[original] = state.pop(plain)  # torch then tells both shapes, whatever ``strict`` is
+        return None
+    else:
+        return lambda: whole(state[plain])
+    if "method" in facts and original in state and tuple(state[original].shape) != found.binding.layout.shape:
+        for key in proxied:
+            if key != original:
+                del state[key]
+        if found.parametrization is None:
+            state[plain] = state.pop(original)
+        return None
+    return lambda: _saved_weight(state, prefix, found, facts)
+
+
+def _refuse_unlike(found: ConstrainedWeight, converts: bool) -> None:
+    """Raise on all processes where one alone has what a weight of another method is converted by."""
+    flag = float(converts)
+    least, other = agree_on_least(torch.tensor([flag, -flag]), found.parameter).tolist()
+    if least != -other:
+        raise WeightError(
+            f"weight '{found.binding.label}' is sharded, and one process alone has the checkpoint of another method or "
+            "of a plain model; load it into the whole model before fully_shard(), or on every process"
+        )
 
 
 def _tell_of_move(found: ConstrainedWeight, weight: Tensor, entries: dict[str, Tensor]) -> None:
@@ -135,7 +176,15 @@ def _plain_options(method: Constraint) -> dict[str, Any]:
 def _same(facts: dict[str, Any], binding: Binding) -> bool:
     """Whether the weight was saved by this very method, with these options, and read in this way."""
     mine = _facts(binding)
-    return all(facts[name] == mine[name] for name in ("method", "options", "layout"))
+    alike = all(facts[name] == mine[name] for name in ("method", "options"))
+    return alike and Layout(**facts["layout"]) == binding.layout
+
+
+def _names_of_parts(method: Constraint, layout: Layout) -> set[str]:
+    """The tensors that a method keeps beside a proxy."""
+    assert isinstance(method, Reparameterization)
+    start = torch.eye(*layout.matrix_shape[1:]).expand(layout.matrix_shape)
+    return set(method.start(start, layout)[1])
 
 
 def _keys_of_proxy(state: dict[str, Any], prefix: str, tensor: str) -> list[str]:
@@ -160,6 +209,13 @@ def _saved_weight(state: dict[str, Any], prefix: str, found: ConstrainedWeight, 
     parts = {key.rpartition(".")[2]: whole(value) for key, value in state.items() if key.startswith(f"{start}0.parts.")}
     layout = Layout(**facts["layout"])
     gain = state.get(f"{start}0.gain")
+    needed = _names_of_parts(method, layout)
+    if f"{start}original" not in state or needed != set(parts):
+        raise WeightError(
+            f"weight '{label}' was saved as the proxy of {method}, of which the checkpoint has "
+            f"{sorted(k.removeprefix(start) for k in state if k.startswith(start))}; expected 'original' and "
+            f"{sorted(f'0.parts.{name}' for name in needed)}: load the whole of it, before the model is sharded"
+        )
     return _weight_of(method, layout, whole(state[f"{start}original"]), parts, None if gain is None else whole(gain))
 
 

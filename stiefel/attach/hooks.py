@@ -16,6 +16,7 @@ from stiefel.attach.tagging import put_on_set, remember, tag_weight
 from stiefel.attach.weights import ConstrainedWeight, bindings_of
 from stiefel.compat.torch_private import drop_flat_weights, has_hook, on_conversion, remove_hooks, restore_flat_weights
 from stiefel.constraint import Constraint, Reparameterization
+from stiefel.optim.ownership import state_of
 
 
 def add_weight_hooks(owner: nn.Module, method: Constraint) -> None:
@@ -51,6 +52,7 @@ def _after_load(owner: nn.Module, incompatible_keys: Any) -> None:
             found.parametrization.cached = None
         tag_weight(found)
         put_on_set(found, "loaded")
+        binding.tally.left = state_of(found.parameter)
 
 
 def _drop_flat_weights(owner: nn.Module, *args: Any) -> None:

@@ -16,7 +16,7 @@ from stiefel.compat.torch_private import parameters_of
 from stiefel.constraint import Reparameterization
 from stiefel.errors import WeightError
 from stiefel.linalg import is_capturing, is_traced
-from stiefel.optim.ownership import is_lent, quoted, state_of
+from stiefel.optim.ownership import ownership, quoted, state_of
 
 # Entries of a module's __dict__, which copies have too.
 _NAMES = "_stiefel_names"
@@ -96,11 +96,12 @@ def warn_of_changes(owner: nn.Module) -> None:
         weight = parameters_of(owner).get(tensor)
         if weight is None or not binding.constraint.moves or binding.tally.left == (state := state_of(weight)):
             continue
-        if is_traced() or is_sharded(weight) or is_lent(weight) or is_capturing(weight):
-            continue  # it has no values, or not all of them
+        # It has no values, or not all of them, or is another tensor for this pass alone (functional_call).
+        if is_traced() or is_sharded(weight) or ownership(weight) is None or is_capturing(weight):
+            continue
         binding.tally.left = state
         found = ConstrainedWeight(binding.label, owner, tensor, binding)
-        if not found.allows(found.residual()):
+        if not binding.allows(found.residual(), torch.float32):  # it may have been in that precision before
             warnings.warn(
                 f"weight '{binding.label}' is off its constraint's set where the model is evaluated: something but an "
                 "optimizer's step has changed it, as averages of weights do (SWA, EMA); before evaluating and saving "

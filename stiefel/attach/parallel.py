@@ -12,6 +12,7 @@ from torch.nn.parallel import DistributedDataParallel
 from stiefel.compat.torch_private import is_joining
 from stiefel.errors import WeightError
 from stiefel.optim import Lift
+from stiefel.optim.exchange import Replicas
 
 
 def refuse_held(name: str, parameter: Tensor) -> None:
@@ -52,10 +53,15 @@ def _accumulates_for_others(parameter: Tensor) -> bool:
 def share_work(optimizer: torch.optim.Optimizer, module: nn.Module) -> None:
     """Let the processes of a model that DistributedDataParallel holds share the methods' own steps.
 
-    Under ``torch.distributed.algorithms.Join`` some processes may have run out of data and step no longer: there each
-    does all the work.
+    Only weights whose gradients it averages are alike everywhere. Inside ``no_sync()`` none are, and under
+    ``torch.distributed.algorithms.Join`` some processes may have run out of data and step no longer: there each does
+    all the work.
     """
-    if isinstance(module, DistributedDataParallel) and isinstance(optimizer, Lift):
-        group = module.process_group
-        alone = torch.distributed.get_world_size(group) == 1
-        optimizer.replicas = lambda: None if alone or is_joining(module) else group
+    if not (isinstance(module, DistributedDataParallel) and isinstance(optimizer, Lift)):
+        return
+    group, ignored = module.process_group, set(module.parameters_to_ignore)
+    averaged = {id(p): p for name, p in module.module.named_parameters() if p.requires_grad and name not in ignored}
+    if torch.distributed.get_world_size(group) > 1:
+        optimizer.replicas = lambda: (
+            Replicas(group, averaged) if module.require_backward_grad_sync and not is_joining(module) else None
+        )

@@ -68,7 +68,14 @@ _Places = list[list[tuple[int, int]]]
 
 
 def _note_places(places: _Places, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
-    state[KEY] = places
+    state[KEY] = _with_added(places, optimizer)
+
+
+def _with_added(places: _Places, optimizer: torch.optim.Optimizer) -> _Places:
+    """The places of all groups, also of those that were added since: each is one that the user gave."""
+    count = 1 + max((number for each in places for number, _ in each), default=-1)
+    added = optimizer.param_groups[len(places) :]
+    return places + [[(count + k, i) for i in range(len(group["params"]))] for k, group in enumerate(added)]
 
 
 def _regroup(places: _Places, optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any] | None:
@@ -78,8 +85,7 @@ def _regroup(places: _Places, optimizer: torch.optim.Optimizer, state: dict[str,
         OptimizerError: it is of other parameters.
     """
     groups = state["param_groups"]
-    if len(optimizer.param_groups) != len(places):
-        return None  # groups were added since: torch compares them
+    places = _with_added(places, optimizer)
     if KEY not in state and [len(g["params"]) for g in groups] == list(map(len, places)):
         return None  # of a copy of such an optimizer, which notes no places, or of one whose groups were not split
     known = state.get(KEY) or [[(number, i) for i in range(len(g["params"]))] for number, g in enumerate(groups)]

@@ -11,7 +11,7 @@ Imports ``compat``.
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -161,6 +161,18 @@ class OwnerExchange(Exchange):
         else:
             torch.distributed.all_to_all_single(received, data, list(entries), sizes, self.group)
         return received.split(list(entries))
+
+
+class Replicas(NamedTuple):
+    """Processes with equal models.
+
+    Args:
+        group: of the processes.
+        parameters: those that are alike everywhere, as their gradients are, by identity.
+    """
+
+    group: Any
+    parameters: Mapping[int, Tensor]
 
 
 class ReplicaExchange(OwnerExchange):

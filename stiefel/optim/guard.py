@@ -126,7 +126,7 @@ def _tell_of_changes(optimizer: torch.optim.Optimizer, members: list[tuple[Tenso
         if binding.tally.left in (None, state_of(p)) or owned.label in _told_of_changes.get(optimizer, ()):
             continue
         residual = residual_of(binding.layout.points(p.detach()))
-        if not binding.allows(residual, p.dtype):
+        if not binding.allows(residual, torch.float32):  # it may have been in that precision before
             _told_of_changes.setdefault(optimizer, set()).add(owned.label)
             warnings.warn(
                 f"weight '{owned.label}' has been taken off its constraint's set since its last step (its residual "
@@ -170,14 +170,15 @@ def _refuse_divergence(optimizer: torch.optim.Optimizer, members: list[tuple[Ten
         )
         return
     finite = torch.stack([v.cpu() for v in sizes]).isfinite().all()
+    spoilt = {} if finite else {"the gradient of": _not_finite(gradients), "the value of": _not_finite(entries)}
+    fine = torch.tensor(float(not any(spoilt.values())))  # a norm of finite entries may have overflowed
     # One process alone may hold the part that is not finite: all of them stop, since a step is taken by all or none.
-    if finite if sharded is None else agree_on_least(finite.float(), sharded):
+    if fine if sharded is None else agree_on_least(fine, sharded):
         return
-    for what, found in (("the gradient of", gradients), ("the value of", entries)):
-        spoilt = [label for value, label in found if not value.isfinite().all()]
-        if spoilt:
+    for what, labels in spoilt.items():
+        if labels:
             raise DivergenceError(
-                f"{what} weight {quoted(spoilt)} is NaN or infinite: the loss has diverged. This step changed no "
+                f"{what} weight {quoted(labels)} is NaN or infinite: the loss has diverged. This step changed no "
                 "weight; lower the learning rate, or look at the loss before it"
             )
     if sharded is not None:
@@ -185,6 +186,10 @@ def _refuse_divergence(optimizer: torch.optim.Optimizer, members: list[tuple[Ten
             f"the part of weight {quoted(w.label for _, w in members)} or of its gradient that another process holds "
             "is NaN or infinite: the loss has diverged. This step changed no weight"
         )
+
+
+def _not_finite(values: list[tuple[Tensor, str]]) -> list[str]:
+    return [label for value, label in values if not value.isfinite().all()]
 
 
 def _values(gradient: Tensor) -> Tensor:
@@ -206,8 +211,10 @@ def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Non
             owned = ownership(p)
             if owned is not None and not owned.part and id(p) not in counted:
                 owned.binding.tally.steps += 1
+                if p.grad is None:
+                    continue  # not stepped
                 owned.binding.tally.left = state_of(p)
-                if owned.counts and p.grad is not None:
+                if owned.counts:
                     note_count(optimizer, p, owned)
 
 

@@ -42,7 +42,7 @@ class Lift(_Base):
     base: type[torch.optim.Optimizer]
     stepping = False  # true inside the base step, where torch may run the global hooks again
     replicas: Callable[[], Any] = staticmethod(lambda: None)
-    """The group of processes with equal models, which share the work; None for no others. Copies have none."""
+    """The processes with equal models, which share the work; None for no others. Copies have none."""
 
     @not_compiled  # it counts steps, on which a compiled one would depend
     @torch.no_grad()
@@ -96,13 +96,15 @@ class Lift(_Base):
         members = []
         for group in self.param_groups:
             forgets, additive = keeps_nothing(self.base, group), is_additive(self.base, group)
+            lr: float | None = None  # read once where it is needed: a tensor may be on a device
             for p in group["params"]:
                 binding = stepped_by(p)
                 if binding is None or p.grad is None:
                     continue
                 require_exact(p.dtype, binding.label)
                 tangent = _wants_tangent(binding.constraint, forgets)
-                members.append(Member(p, binding, float(group["lr"]), tangent, additive))
+                lr = float(group["lr"]) if lr is None else lr
+                members.append(Member(p, binding, lr, tangent, additive))
         return members
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:

@@ -71,13 +71,19 @@ def refuse_other_iterates(cls: type[torch.optim.Optimizer], made: torch.optim.Op
     Raises:
         OptimizerError: ``cls`` is such a class, or cannot step with gradients alone.
     """
-    group = made.param_groups[0]
-    like = next((p for p in group["params"] if p.dtype.is_floating_point and p.device.type != "meta"), None)
-    if like is None:
+    known = [
+        (group, p)
+        for group in made.param_groups
+        for p in group["params"]
+        if (p.dtype.is_floating_point or p.dtype.is_complex) and p.device.type != "meta"
+    ]
+    if not known:
         return
+    group, like = known[0]
     try:
         small = {**group, "lr": SMALL}
-        trials = [_trial(cls, small, {**hyper, "lr": SMALL}, like.dtype, like.device) for _ in range(2)]
+        dtype = like.dtype.to_real() if like.dtype.is_complex else like.dtype
+        trials = [_trial(cls, small, {**hyper, "lr": SMALL}, dtype, like.device) for _ in range(2)]
         left, change = _left_of_a_move(trials), _changed_by_eval(*trials[0])
     except Exception as error:
         raise OptimizerError(

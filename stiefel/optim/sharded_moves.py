@@ -14,7 +14,7 @@ from stiefel.errors import DivergenceError
 from stiefel.linalg import may_wait
 from stiefel.optim.buckets import bucket
 from stiefel.optim.divergence import raise_later
-from stiefel.optim.exchange import ReplicaExchange, exchange_of, exchanged_together
+from stiefel.optim.exchange import ReplicaExchange, Replicas, exchange_of, exchanged_together
 from stiefel.optim.moves import Batch, Gradients, Member, Move, moves_together, note
 from stiefel.optim.ownership import quoted
 
@@ -128,22 +128,22 @@ def work(member: Member) -> int:
     return b * p * p * n
 
 
-def moves_of(members: Sequence[Member], group: Any = None) -> list[Move | ShardedMove]:
+def moves_of(members: Sequence[Member], replicas: Replicas | None = None) -> list[Move | ShardedMove]:
     """The members' steps: whole weights bucket by bucket, sharded ones by a common exchange.
 
     Args:
         members: the weights.
-        group: of processes with equal models, which share the work on large whole weights; None for no others.
+        replicas: processes with equal models, which share the work on large whole weights; None for no others.
     """
     moves: list[Move | ShardedMove] = []
     for each in bucket(members, lambda m: exchanged_together(m.parameter)):
         if exchanged_together(each[0].parameter) is not None:
             moves.append(ShardedMove(each))
             continue
-        shared = [m for m in each if group is not None and _is_large(m)]
-        alone = [m for m in each if group is None or not _is_large(m)]
-        moves += [ShardedMove(same, group) for same in bucket(shared, _exchanged_alike)]
-        moves += [Move(same) for same in bucket(alone, moves_together)]
+        shared = [m for m in each if replicas is not None and _is_large(m) and id(m.parameter) in replicas.parameters]
+        moves += [ShardedMove(same, replicas.group) for same in bucket(shared, _exchanged_alike)]  # type: ignore[union-attr]
+        taken = {id(m) for m in shared}
+        moves += [Move(same) for same in bucket([m for m in each if id(m) not in taken], moves_together)]
     return moves
 
 

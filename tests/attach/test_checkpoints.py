@@ -233,3 +233,38 @@ def test_what_depends_on_the_steps_taken_goes_on_from_a_format_that_keeps_tensor
         train(each, by, batch(4, 6), steps=3)
     assert [b.tally.steps for i in LAYERS for b in bindings_of(again[i]).values()] == [6] * 3
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), again.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_weight_of_another_shape_is_told_with_both_shapes(method, strict):
+    model = stiefel.constrain(nn.Linear(6, 4), method)
+    before = model.weight.detach().clone()
+    state = {"weight": torch.randn(4, 5), "bias": torch.zeros(4)}
+    with pytest.raises(RuntimeError, match=r"size mismatch .*\[4, 5\].*\[4, 6\]"):
+        model.load_state_dict(state, strict=strict)
+    assert torch.equal(model.weight, before)
+
+
+@pytest.mark.parametrize("on_meta", [False, True])
+@pytest.mark.parametrize("method", METHODS)
+def test_an_assigned_state_keeps_its_precision_and_device(method, on_meta):
+    plain = nn.Linear(6, 4, dtype=torch.float64)
+    with torch.no_grad():
+        plain.weight.copy_(torch.linalg.qr(plain.weight.T)[0].T)
+    model = stiefel.constrain(nn.Linear(6, 4), method, **type(stiefel.get(method)).comparison)
+    if on_meta:
+        model.to("meta")
+    model.load_state_dict(plain.state_dict(), assign=True)
+    assert {p.dtype for p in model.parameters() if p.ndim > 1} == {torch.float64}
+    assert model.weight.device.type == "cpu"
+    if method in HELD:
+        torch.testing.assert_close(model.weight, plain.weight, rtol=0, atol=1e-12)
+    model(torch.randn(2, 6, dtype=torch.float64)).sum().backward()
+
+
+def test_a_state_with_a_part_of_a_proxy_is_refused_by_name():
+    state = stiefel.constrain(nn.Linear(6, 4), "cayley").state_dict()
+    del state["parametrizations.weight.0.parts.base"]
+    with pytest.raises(stiefel.WeightError, match=r"'weight' was saved as the proxy of cayley, .* expected"):
+        stiefel.constrain(nn.Linear(6, 4), "own").load_state_dict(state, strict=False)

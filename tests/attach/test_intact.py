@@ -148,3 +148,34 @@ def test_weights_that_only_optimizers_change_are_not_looked_at_in_evaluation(met
         model.eval()(batch(4, 6))
         model.train()
     assert looked == []
+
+
+def test_weights_of_one_pass_and_conversions_are_no_changes(monkeypatch):
+    model, x = constrained("retraction"), batch(4, 6)
+    optimizer, looked = stiefel.optimizer(model, torch.optim.SGD, lr=0.1), []
+    residual = ConstrainedWeight.residual
+    monkeypatch.setattr(ConstrainedWeight, "residual", lambda self: looked.append(self.name) or residual(self))
+    teacher = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for _ in range(3):
+        train(model, optimizer, x, steps=1)
+        with torch.no_grad():
+            torch.func.functional_call(model, teacher, (x,))
+            model(x)
+    assert looked == []
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model.double().eval()(x.double())  # on its set to the rounding of what it was before
+
+
+def test_a_frozen_target_that_follows_by_averaging_is_told():
+    model, x = constrained("retraction"), batch(4, 6)
+    target = copy.deepcopy(model)
+    optimizer = stiefel.optimizer(nn.ModuleList([model, target]), torch.optim.SGD, lr=1.0)
+    for _ in range(3):
+        train(model, optimizer, x, steps=1)
+        with torch.no_grad():
+            for p, q in zip(target.parameters(), model.parameters(), strict=True):
+                p.lerp_(q, 0.5)
+    optimizer.step()  # which steps no weight of the target
+    with pytest.warns(UserWarning, match="is off its constraint's set where the model is evaluated"):
+        target.eval()(x)

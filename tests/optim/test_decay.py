@@ -216,3 +216,25 @@ def test_a_rate_that_is_a_tensor_belongs_to_its_group_alone() -> None:
     for group in optimizer.param_groups:
         group["lr"].mul_(0.5)
     assert [float(group["lr"]) for group in optimizer.param_groups] == pytest.approx([0.05, 0.05])
+
+
+@pytest.mark.parametrize("cls", [torch.optim.SGD, torch.optim.AdamW])
+@pytest.mark.parametrize("method", ["own", "retraction", "riemannian", "soft"])
+def test_a_checkpoint_with_groups_that_were_added_later_loads_where_they_are_given_at_once(method, cls):
+    if method == "riemannian" and cls is torch.optim.AdamW:
+        cls = torch.optim.Adam
+
+    def groups(net: nn.Module) -> list[dict[str, Any]]:
+        return [{"params": list(net[3].parameters()), "weight_decay": 0}, {"params": list(net[:3].parameters())}]
+
+    net, again = model(method), model(method)
+    optimizer = stiefel.optimizer(net, cls, groups(net)[:1], lr=0.1)
+    step(net, optimizer)
+    optimizer.add_param_group({**groups(net)[1], "weight_decay": 0})
+    step(net, optimizer)
+    other = stiefel.optimizer(again, cls, groups(again), lr=0.1, weight_decay=0)
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    again.load_state_dict(net.state_dict())
+    for each, by in ((net, optimizer), (again, other)):
+        step(each, by, seed=1)
+    assert all(torch.equal(p, q) for p, q in zip(net.parameters(), again.parameters(), strict=True))

@@ -272,3 +272,25 @@ def test_an_optimizer_around_another_one_that_moves_weights_between_steps_is_tol
         with torch.no_grad():
             net[0].weight.add_(0.1)
         step()
+
+
+class EvaluatesElsewhere(torch.optim.SGD):
+    """Exchanges its parameters for a half of them in eval()."""
+
+    def eval(self) -> None:
+        with torch.no_grad():
+            for group in self.param_groups:
+                for p in group["params"]:
+                    p.mul_(0.5)
+
+
+@pytest.mark.parametrize("case", ["empty first group", "complex", "second group"])
+def test_an_optimizer_that_evaluates_elsewhere_is_refused_whatever_its_first_group_has(case):
+    net = nn.ParameterDict({"U": torch.eye(3, dtype=torch.complex64 if case == "complex" else torch.float32)})
+    stiefel.constrain(net, "retraction", layers=["U"])
+    groups = {"empty first group": [{"params": []}, {"params": [net["U"]]}], "complex": [net["U"]]}
+    free = nn.Parameter(torch.zeros(2, dtype=torch.int64), requires_grad=False)
+    with pytest.raises(stiefel.OptimizerError, match="exchanges the weight for an average"):
+        stiefel.optimizer(
+            net, EvaluatesElsewhere, groups.get(case, [{"params": [free]}, {"params": [net["U"]]}]), lr=0.1
+        )

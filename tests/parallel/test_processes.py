@@ -44,6 +44,8 @@ PAIR = (
     "recomputed_and_offloaded",
     "resumed",
     "shared_work",
+    "not_averaged",
+    "loaded_sharded",
     "tensor_parallel",
     "data_parallel",
     "wrapped_first",
@@ -175,6 +177,16 @@ def test_processes_with_equal_models_share_the_work_on_large_weights():
         lifted = method in MOVED and stiefel.get(method).lifts
         assert sum(result["matrices"]) == (2 * (3 + 2 * 1) if lifted else 0), (method, result)
         assert result["uneven"], (method, result)
+
+
+def test_weights_that_are_not_alike_on_the_processes_are_not_shared():
+    for method, result in found("not_averaged").items():
+        assert method in CHAOTIC or result["apart"] < 1e-12, (method, result)
+
+
+def test_sharded_states_of_other_methods_load_as_whole_ones_do():
+    for method, result in found("loaded_sharded").items():
+        assert max(result.values()) < 1e-12, (method, result)
 
 
 def test_tensor_parallel_layers():

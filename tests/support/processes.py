@@ -12,6 +12,7 @@ import os
 import shutil
 import sys
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -357,6 +358,56 @@ def shared_work(method: str) -> dict[str, Any]:
     return found | {"matrices": everyone, "uneven": uneven(method)}
 
 
+class Experts(nn.Module):
+    """A layer that all processes share, one that is each process's own, and its gradients are not averaged."""
+
+    def __init__(self, method: str) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.shared = nn.Linear(12, 12)
+        torch.manual_seed(dist.get_rank() + 1)
+        self.mine = nn.Linear(12, 12)
+        stiefel.constrain(self.double(), method)
+        _ignored = [name for name, _ in self.named_parameters() if name.startswith("mine.")]
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(self, _ignored)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.mine(self.shared(x))
+
+
+def not_averaged(method: str) -> dict[str, Any]:
+    """Shared steps leave alone what the processes do not have alike."""
+    before, sharded_moves.SHARED_FROM = sharded_moves.SHARED_FROM, 8
+    x = torch.randn(4, 12, generator=torch.Generator().manual_seed(dist.get_rank()), dtype=torch.float64)
+    results = []
+    try:
+        for wraps in (False, True):
+            wrapped = DistributedDataParallel(Experts(method))
+            optimizer = stiefel.optimizer(wrapped if wraps else wrapped.module, torch.optim.SGD, lr=0.1, momentum=0.9)
+            for _ in range(5):
+                optimizer.zero_grad()
+                (wrapped(x).square().mean() + stiefel.penalty(wrapped)).backward()
+                optimizer.step()
+            results.append([p.detach().clone() for p in wrapped.module.parameters()])
+    finally:
+        sharded_moves.SHARED_FROM = before
+    return {"apart": max(float((a - b).abs().max()) for a, b in zip(*results, strict=True))}
+
+
+def loaded_sharded(method: str) -> dict[str, Any]:
+    """States of other methods and of plain models, sharded, loaded into a sharded model."""
+    found = {}
+    for source in ("own", "cayley", "retraction", "unconstrained"):
+        one, many = constrained(source), sharded(constrained(method))
+        same_set = stiefel.constrain(net(), method, exclude=[HEAD], scale="relu")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a weight that was off the set has moved
+            same_set.load_state_dict(one.state_dict())
+            many.load_state_dict(sharded(constrained(source)).state_dict())
+        found[source] = apart(same_set, many)
+    return found
+
+
 def uneven(method: str) -> bool:
     """Process 0 has more batches than the others, under DistributedDataParallel's ``join``."""
     many = DistributedDataParallel(constrained(method))
@@ -432,6 +483,8 @@ FEATURES: dict[str, Callable[[str], dict[str, Any]]] = {
         recomputed_and_offloaded,
         resumed,
         shared_work,
+        not_averaged,
+        loaded_sharded,
         tensor_parallel,
         data_parallel,
         wrapped_first,

@@ -145,7 +145,9 @@ class Reparametrized(Convertible):
         found: dict[str, Tensor] = {}
         layout, points = self.binding.layout, self.binding.layout.points(weight)
         if self.gain is not None:
-            factors = torch.ones_like(whole(self.gain)) if gain is None else whole(gain).to(self.gain)
+            real = points.dtype.to_real()
+            given = torch.ones(self.gain.shape) if gain is None else whole(gain)
+            factors = given.to(points.device, real)
             found["0.gain"] = factors
             factors = factors.reshape(*points.shape[:2], 1)
             points = points / torch.where(factors == 0, 1, factors)
@@ -153,6 +155,12 @@ class Reparametrized(Convertible):
         assert isinstance(method, Reparameterization)
         proxy, parts = method.start(method.nearest(points, layout), layout)
         return {"original": layout.weight(proxy), **found, **{f"0.parts.{name}": part for name, part in parts.items()}}
+
+    def entry(self, name: str, proxy: Tensor) -> Tensor:
+        """The tensor that a state dict has under a name of :meth:`entries`."""
+        if name == "original":
+            return proxy
+        return self.gain if name == "0.gain" and self.gain is not None else getattr(self.parts, name.rpartition(".")[2])
 
     @torch.no_grad()
     def _start(self, weight: Tensor) -> tuple[Tensor, dict[str, Tensor]]:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from stiefel.attach.checkpoint import adapt, describe
-from stiefel.attach.tagging import put_on_set, remember, tag_weight
+from stiefel.attach.tagging import LOADED, put_on_set, remember, tag_weight
 from stiefel.attach.weights import ConstrainedWeight, bindings_of
 from stiefel.compat.torch_private import drop_flat_weights, has_hook, on_conversion, remove_hooks, restore_flat_weights
 from stiefel.constraint import Constraint, Reparameterization
@@ -51,7 +51,7 @@ def _after_load(owner: nn.Module, incompatible_keys: Any) -> None:
         if found.parametrization is not None:
             found.parametrization.cached = None
         tag_weight(found)
-        put_on_set(found, "loaded")
+        put_on_set(found, LOADED)
         binding.tally.left = state_of(found.parameter)
 
 

@@ -18,6 +18,9 @@ from stiefel.constraint import ManifoldMethod, Reparameterization
 from stiefel.errors import WeightError
 from stiefel.optim import mark, on_unknown, ownership, unmark
 
+ASSIGNED, LOADED = "assigned", "loaded"
+"""How a weight got its value, for a warning."""
+
 _owners: WeakSet[nn.Module] = WeakSet()
 """Modules with constrained weights: all that were constrained, loaded, or trained in this process."""
 
@@ -56,11 +59,11 @@ def recognize(found: ConstrainedWeight) -> None:
     known = ownership(found.parameter) is not None
     tag_weight(found)
     if not known:
-        put_on_set(found, "assigned")
+        put_on_set(found, ASSIGNED)
 
 
 def put_on_set(found: ConstrainedWeight, how: str) -> None:
-    """Move a weight that breaks its method's claim to the nearest point of its set, with a warning.
+    """Move a weight that breaks its method's claim to the nearest point of its set, with a warning if it was far off.
 
     Args:
         found: the weight. With a proxy alone it is on the set; a trivialization's base point may be off it.
@@ -77,8 +80,12 @@ def put_on_set(found: ConstrainedWeight, how: str) -> None:
             f"weight '{found.binding.label}' was {how} with entries that are NaN or infinite; load "
             "a checkpoint from before the loss diverged"
         )
-    if not found.allows(residual):
+    # What is off by no more than single precision has come from there (a conversion, a file): nothing to tell of, and
+    # the next step takes it to the set.
+    far = not found.binding.allows(residual, torch.float32)
+    if far or (how == LOADED and not found.allows(residual)):
         found.move_to_nearest()
+    if far:
         warnings.warn(
             f"weight '{found.binding.label}' was {how} off its constraint's set (‖W Wᵀ/s² − I‖_F/√p is "
             f"{residual:.1e}) and has been moved to the nearest point of it",

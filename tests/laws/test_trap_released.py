@@ -28,7 +28,9 @@ from traps import (
 )
 
 import stiefel
+from stiefel.attach.weights import bindings_of
 from stiefel.compat.geoopt import geoopt
+from stiefel.constraint import Tally
 from stiefel.layout import Layout
 
 
@@ -50,7 +52,7 @@ def test_trap_03_a_step_has_the_current_gradient_and_the_rate_as_set(method: sti
         optimizer = stiefel.optimizer(layer, torch.optim.SGD, lr=0.2)
         layer.weight.grad = gaussian(*shape, seed=1)
         optimizer.step()
-        between = layer.weight.detach().clone()
+        between, taken = layer.weight.detach().clone(), tally(layer).steps
         optimizer.zero_grad()
         (group,) = optimizer.param_groups
         group["lr"] /= 2
@@ -63,7 +65,12 @@ def test_trap_03_a_step_has_the_current_gradient_and_the_rate_as_set(method: sti
         fresh = linear(gaussian(*shape), method)
         with torch.no_grad():
             fresh.weight.copy_(between)
+        tally(fresh).steps = taken  # on which a method's draws depend
         assert torch.equal(layer.weight, step_once(fresh, torch.optim.SGD, second, lr=0.1))
+
+
+def tally(layer: nn.Module) -> Tally:
+    return bindings_of(layer)["weight"].tally
 
 
 def qf(a: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from stiefel.errors import (
     DataError,
     DivergenceError,
     LayoutError,
+    ObjectiveError,
     OptimizerError,
     OptionError,
     ProblemError,
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from stiefel.constraint import Claim, Constraint, ManifoldMethod, Penalty, Reparameterization, StepMethod
     from stiefel.measure import Monitor, OrthogonalityReport, report
     from stiefel.methods import available, get, register
+    from stiefel.solve import Minimum, gradient_norm, minimize
 
 __version__ = "0.1.0"
 
@@ -43,7 +45,9 @@ __all__ = [
     "DivergenceError",
     "LayoutError",
     "ManifoldMethod",
+    "Minimum",
     "Monitor",
+    "ObjectiveError",
     "OptimizerError",
     "OptionError",
     "OrthogonalityReport",
@@ -61,6 +65,8 @@ __all__ = [
     "available",
     "constrain",
     "get",
+    "gradient_norm",
+    "minimize",
     "nn",
     "optimizer",
     "penalty",
@@ -76,6 +82,7 @@ _ROOMS = {
     "constraint": ("Claim", "Constraint", "ManifoldMethod", "Penalty", "Reparameterization", "StepMethod"),
     "measure": ("Monitor", "OrthogonalityReport", "report"),
     "methods": ("available", "get", "register"),
+    "solve": ("Minimum", "gradient_norm", "minimize"),
 }
 """The subpackage that defines each public name."""
 _HOME = {name: room for room, names in _ROOMS.items() for name in names}

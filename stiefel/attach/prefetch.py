@@ -94,7 +94,7 @@ def _members(root: nn.Module) -> list[_Member]:
         if not isinstance(parametrization, Reparametrized) or proxy is None:
             continue
         # A layer computes from the whole of a sharded proxy, which fully_shard brings in for its own forward pass.
-        if is_sharded(proxy) or is_lent(proxy):
+        if is_sharded(proxy) or is_lent(proxy) or parametrization.held is not None:
             continue
         tensors = parametrization.tensors(proxy)
         if needs_graph(tensors) and prefetched_weight(parametrization, tensors) is None:

@@ -169,6 +169,10 @@ class Constraint(ABC):
         """The point of this method's set nearest to ``points``, where training starts: the polar factor."""
         return nearest_orthonormal(points)
 
+    def within(self, vectors: Float[Tensor, "b p n"], layout: Layout) -> Float[Tensor, "b p n"]:
+        """The part of vectors in the linear space in which this method's set lies: all of it, but for centred rows."""
+        return vectors
+
     def __str__(self) -> str:
         changed = [f"{f.name}={getattr(self, f.name)!r}" for f in fields(self) if getattr(self, f.name) != f.default]
         return f"{self.name}({', '.join(changed)})" if changed else self.name

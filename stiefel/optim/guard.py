@@ -83,9 +83,9 @@ def _check(optimizer: torch.optim.Optimizer) -> None:
 
 def _refuse_plain_step(optimizer: torch.optim.Optimizer, members: list[tuple[Tensor, Ownership | None]]) -> None:
     # geoopt's own optimizers know a weight on a manifold by its class, which a sharded one has not.
-    batched = getattr(optimizer, "batched", False)
+    batched, holds = getattr(optimizer, "batched", False), getattr(optimizer, "holds", False)
     for p, owned in members:
-        if owned is None or owned.part or not owned.binding.constraint.moves:
+        if holds or owned is None or owned.part or not owned.binding.constraint.moves:
             continue
         if isinstance(optimizer, Lift) if owned.lifts else batched or (is_riemannian(optimizer) and is_on_manifold(p)):
             continue

@@ -22,7 +22,7 @@ from stiefel.attach.weights import ConstrainedWeight, add_quick_access, bind, bi
 from stiefel.compat.sharding import is_sharded, write
 from stiefel.compat.torch_private import parameters_of
 from stiefel.constraint import ROUNDING, Binding, Constraint, Reparameterization
-from stiefel.errors import LayoutError, OptionError, WeightError
+from stiefel.errors import LayoutError, OptionError, SelectionError, WeightError
 from stiefel.methods import get
 
 
@@ -32,6 +32,7 @@ def constrain(
     *,
     layers: str | Iterable[str] | Callable[[str, nn.Module], bool] | None = None,
     exclude: str | Iterable[str] = (),
+    axes: str | None = None,
     **options: Any,
 ) -> nn.Module:
     """Constrain weights of a module, in place, to ``{W : W Wᵀ = scale² I}``.
@@ -47,8 +48,12 @@ def constrain(
         constraint: a name from :func:`stiefel.available`, or a :class:`Constraint`.
         layers: what to constrain: names of layers (their ``weight``, or all layers below a container), of tensors
             (``"rnn.weight_hh_l0"``, or a bare parameter's own name), or a predicate ``(name, layer) -> bool`` over the
-            Linear and convolution layers. Default: all of these.
+            Linear and convolution layers. Default: all of these; of an ``nn.ParameterList`` or ``nn.ParameterDict``,
+            which may be named too, all members.
         exclude: names of layers, containers or tensors to leave out.
+        axes: how to read a tensor of the shape given otherwise than its layer would, one letter per dimension: ``o``
+            outputs, ``i`` inputs, ``b`` a batch of matrices. ``"ibo"`` reads (model, heads, head) as a matrix of head
+            rows per head.
         options: the method's options, where ``constraint`` is a name.
 
     Returns:
@@ -61,16 +66,27 @@ def constrain(
             or complex128 where the method holds unitary weights.
         LayoutError: the set is empty at a weight's shape, for instance a group size that does not divide.
     """
+    if not isinstance(module, nn.Module):
+        raise SelectionError(_no_module(module))
     method = _method(constraint, options)
     # All checks run here, before the loop below makes the first change.
     targets = select(module, layers, exclude)
-    plan = [_planned(target, method) for target in targets]
+    plan = [_planned(target, method, axes) for target in targets]
     for attach in plan:
         attach()
     note_names(module, (name for target in targets for name in target.names))
     if isinstance(method, Reparameterization):
         prefetch_below(module)
     return module
+
+
+def _no_module(given: object) -> str:
+    what = f"a tensor of shape {tuple(given.shape)}" if isinstance(given, torch.Tensor) else type(given).__name__
+    return (
+        f"constrain() takes a module, in which it can replace a weight, and got {what}; put a tensor into one:\n"
+        '    w = nn.ParameterDict({"W": tensor})\n'
+        '    stiefel.constrain(w, "own")      # from then on w["W"] is the orthogonal weight'
+    )
 
 
 def _method(constraint: str | Constraint, options: dict[str, Any]) -> Constraint:
@@ -85,9 +101,9 @@ def _method(constraint: str | Constraint, options: dict[str, Any]) -> Constraint
     return constraint
 
 
-def _planned(target: Target, method: Constraint) -> Callable[[], None]:
+def _planned(target: Target, method: Constraint, axes: str | None) -> Callable[[], None]:
     """Check a target, and return the function that attaches the method; all errors are raised before any change."""
-    layout = layout_of(target, method)
+    layout = layout_of(target, method, axes)
     try:
         method.check(layout)
     except LayoutError as error:

@@ -35,8 +35,9 @@ def optimizer(
     For reparameterizations, penalties and controls it is ``cls`` itself. Where a weight is on a geoopt manifold it is a
     subclass of geoopt's RiemannianSGD (for SGD) or RiemannianAdam (for Adam). Where a method acts on the step it is
     ``cls`` lifted: a subclass that feeds the base optimizer the tangent part of the gradient, and hands its
-    displacement to the method. ``torch.optim.LBFGS`` gets a form of its own there. Weights that weight decay would move along their set get ``param_groups`` of their own
-    without decay, after the groups given.
+    displacement to the method; ``torch.optim.LBFGS`` has a form of its own, on the sets between evaluations too.
+    Weights that weight decay would move along their set get ``param_groups`` of their own without decay, after the
+    groups given.
 
     Args:
         module: the model, constrained before. Where it is the ``DistributedDataParallel`` around it, the processes

@@ -1,4 +1,4 @@
-"""Newton steps by truncated conjugate gradients in a trust region. Imports ``objective``, ``unknowns`` and ``blocks``."""
+"""Newton steps by truncated conjugate gradients in a trust region. Imports ``objective``, ``unknowns``, ``blocks``."""
 
 from __future__ import annotations
 
@@ -58,15 +58,15 @@ def trust_region(
 
 
 def _hessian(objective: Objective, unknowns: Unknowns, point: Point) -> Callable[[Vector], Vector]:
-    """``U ↦ P(∂²L[U] − sym(G Xᵀ) U / s)``, the Riemannian Hessian in the Euclidean metric (Absil et al. 2008, 5.3.3)."""
+    """``U ↦ P(∂²L[U] − sym(G Xᵀ) U / s)``, the Riemannian Hessian (Absil, Mahony and Sepulchre 2008, 5.3)."""
     unknowns.place(point.where)
     with torch.enable_grad():
         value = objective.loss()
         gradient = unknowns.gradients(value, twice=True)
     if not any(g.requires_grad for g in gradient):
         raise ObjectiveError(
-            "second_order=True needs a loss that is differentiable twice, and its gradient is constant, or was computed "
-            "by an operation without a second derivative"
+            "second_order=True needs a loss that is differentiable twice; the gradient of this one is constant, or was "
+            "computed by an operation without a second derivative"
         )
 
     def product(u: Vector) -> Vector:

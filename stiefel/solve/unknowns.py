@@ -1,4 +1,4 @@
-"""A module's trained parameters as unknowns: each constrained weight itself, not its proxy. Imports ``attach``, ``blocks``.
+"""A module's parameters as unknowns: each constrained weight itself, not its proxy. Imports ``attach``, ``blocks``.
 
 While a loss is minimized a weight that is computed from a proxy is a tensor of its own, which its layer uses as it is:
 the gradient is the weight's, and no evaluation computes the map. At the end the proxy gets the weight's value.
@@ -95,10 +95,9 @@ class Unknowns:
 
     def stacked(self, tensors: list[Tensor]) -> Vector:
         """Tensors of the leaves' shapes as a vector."""
-        each, vector = iter(tensors), []
-        for group in self.groups:
-            vector.append(stack(_layouts(group), [_resolved(next(each)) for _ in group], scaled=False))
-        return [*vector, *map(_resolved, each)]
+        each = iter(tensors)
+        stacked = [stack(_layouts(g), [_resolved(next(each)) for _ in g], scaled=False) for g in self.groups]
+        return [*stacked, *map(_resolved, each)]
 
     @contextmanager
     def in_place(self) -> Iterator[None]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from itertools import pairwise
 
 import pytest
 import torch
@@ -168,7 +169,7 @@ def test_the_callback_sees_each_step_and_may_end_it():
     seen: list[stiefel.Minimum] = []
     found = stiefel.minimize(net, loss, callback=lambda m: seen.append(m) or len(seen) == 4)
     assert [m.steps for m in seen] == [1, 2, 3, 4]
-    assert all(a.loss > b.loss for a, b in zip(seen, seen[1:], strict=False))
+    assert all(a.loss > b.loss for a, b in pairwise(seen))
     assert not found.converged
     assert found.message == "the callback returned True"
     assert found.loss == seen[-1].loss == pytest.approx(float(loss().detach()), abs=1e-13)
@@ -255,7 +256,7 @@ def test_a_loss_without_a_lower_bound_is_told():
 @pytest.mark.parametrize("method", [m for m in METHODS if stiefel.get(m).claim is None])
 def test_penalties_and_controls_are_refused_with_the_exact_methods(method):
     net, loss, _ = pca(method)
-    with pytest.raises(stiefel.OptionError, match="'W' is held by .* own"):
+    with pytest.raises(stiefel.OptionError, match=r"'W' is held by .* own"):
         stiefel.minimize(net, loss)
 
 

@@ -159,7 +159,7 @@ class Reparametrized(Convertible):
             points = points / torch.where(factors == 0, 1, factors)
         method = self.binding.constraint
         assert isinstance(method, Reparameterization)
-        proxy, parts = method.start(method.nearest(points, layout), layout)
+        proxy, parts = method.start(method.closest(points, layout), layout)
         return {"original": layout.weight(proxy), **found, **{f"0.parts.{name}": part for name, part in parts.items()}}
 
     def entry(self, name: str, proxy: Tensor) -> Tensor:
@@ -172,7 +172,7 @@ class Reparametrized(Convertible):
     def _start(self, weight: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         method, layout = self.binding.constraint, self.binding.layout
         assert isinstance(method, Reparameterization)
-        proxy, parts = method.start(method.nearest(self.without_gains(layout.points(weight)), layout), layout)
+        proxy, parts = method.start(method.closest(self.without_gains(layout.points(weight)), layout), layout)
         return layout.weight(proxy), parts
 
     def with_gain(self, weight: Tensor) -> Tensor:

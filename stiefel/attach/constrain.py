@@ -179,7 +179,8 @@ def project(module: nn.Module) -> nn.Module:
                 f"weight '{found.binding.label}' has entries that are NaN or infinite, and therefore "
                 "no nearest point on its set; load a checkpoint from before the loss diverged"
             )
-        if found.may_be_off_set and found.residual() > ROUNDING * torch.finfo(found.parameter.dtype).eps:
+        rounding = ROUNDING * torch.finfo(found.parameter.dtype).eps
+        if found.may_be_off_set and (found.residual() > rounding or not found.has_determinant()):
             found.move_to_nearest()
     return module
 

@@ -77,7 +77,7 @@ def put_on_set(found: ConstrainedWeight, how: str) -> None:
             f"weight '{found.binding.label}' was {how} with entries that are NaN or infinite; load "
             "a checkpoint from before the loss diverged"
         )
-    if not found.allows(residual):
+    if not (found.allows(residual) and found.has_determinant()):
         found.move_to_nearest()
         warnings.warn(
             f"weight '{found.binding.label}' was {how} off its constraint's set (‖W Wᵀ/s² − I‖_F/√p is "

@@ -15,7 +15,7 @@ from stiefel.attach.proxy.parametrization import Reparametrized
 from stiefel.compat.sharding import is_sharded, whole, write
 from stiefel.compat.torch_private import parameters_of, submodules_of
 from stiefel.constraint import Binding, Reparameterization, residual_of
-from stiefel.linalg import is_traced
+from stiefel.linalg import in_double, is_traced
 from stiefel.optim import Mark
 
 # Entries of the owner's __dict__, which copies and pickles of the module have too.
@@ -92,6 +92,12 @@ class ConstrainedWeight:
     def allows(self, residual: float) -> bool:
         """Whether such a residual is within what the weight's method promises; true where it promises nothing."""
         return self.binding.allows(residual, self.parameter.dtype)
+
+    @torch.no_grad()
+    def has_determinant(self) -> bool:
+        """Whether the weight's determinants have the sign asked for; true where none was."""
+        sign = self.binding.constraint.determinant
+        return sign is None or bool((torch.linalg.det(in_double(self.points())).sign() == sign).all())
 
     @torch.no_grad()
     def move_to_nearest(self) -> None:

@@ -30,7 +30,7 @@ from stiefel.errors import (
 
 if TYPE_CHECKING:
     from stiefel import nn
-    from stiefel.attach import constrain, optimizer, penalty, project, refresh, release
+    from stiefel.attach import constrain, optimizer, orthogonalize, penalty, project, refresh, release
     from stiefel.constraint import Claim, Constraint, ManifoldMethod, Penalty, Reparameterization, StepMethod
     from stiefel.measure import Monitor, OrthogonalityReport, report
     from stiefel.methods import available, get, register
@@ -69,6 +69,7 @@ __all__ = [
     "minimize",
     "nn",
     "optimizer",
+    "orthogonalize",
     "penalty",
     "project",
     "refresh",
@@ -78,7 +79,7 @@ __all__ = [
 ]
 
 _ROOMS = {
-    "attach": ("constrain", "optimizer", "penalty", "project", "refresh", "release"),
+    "attach": ("constrain", "optimizer", "orthogonalize", "penalty", "project", "refresh", "release"),
     "constraint": ("Claim", "Constraint", "ManifoldMethod", "Penalty", "Reparameterization", "StepMethod"),
     "measure": ("Monitor", "OrthogonalityReport", "report"),
     "methods": ("available", "get", "register"),

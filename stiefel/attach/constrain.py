@@ -14,9 +14,9 @@ from torch.nn.utils import parametrize
 from stiefel.attach.hooks import add_weight_hooks, remove_weight_hooks
 from stiefel.attach.intact import note_names, note_release, register_parameter
 from stiefel.attach.parallel import refuse_held
-from stiefel.attach.prefetch import prefetch_below, stop_prefetch
+from stiefel.attach.prefetch import prefetch_below, prefetch_list, stop_prefetch
 from stiefel.attach.proxy.parametrization import Reparametrized
-from stiefel.attach.select import Target, layout_of, select
+from stiefel.attach.select import LISTS, Target, layout_of, select
 from stiefel.attach.tagging import tag_weight, untag_weight
 from stiefel.attach.weights import ConstrainedWeight, add_quick_access, bind, bindings_of, constrained_weights, unbind
 from stiefel.compat.sharding import is_sharded, write
@@ -210,7 +210,7 @@ def _attach_forward(target: Target, binding: Binding, parametrization: Reparamet
         position = list(parameters_of(each.owner)).index(each.tensor)
         parametrize.register_parametrization(each.owner, each.tensor, parametrization)
         # On the class that torch has made for this layer alone.
-        add_quick_access(each.owner, each.tensor)
+        add_quick_access(each.owner, each.tensor, prefetch_list if isinstance(each.owner, LISTS) else None)
         type(each.owner).register_parameter = register_parameter  # type: ignore[method-assign, assignment]
         bind(each.owner, each.tensor, replace(binding, label=each.name, position=position))
         add_weight_hooks(each.owner, binding.constraint)

@@ -44,6 +44,11 @@ def prefetch_below(root: nn.Module) -> None:
         root.register_forward_hook(_after_forward, always_call=True)
 
 
+def prefetch_list(owner: nn.Module) -> None:
+    """Compute the weights of a list or dictionary together, when one is read: it has no forward pass."""
+    _before_forward(owner, ())
+
+
 def stop_prefetch(root: nn.Module) -> None:
     """Take the hooks off."""
     _places.pop(root, None)

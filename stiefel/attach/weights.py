@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -138,8 +138,14 @@ def first_parametrization(
     return submodules_of(listed).get("0"), parameters_of(listed).get("original", listed.__dict__.get("original"))
 
 
-def add_quick_access(owner: nn.Module, tensor: str) -> None:
-    """Wrap torch's property, which calls two modules at each access, in one that first asks for a ready weight."""
+def add_quick_access(owner: nn.Module, tensor: str, together: Callable[[nn.Module], None] | None = None) -> None:
+    """Wrap torch's property, which calls two modules at each access, in one that first asks for a ready weight.
+
+    Args:
+        owner: the module.
+        tensor: the weight's name.
+        together: called where none is ready, to compute those of all the owner's tensors.
+    """
     torchs = vars(type(owner))[tensor]
 
     def weight(self: nn.Module) -> Tensor:
@@ -148,6 +154,9 @@ def add_quick_access(owner: nn.Module, tensor: str) -> None:
             parametrization, proxy = first_parametrization(self, tensor, only=True)
             if parametrization is not None and proxy is not None:
                 ready = parametrization.ready(proxy)  # type: ignore[operator]
+                if ready is None and together is not None and torch.is_grad_enabled():
+                    together(self)
+                    ready = parametrization.ready(proxy)  # type: ignore[operator]
                 if ready is not None:
                     return ready
         return torchs.fget(self)

@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 
 
 def with_determinant(x: Float[Tensor, "b p p"], v: Float[Tensor, "b p p"], sign: int) -> Float[Tensor, "b p p"]:
-    """X with a determinant of a sign: where it has the other one, ``X − 2 u uᵀ X`` with u the smallest of V's directions.
+    """X with a determinant of a sign: where it has the other one, ``X − 2 u uᵀ X``, u V's smallest direction.
 
-    For X the polar factor of V this is the matrix of that sign nearest to V, and continuous in V: where V passes through
+    For X the polar factor of V this is the matrix of that sign nearest to V, and continuous in V: where V passes by
     a singular matrix, its smallest singular value changes sign, and the reflection follows it.
 
     Args:

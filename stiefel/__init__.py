@@ -30,11 +30,21 @@ from stiefel.errors import (
 
 if TYPE_CHECKING:
     from stiefel import nn
-    from stiefel.attach import constrain, optimizer, orthogonalize, penalty, project, refresh, release
+    from stiefel.attach import (
+        Minimum,
+        constrain,
+        gradient_norm,
+        minimize,
+        optimizer,
+        orthogonalize,
+        penalty,
+        project,
+        refresh,
+        release,
+    )
     from stiefel.constraint import Claim, Constraint, ManifoldMethod, Penalty, Reparameterization, StepMethod
     from stiefel.measure import Monitor, OrthogonalityReport, report
     from stiefel.methods import available, get, register
-    from stiefel.solve import Minimum, gradient_norm, minimize
 
 __version__ = "0.1.0"
 
@@ -79,11 +89,21 @@ __all__ = [
 ]
 
 _ROOMS = {
-    "attach": ("constrain", "optimizer", "orthogonalize", "penalty", "project", "refresh", "release"),
+    "attach": (
+        "Minimum",
+        "constrain",
+        "gradient_norm",
+        "minimize",
+        "optimizer",
+        "orthogonalize",
+        "penalty",
+        "project",
+        "refresh",
+        "release",
+    ),
     "constraint": ("Claim", "Constraint", "ManifoldMethod", "Penalty", "Reparameterization", "StepMethod"),
     "measure": ("Monitor", "OrthogonalityReport", "report"),
     "methods": ("available", "get", "register"),
-    "solve": ("Minimum", "gradient_norm", "minimize"),
 }
 """The subpackage that defines each public name."""
 _HOME = {name: room for room, names in _ROOMS.items() for name in names}

@@ -47,13 +47,11 @@ def constrain(
         module: any module.
         constraint: a name from :func:`stiefel.available`, or a :class:`Constraint`.
         layers: what to constrain: names of layers (their ``weight``, or all layers below a container), of tensors
-            (``"rnn.weight_hh_l0"``, or a bare parameter's own name), or a predicate ``(name, layer) -> bool`` over the
-            Linear and convolution layers. Default: all of these; of an ``nn.ParameterList`` or ``nn.ParameterDict``,
-            which may be named too, all members.
+            (``"rnn.weight_hh_l0"``), of lists of parameters, or a predicate ``(name, layer) -> bool`` over the Linear
+            and convolution layers. Default: all of these; all members of a ParameterList or ParameterDict.
         exclude: names of layers, containers or tensors to leave out.
-        axes: how to read a tensor of the shape given otherwise than its layer would, one letter per dimension: ``o``
-            outputs, ``i`` inputs, ``b`` a batch of matrices. ``"ibo"`` reads (model, heads, head) as a matrix of head
-            rows per head.
+        axes: how to read a tensor otherwise than its layer would, one letter per dimension: ``o`` outputs, ``i``
+            inputs, ``b`` a batch of matrices; ``"ibo"`` for (model, heads, head).
         options: the method's options, where ``constraint`` is a name.
 
     Returns:

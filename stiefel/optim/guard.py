@@ -26,11 +26,18 @@ from stiefel.constraint import residual_of
 from stiefel.errors import DivergenceError, OptimizerError
 from stiefel.linalg import is_capturing, may_wait
 from stiefel.optim.bases import acting, decays, refuse_late_start
-from stiefel.optim.counts import note_count
 from stiefel.optim.decay import unwelcome
 from stiefel.optim.divergence import raise_later, raise_pending
 from stiefel.optim.lift import Lift, skipped
-from stiefel.optim.ownership import Ownership, ownership, quoted, recognize, state_of, stepped_by
+from stiefel.optim.ownership import (
+    Ownership,
+    note_count,
+    ownership,
+    quoted,
+    recognize,
+    state_of,
+    stepped_by,
+)
 
 _steps_seen = 0
 _told_of_changes: WeakKeyDictionary[torch.optim.Optimizer, set[str]] = WeakKeyDictionary()

@@ -65,7 +65,8 @@ def _rebuilt(owned: list[Mark]) -> HeldLBFGS:
 
 
 def _tangent(p: Tensor, binding: Binding) -> Tensor:
-    layout = binding.layout
+    layout, gradient = binding.layout, p.grad
+    assert gradient is not None
     with full_precision(p.device):
-        g = layout.matrices(p.grad.to_dense() if p.grad.is_sparse else p.grad)  # type: ignore[union-attr]
+        g = layout.matrices(gradient.to_dense() if gradient.is_sparse else gradient)
         return layout.tensor(tangent_gradient_(layout.points(p), g.resolve_conj().clone()))

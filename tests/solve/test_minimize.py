@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Callable
 from itertools import pairwise
@@ -286,8 +287,7 @@ def test_the_gradients_norm_is_that_of_the_weight_on_its_set(method):
 
 
 def test_long_work_tells_of_its_progress(monkeypatch, capsys):
-    from stiefel.solve import solving
-
+    solving = sys.modules["stiefel.attach.minimize"]  # the package has the function of that name
     monkeypatch.setattr(solving, "QUIET", 0.0)
     monkeypatch.setattr(solving, "EVERY", 0.0)
     net, loss, _ = pca("own")

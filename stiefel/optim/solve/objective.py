@@ -14,7 +14,7 @@ from torch import Tensor
 
 from stiefel.errors import DivergenceError, ObjectiveError
 from stiefel.manifold.geometry import NOISE
-from stiefel.solve.blocks import Product, Vector, norm
+from stiefel.optim.solve.blocks import Product, Vector, norm
 
 ROUNDINGS = 10
 """Roundings of the largest |loss| seen by which two values of a loss may differ and still count as equal."""

@@ -1,4 +1,4 @@
-"""``minimize`` and ``gradient_norm``. Imports ``unknowns``, ``objective``, ``quasi_newton`` and ``trust_region``."""
+"""``minimize`` and ``gradient_norm``. Imports ``constrain``, ``unknowns`` and ``optim.solve``."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from stiefel.attach import project
+from stiefel.attach.constrain import project
+from stiefel.attach.unknowns import Unknowns
+from stiefel.constraint import is_count
 from stiefel.errors import OptionError
-from stiefel.solve.minimum import Minimum
-from stiefel.solve.objective import Objective, Point
-from stiefel.solve.quasi_newton import quasi_newton
-from stiefel.solve.trust_region import trust_region
-from stiefel.solve.unknowns import Unknowns
+from stiefel.optim.solve.minimum import Minimum
+from stiefel.optim.solve.objective import Objective, Point
+from stiefel.optim.solve.quasi_newton import quasi_newton
+from stiefel.optim.solve.trust_region import trust_region
 
 QUIET, EVERY = 5.0, 2.0
 """Seconds before the first line of progress, and between two."""
@@ -39,9 +40,8 @@ def minimize(
         stiefel.constrain(rotation, "retraction", layers=["R"])
         found = stiefel.minimize(rotation, lambda: (a @ rotation["R"]).pow(4).sum())
 
-    Constrained weights move on their sets, by whichever exact method they are held; other parameters move freely. There
-    is no rate to choose: steps are quasi-Newton (L-BFGS with a weak Wolfe search), and it ends at a stationary point,
-    a minimum near the start. For a loss that differs from call to call use :func:`stiefel.optimizer`.
+    Constrained weights move on their sets, by whichever exact method they are held; others freely. There is no rate to
+    choose. For a loss that differs from call to call use :func:`stiefel.optimizer`.
 
     Args:
         module: the model; its parameters are changed in place, and no ``.grad`` is.
@@ -50,8 +50,7 @@ def minimize(
         tol: where ‖P_X(∂L/∂W)‖_F over all parameters is at most this, it ends.
         max_evaluations: after so many evaluations of the loss it ends.
         history: pairs of steps and gradients that model the curvature.
-        second_order: use Hessian-vector products (a trust region with truncated conjugate gradients), for losses that
-            are so ill-conditioned that quasi-Newton steps take thousands. The loss must be twice differentiable.
+        second_order: use Hessian-vector products, for losses so ill-conditioned that L-BFGS takes thousands of steps.
         callback: called with the :class:`Minimum` so far after each step; where it returns True, it ends.
 
     Returns:
@@ -62,29 +61,27 @@ def minimize(
         DivergenceError: the loss is NaN or infinite at the start.
         OptionError: a weight is held by a penalty or a control, which keeps it on no set.
 
-    Source: Nocedal and Wright, Numerical Optimization (2006), chapters 4, 6 and 7; Absil, Mahony and Sepulchre,
-    Optimization Algorithms on Matrix Manifolds (2008); Hager and Zhang (2005) for values that rounding makes equal.
+    Source: Nocedal and Wright, Numerical Optimization (2006), chapters 4 and 7; Hager and Zhang (2005).
     """
-    if not tol >= 0:
-        raise OptionError(f"tol={tol!r}: expected a number of at least 0")
-    for name, value in (("max_evaluations", max_evaluations), ("history", history)):
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise OptionError(f"{name}={value!r}: expected a positive whole number")
+    _check(tol, max_evaluations, history)
     unknowns = Unknowns(project(module))
     objective = Objective(loss, unknowns.sets, unknowns.place, unknowns.gradients, max_evaluations)
     watch = _Watch(objective, tol, callback)
-    with unknowns.in_place():
-        try:
-            start = objective.first(unknowns.read())
-            if second_order:
-                last, why = trust_region(objective, unknowns, start, watch)
-            else:
-                last, why = quasi_newton(objective, start, history, watch)
-        finally:
-            watch.close()
-            if watch.best is not None:
-                unknowns.place(watch.best.where)
+    with unknowns.in_place(), watch:
+        start = objective.first(unknowns.read())
+        if second_order:
+            last, why = trust_region(objective, unknowns, start, watch)
+        else:
+            last, why = quasi_newton(objective, start, history, watch)
     return watch.minimum(last, why)
+
+
+def _check(tol: float, max_evaluations: int, history: int) -> None:
+    if not tol >= 0:
+        raise OptionError(f"tol={tol!r}: expected a number of at least 0")
+    for name, value in (("max_evaluations", max_evaluations), ("history", history)):
+        if not is_count(value):
+            raise OptionError(f"{name}={value!r}: expected a positive whole number")
 
 
 def gradient_norm(module: nn.Module, loss: Callable[[], Tensor]) -> float:
@@ -151,7 +148,12 @@ class _Watch:
         )
         print(f"\r{line:<78}", end="" if sys.stderr.isatty() else "\n", file=sys.stderr, flush=True)
 
-    def close(self) -> None:
-        """End the line of progress."""
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *error: object) -> None:
+        """Leave the parameters at the best point, whatever has happened, and end the line of progress."""
+        if self.best is not None:
+            self.objective.place(self.best.where)
         if self.spoke and sys.stderr.isatty():
             print(file=sys.stderr)

@@ -1,29 +1,45 @@
-"""Newton steps by truncated conjugate gradients in a trust region. Imports ``objective``, ``unknowns``, ``blocks``."""
+"""Newton steps by truncated conjugate gradients in a trust region. Imports ``objective``, ``blocks``."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Protocol
 
 import torch
+from torch import Tensor
 
 from stiefel.errors import ObjectiveError
-from stiefel.solve.blocks import Vector, add, dot, norm, scaled
-from stiefel.solve.objective import Objective, Point
-from stiefel.solve.unknowns import Unknowns
+from stiefel.optim.solve.blocks import Vector, add, dot, norm, scaled
+from stiefel.optim.solve.objective import Objective, Point
 
 ACCEPT, GOOD = 0.1, 0.75
 """Shares of the predicted fall: from the first on a step is taken, from the second on the region grows."""
 
 
+class Parameters(Protocol):
+    """What second derivatives are of."""
+
+    leaves: list[Tensor]
+
+    def place(self, point: Vector) -> None:
+        """Put them at a point."""
+
+    def gradients(self, loss: Tensor, *, twice: bool = False) -> Vector:
+        """A loss's gradient as a vector; differentiable where ``twice``."""
+
+    def stacked(self, tensors: list[Tensor]) -> Vector:
+        """Tensors of the leaves' shapes as a vector."""
+
+
 def trust_region(
-    objective: Objective, unknowns: Unknowns, start: Point, goes_on: Callable[[Point], bool]
+    objective: Objective, parameters: Parameters, start: Point, goes_on: Callable[[Point], bool]
 ) -> tuple[Point, str]:
     """Minimize by Steihaug's truncated conjugate gradients; a product with the Hessian counts as an evaluation.
 
     Args:
         objective: the loss.
-        unknowns: the parameters, for second derivatives.
+        parameters: for second derivatives.
         start: where to begin.
         goes_on: called with each new point; False ends it.
 
@@ -34,7 +50,7 @@ def trust_region(
     longest = sum(math.sqrt(w.numel()) for w in point.where)
     radius = longest / 8
     while goes_on(point):
-        hessian = _hessian(objective, unknowns, point)
+        hessian = _hessian(objective, parameters, point)
         step, predicted, at_boundary = _steihaug(objective, hessian, point, radius)
         length = norm(step)
         if length <= torch.finfo(torch.float64).eps * norm(point.where):
@@ -57,12 +73,12 @@ def trust_region(
     return point, ""
 
 
-def _hessian(objective: Objective, unknowns: Unknowns, point: Point) -> Callable[[Vector], Vector]:
+def _hessian(objective: Objective, parameters: Parameters, point: Point) -> Callable[[Vector], Vector]:
     """``U ↦ P(∂²L[U] − sym(G Xᵀ) U / s)``, the Riemannian Hessian (Absil, Mahony and Sepulchre 2008, 5.3)."""
-    unknowns.place(point.where)
+    parameters.place(point.where)
     with torch.enable_grad():
         value = objective.loss()
-        gradient = unknowns.gradients(value, twice=True)
+        gradient = parameters.gradients(value, twice=True)
     if not any(g.requires_grad for g in gradient):
         raise ObjectiveError(
             "second_order=True needs a loss that is differentiable twice; the gradient of this one is constant, or was "
@@ -73,11 +89,13 @@ def _hessian(objective: Objective, unknowns: Unknowns, point: Point) -> Callable
         objective.evaluations += 1
         with torch.enable_grad():
             terms = [(g * v.conj()).real.sum() for g, v in zip(gradient, u, strict=True) if g.requires_grad]
-            found = torch.autograd.grad(sum(terms[1:], terms[0]), unknowns.leaves, retain_graph=True, allow_unused=True)
-        second = [torch.zeros_like(p) if h is None else h for h, p in zip(found, unknowns.leaves, strict=True)]
+            found = torch.autograd.grad(
+                sum(terms[1:], terms[0]), parameters.leaves, retain_graph=True, allow_unused=True
+            )
+        second = [torch.zeros_like(p) if h is None else h for h, p in zip(found, parameters.leaves, strict=True)]
         with torch.no_grad():
             bent = objective.sets.curvature(point.where, point.raw, u)
-            return objective.sets.project(point.where, add(unknowns.stacked(second), bent))
+            return objective.sets.project(point.where, add(parameters.stacked(second), bent))
 
     return product
 

@@ -1,4 +1,4 @@
-"""A module's parameters as unknowns: each constrained weight itself, not its proxy. Imports ``attach``, ``blocks``.
+"""A module's parameters as unknowns: each constrained weight itself, not its proxy. Imports ``weights``.
 
 While a loss is minimized a weight that is computed from a proxy is a tensor of its own, which its layer uses as it is:
 the gradient is the weight's, and no evaluation computes the map. At the end the proxy gets the weight's value.
@@ -20,7 +20,7 @@ from stiefel.errors import ObjectiveError, OptionError, WeightError
 from stiefel.layout import Layout
 from stiefel.methods import available, get
 from stiefel.optim.buckets import bucket, stack, unstack
-from stiefel.solve.blocks import Free, Product, Stiefel, Vector
+from stiefel.optim.solve.blocks import Free, Product, Stiefel, Vector
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,9 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from stiefel.solve.blocks import Vector, add, dot, norm, scaled
-from stiefel.solve.objective import Objective, Point
-from stiefel.solve.search import Trial, search
+from stiefel.optim.solve.blocks import Vector, add, dot, norm, scaled
+from stiefel.optim.solve.objective import Objective, Point
+from stiefel.optim.solve.search import Trial, search
 
 
 class QuasiNewton:
@@ -68,7 +68,7 @@ def quasi_newton(
             direction, slope = scaled(point.gradient, -1), -(point.gradient_norm**2)
         # The first step is as long as a rotation by a small angle; from then on the scale is known.
         first = 1.0 if memory.pairs else min(1.0, 0.1 / point.gradient_norm)
-        found = search(point, direction, slope, first, objective.rounding, _along(objective, point, direction))
+        found = search(point, slope, first, objective.rounding, _along(objective, point, direction))
         if found is None or norm(add(found.point.where, point.where, -1)) == 0:
             if not memory.pairs:
                 return point, "no step lowers the loss by more than its rounding"

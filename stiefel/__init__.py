@@ -15,6 +15,7 @@ from stiefel.errors import (
     DataError,
     DivergenceError,
     LayoutError,
+    ObjectiveError,
     OptimizerError,
     OptionError,
     ProblemError,
@@ -29,7 +30,18 @@ from stiefel.errors import (
 
 if TYPE_CHECKING:
     from stiefel import nn
-    from stiefel.attach import constrain, optimizer, penalty, project, refresh, release
+    from stiefel.attach import (
+        Minimum,
+        constrain,
+        gradient_norm,
+        minimize,
+        optimizer,
+        orthogonalize,
+        penalty,
+        project,
+        refresh,
+        release,
+    )
     from stiefel.constraint import Claim, Constraint, ManifoldMethod, Penalty, Reparameterization, StepMethod
     from stiefel.measure import Monitor, OrthogonalityReport, report
     from stiefel.methods import available, get, register
@@ -43,7 +55,9 @@ __all__ = [
     "DivergenceError",
     "LayoutError",
     "ManifoldMethod",
+    "Minimum",
     "Monitor",
+    "ObjectiveError",
     "OptimizerError",
     "OptionError",
     "OrthogonalityReport",
@@ -61,8 +75,11 @@ __all__ = [
     "available",
     "constrain",
     "get",
+    "gradient_norm",
+    "minimize",
     "nn",
     "optimizer",
+    "orthogonalize",
     "penalty",
     "project",
     "refresh",
@@ -72,7 +89,18 @@ __all__ = [
 ]
 
 _ROOMS = {
-    "attach": ("constrain", "optimizer", "penalty", "project", "refresh", "release"),
+    "attach": (
+        "Minimum",
+        "constrain",
+        "gradient_norm",
+        "minimize",
+        "optimizer",
+        "orthogonalize",
+        "penalty",
+        "project",
+        "refresh",
+        "release",
+    ),
     "constraint": ("Claim", "Constraint", "ManifoldMethod", "Penalty", "Reparameterization", "StepMethod"),
     "measure": ("Monitor", "OrthogonalityReport", "report"),
     "methods": ("available", "get", "register"),

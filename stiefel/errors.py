@@ -38,6 +38,10 @@ class DivergenceError(StiefelError, ArithmeticError):
     """The gradient of a constrained weight is NaN or infinite: the loss has diverged."""
 
 
+class ObjectiveError(StiefelError, ValueError):
+    """A loss cannot be minimized: it is no real number, depends on no parameter, or is another one at each call."""
+
+
 class UncountedOperatorError(StiefelError, NotImplementedError):
     """A step uses an operator of linear algebra for which no count of floating-point operations is known."""
 

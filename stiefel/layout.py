@@ -34,6 +34,8 @@ class Layout:
         batched: the leading dimensions are a batch, the last two a matrix.
         group_size: outputs per group; must divide the outputs of a block and not exceed the fan-in.
         scale: fixed scale s of the set ``{W : W Wᵀ = s² I}``.
+        axes: one letter per dimension, in place of the layer's reading: ``b`` a batch, ``o`` outputs, ``i`` inputs;
+            several dimensions of a letter are merged in their order.
         stride, dilation: of the convolution, empty where all are 1; they do not change how the kernel is read.
 
     Raises:
@@ -46,11 +48,14 @@ class Layout:
     batched: bool = False
     group_size: int | None = None
     scale: float = 1.0
+    axes: str = ""
     stride: tuple[int, ...] = ()
     dilation: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.blocks < 1 or (not self.batched and self.shape[0] % self.blocks):
+        if self.axes:
+            self._check_axes()
+        if self.blocks < 1 or (not (self.batched or self.axes) and self.shape[0] % self.blocks):
             side = "inputs" if self.transposed else "outputs"
             raise LayoutError(
                 f"{self.shape[0]} {side} do not split into {self.blocks} equal blocks; use a positive divisor"
@@ -69,6 +74,21 @@ class Layout:
                 f"no more than {self.fan_in} rows of that length can be orthonormal; use group_size ≤ {self.fan_in}"
             )
 
+    def _check_axes(self) -> None:
+        if len(self.axes) != len(self.shape) or not {"o", "i"} <= set(self.axes) <= {"b", "o", "i"}:
+            raise LayoutError(
+                f"axes={self.axes!r} does not read a weight of shape {self.shape}: expected {len(self.shape)} letters, "
+                "one per dimension: o (outputs) and i (inputs) at least once each, b for a batch of matrices"
+            )
+
+    @cached_property
+    def _order(self) -> tuple[int, ...]:
+        """The dimensions of a weight with axes, in the order batch, outputs, inputs."""
+        return tuple(d for letter in "boi" for d, axis in enumerate(self.axes) if axis == letter)
+
+    def _size(self, letter: str) -> int:
+        return prod(size for size, axis in zip(self.shape, self.axes, strict=True) if axis == letter)
+
     @property
     def _output_dimension(self) -> int:
         # The second dimension of a transposed kernel counts the outputs of one block.
@@ -77,11 +97,15 @@ class Layout:
     @cached_property
     def out(self) -> int:
         """Outputs of one block."""
+        if self.axes:
+            return self._size("o")
         return self.shape[-2] if self.batched else self._output_dimension // self.blocks
 
     @cached_property
     def fan_in(self) -> int:
         """Inputs of one block: the length of a filter."""
+        if self.axes:
+            return self._size("i")
         if self.batched:
             return self.shape[-1]
         if self.transposed:
@@ -96,12 +120,12 @@ class Layout:
     @cached_property
     def in_order(self) -> bool:
         """Whether the matrices, row by row, hold the weight's entries in the weight's own order."""
-        return not (self.transposed or self.columns)
+        return not (self.transposed or self.columns) and self._order == tuple(range(len(self.axes)))
 
     @cached_property
     def matrix_shape(self) -> tuple[int, int, int]:
         """``(b, p, n)`` with p ≤ n."""
-        count = prod(self.shape[:-2]) if self.batched else self.blocks
+        count = self._size("b") if self.axes else prod(self.shape[:-2]) if self.batched else self.blocks
         # Groups count as independent matrices; they are never transposed, since group_size ≤ fan_in.
         if self.group_size is not None:
             return count * self.out // self.group_size, self.group_size, self.fan_in
@@ -109,6 +133,8 @@ class Layout:
 
     def matrices(self, weight: Tensor) -> Float[Tensor, "b p n"]:
         """Read a tensor of the weight's shape (a weight, a gradient) as ``(b, p, n)``, without scaling."""
+        if self.axes:
+            weight = weight.permute(self._order)
         if self.transposed:
             k = prod(self.shape[2:])
             # (blocks · in, out, *k) → (blocks, in, out, k) → (blocks, out, in, k): the order of an ordinary kernel
@@ -126,6 +152,9 @@ class Layout:
             k = prod(self.shape[2:])
             split = rows.reshape(self.blocks, self.out, self.shape[0] // self.blocks, k)
             return split.transpose(1, 2).reshape(self.shape).contiguous()
+        if self.axes:
+            permuted = rows.reshape([self.shape[d] for d in self._order])
+            return permuted.permute([self._order.index(d) for d in range(len(self.shape))]).contiguous()
         return rows.reshape(self.shape)
 
     def points(self, weight: Tensor) -> Float[Tensor, "b p n"]:
@@ -146,4 +175,5 @@ class Layout:
     def __str__(self) -> str:
         b, p, n = self.matrix_shape
         matrix = f"{n}×{p} columns" if self.columns else f"{p}×{n} rows"
-        return matrix if b == 1 else f"{b} × ({matrix})"
+        read = matrix if b == 1 else f"{b} × ({matrix})"
+        return f"{read} of axes {self.axes}" if self.axes else read

@@ -359,7 +359,7 @@ def test_a_fault_in_the_last_weight_leaves_the_first_alone() -> None:
 STEPPED = ["riemannian", Projection.name]
 
 
-@pytest.mark.parametrize("cls", [torch.optim.AdamW, torch.optim.RMSprop, torch.optim.LBFGS, torch.optim.Rprop])
+@pytest.mark.parametrize("cls", [torch.optim.AdamW, torch.optim.RMSprop, torch.optim.Rprop])
 def test_riemannian_weights_take_sgd_and_adam(cls: type[torch.optim.Optimizer]) -> None:
     with pytest.raises(stiefel.OptimizerError) as caught:
         stiefel.optimizer(stiefel.constrain(mlp(), "riemannian"), cls, lr=0.1)
@@ -391,7 +391,7 @@ def test_an_option_that_no_optimizer_has(cls: type[torch.optim.Optimizer]) -> No
         stiefel.optimizer(stiefel.constrain(mlp(), "riemannian"), cls, lr=0.1, momentun=0.9)
 
 
-@pytest.mark.parametrize("cls", [torch.optim.LBFGS, torch.optim.Rprop, torch.optim.SparseAdam])
+@pytest.mark.parametrize("cls", [torch.optim.Rprop, torch.optim.SparseAdam])
 def test_optimizers_that_cannot_be_lifted(projection: str, cls: type[torch.optim.Optimizer]) -> None:
     with pytest.raises(stiefel.OptimizerError) as caught:
         stiefel.optimizer(stiefel.constrain(mlp(), projection), cls, lr=0.1)

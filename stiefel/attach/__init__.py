@@ -1,19 +1,27 @@
-"""Binding methods to modules: ``constrain``, ``optimizer``, ``penalty``, ``project``, ``refresh``, ``release``.
+"""Binding methods to modules: ``constrain``, ``optimizer``, ``penalty``, ``project``, ``refresh``, ``release``,
+``orthogonalize``, ``minimize``, ``gradient_norm``.
 
 The only package that knows the insides of torch.nn. Imports ``methods``, ``optim``, ``layout`` and below.
 """
 
 from stiefel.attach.constrain import constrain, project, refresh, release
+from stiefel.attach.function import orthogonalize
+from stiefel.attach.minimize import gradient_norm, minimize
 from stiefel.attach.train import optimizer, penalty
 from stiefel.attach.weights import ConstrainedWeight, constrained_weights
 from stiefel.constraint.binding import Binding
+from stiefel.optim.solve.minimum import Minimum
 
 __all__ = [
     "Binding",
     "ConstrainedWeight",
+    "Minimum",
     "constrain",
     "constrained_weights",
+    "gradient_norm",
+    "minimize",
     "optimizer",
+    "orthogonalize",
     "penalty",
     "project",
     "refresh",

@@ -14,15 +14,15 @@ from torch.nn.utils import parametrize
 from stiefel.attach.hooks import add_weight_hooks, remove_weight_hooks
 from stiefel.attach.intact import note_names, note_release, register_parameter
 from stiefel.attach.parallel import refuse_held
-from stiefel.attach.prefetch import prefetch_below, stop_prefetch
+from stiefel.attach.prefetch import prefetch_below, prefetch_list, stop_prefetch
 from stiefel.attach.proxy.parametrization import Reparametrized
-from stiefel.attach.select import Target, layout_of, select
+from stiefel.attach.select import LISTS, Target, layout_of, select
 from stiefel.attach.tagging import tag_weight, untag_weight
 from stiefel.attach.weights import ConstrainedWeight, add_quick_access, bind, bindings_of, constrained_weights, unbind
 from stiefel.compat.sharding import is_sharded, write
 from stiefel.compat.torch_private import parameters_of
 from stiefel.constraint import ROUNDING, Binding, Constraint, Reparameterization
-from stiefel.errors import LayoutError, OptionError, WeightError
+from stiefel.errors import LayoutError, OptionError, SelectionError, WeightError
 from stiefel.methods import get
 
 
@@ -32,6 +32,7 @@ def constrain(
     *,
     layers: str | Iterable[str] | Callable[[str, nn.Module], bool] | None = None,
     exclude: str | Iterable[str] = (),
+    axes: str | None = None,
     **options: Any,
 ) -> nn.Module:
     """Constrain weights of a module, in place, to ``{W : W Wᵀ = scale² I}``.
@@ -46,9 +47,11 @@ def constrain(
         module: any module.
         constraint: a name from :func:`stiefel.available`, or a :class:`Constraint`.
         layers: what to constrain: names of layers (their ``weight``, or all layers below a container), of tensors
-            (``"rnn.weight_hh_l0"``, or a bare parameter's own name), or a predicate ``(name, layer) -> bool`` over the
-            Linear and convolution layers. Default: all of these.
+            (``"rnn.weight_hh_l0"``), of lists of parameters, or a predicate ``(name, layer) -> bool`` over the Linear
+            and convolution layers. Default: all of these; all members of a ParameterList or ParameterDict.
         exclude: names of layers, containers or tensors to leave out.
+        axes: how to read a tensor otherwise than its layer would, one letter per dimension: ``o`` outputs, ``i``
+            inputs, ``b`` a batch of matrices; ``"ibo"`` for (model, heads, head).
         options: the method's options, where ``constraint`` is a name.
 
     Returns:
@@ -61,16 +64,27 @@ def constrain(
             or complex128 where the method holds unitary weights.
         LayoutError: the set is empty at a weight's shape, for instance a group size that does not divide.
     """
+    if not isinstance(module, nn.Module):
+        raise SelectionError(_no_module(module))
     method = _method(constraint, options)
     # All checks run here, before the loop below makes the first change.
     targets = select(module, layers, exclude)
-    plan = [_planned(target, method) for target in targets]
+    plan = [_planned(target, method, axes) for target in targets]
     for attach in plan:
         attach()
     note_names(module, (name for target in targets for name in target.names))
     if isinstance(method, Reparameterization):
         prefetch_below(module)
     return module
+
+
+def _no_module(given: object) -> str:
+    what = f"a tensor of shape {tuple(given.shape)}" if isinstance(given, torch.Tensor) else type(given).__name__
+    return (
+        f"constrain() takes a module, in which it can replace a weight, and got {what}; put a tensor into one:\n"
+        '    w = nn.ParameterDict({"W": tensor})\n'
+        '    stiefel.constrain(w, "own")      # from then on w["W"] is the orthogonal weight'
+    )
 
 
 def _method(constraint: str | Constraint, options: dict[str, Any]) -> Constraint:
@@ -85,9 +99,9 @@ def _method(constraint: str | Constraint, options: dict[str, Any]) -> Constraint
     return constraint
 
 
-def _planned(target: Target, method: Constraint) -> Callable[[], None]:
+def _planned(target: Target, method: Constraint, axes: str | None) -> Callable[[], None]:
     """Check a target, and return the function that attaches the method; all errors are raised before any change."""
-    layout = layout_of(target, method)
+    layout = layout_of(target, method, axes)
     try:
         method.check(layout)
     except LayoutError as error:
@@ -163,7 +177,8 @@ def project(module: nn.Module) -> nn.Module:
                 f"weight '{found.binding.label}' has entries that are NaN or infinite, and therefore "
                 "no nearest point on its set; load a checkpoint from before the loss diverged"
             )
-        if found.may_be_off_set and found.residual() > ROUNDING * torch.finfo(found.parameter.dtype).eps:
+        rounding = ROUNDING * torch.finfo(found.parameter.dtype).eps
+        if found.may_be_off_set and (found.residual() > rounding or not found.has_determinant()):
             found.move_to_nearest()
     return module
 
@@ -193,7 +208,7 @@ def _attach_forward(target: Target, binding: Binding, parametrization: Reparamet
         position = list(parameters_of(each.owner)).index(each.tensor)
         parametrize.register_parametrization(each.owner, each.tensor, parametrization)
         # On the class that torch has made for this layer alone.
-        add_quick_access(each.owner, each.tensor)
+        add_quick_access(each.owner, each.tensor, prefetch_list if isinstance(each.owner, LISTS) else None)
         type(each.owner).register_parameter = register_parameter  # type: ignore[method-assign, assignment]
         bind(each.owner, each.tensor, replace(binding, label=each.name, position=position))
         add_weight_hooks(each.owner, binding.constraint)

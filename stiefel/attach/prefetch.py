@@ -44,6 +44,11 @@ def prefetch_below(root: nn.Module) -> None:
         root.register_forward_hook(_after_forward, always_call=True)
 
 
+def prefetch_list(owner: nn.Module) -> None:
+    """Compute the weights of a list or dictionary together, when one is read: it has no forward pass."""
+    _before_forward(owner, ())
+
+
 def stop_prefetch(root: nn.Module) -> None:
     """Take the hooks off."""
     _places.pop(root, None)
@@ -94,7 +99,7 @@ def _members(root: nn.Module) -> list[_Member]:
         if not isinstance(parametrization, Reparametrized) or proxy is None:
             continue
         # A layer computes from the whole of a sharded proxy, which fully_shard brings in for its own forward pass.
-        if is_sharded(proxy) or is_lent(proxy):
+        if is_sharded(proxy) or is_lent(proxy) or parametrization.held is not None:
             continue
         tensors = parametrization.tensors(proxy)
         if needs_graph(tensors) and prefetched_weight(parametrization, tensors) is None:

@@ -22,6 +22,7 @@ Layers = str | Iterable[str] | Callable[[str, nn.Module], bool] | None
 
 CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 SUPPORTED = (nn.Linear, *CONVOLUTIONS)
+LISTS = (nn.ParameterList, nn.ParameterDict)
 # Gates whose weights torch stacks in one tensor, along its first dimension.
 GATES = {nn.LSTM: 4, nn.LSTMCell: 4, nn.GRU: 3, nn.GRUCell: 3}
 
@@ -39,6 +40,11 @@ class Target:
     def key(self) -> tuple[int, str]:
         """Identity of the tensor, whatever its name."""
         return id(self.owner), self.tensor
+
+    @property
+    def places(self) -> tuple[Target, ...]:
+        """Itself and the layers that share its parameter."""
+        return (self, *self.ties)
 
     @property
     def names(self) -> list[str]:
@@ -61,6 +67,8 @@ def select(module: nn.Module, layers: Layers, exclude: str | Iterable[str]) -> l
             already, or is selected twice.
     """
     modules = dict(module.named_modules(remove_duplicate=False))  # a shared layer has several names
+    if layers is None and isinstance(module, LISTS):
+        layers = [""]
     if layers is None or callable(layers):
         targets = [
             Target(_join(prefix, "weight"), owner, "weight")
@@ -86,15 +94,18 @@ def select(module: nn.Module, layers: Layers, exclude: str | Iterable[str]) -> l
     return _merge_ties(modules, targets, left_out)
 
 
-def layout_of(target: Target, constraint: Constraint) -> Layout:
-    """How a tensor is read, from the kind of module that owns it.
+def layout_of(target: Target, constraint: Constraint, axes: str | None = None) -> Layout:
+    """How a tensor is read: by its axes, where they are given, and otherwise from the kind of module that owns it.
 
     Raises:
         WeightError: not a tensor of at least two dimensions with finite entries, in a precision that the method holds.
         LayoutError: ``group_size`` does not fit.
     """
     _check_weight(target.name, target.parameter, constraint)
-    layouts = [_read(t) for t in (target, *target.ties)]
+    try:
+        layouts = [_read(t) if axes is None else Layout(tuple(t.parameter.shape), axes=axes) for t in target.places]
+    except LayoutError as error:
+        raise LayoutError(f"weight '{target.name}': {error}") from None
     for tie, layout in zip(target.ties, layouts[1:], strict=True):
         if layout != layouts[0]:
             raise LayoutError(
@@ -158,6 +169,8 @@ def _resolve(modules: dict[str, nn.Module], name: str, any_tensor: bool = False)
     if name in modules:
         if _has_tensor(modules[name], "weight"):
             return [Target(_join(name, "weight"), modules[name], "weight")]
+        if isinstance(modules[name], LISTS):
+            return [Target(_join(name, tensor), modules[name], tensor) for tensor in parameters_of(modules[name])]
         below = [
             Target(_join(prefix, "weight"), owner, "weight")
             for prefix, owner in modules.items()

@@ -82,7 +82,7 @@ def put_on_set(found: ConstrainedWeight, how: str) -> None:
         )
     # What is off by no more than single precision has come from there (a conversion, a file): nothing to tell of, and
     # the next step takes it to the set.
-    far = not found.binding.allows(residual, torch.float32)
+    far = not (found.binding.allows(residual, torch.float32) and found.has_determinant())
     if far or (how == LOADED and not found.allows(residual)):
         found.move_to_nearest()
     if far:

@@ -13,15 +13,16 @@ from stiefel.attach.parallel import share_work
 from stiefel.attach.tagging import recognize
 from stiefel.attach.weights import ConstrainedWeight, constrained_weights
 from stiefel.compat.sharding import whole
-from stiefel.constraint import Binding, Constraint, Decay, ManifoldMethod, Penalty
+from stiefel.constraint import Binding, Constraint, Decay, ManifoldMethod, Penalty, StepMethod
 from stiefel.errors import OptimizerError
 from stiefel.linalg import full_precision
 from stiefel.optim import keep_decay_off
 from stiefel.optim.bases import INNER, inner_class, options_of_inner, own_class
 from stiefel.optim.buckets import bucket, stack
-from stiefel.optim.counts import restore_counts
 from stiefel.optim.lift import lift
+from stiefel.optim.ownership import restore_counts
 from stiefel.optim.probe import make
+from stiefel.optim.quasi_newton import HeldLBFGS
 
 
 def optimizer(
@@ -34,8 +35,9 @@ def optimizer(
     For reparameterizations, penalties and controls it is ``cls`` itself. Where a weight is on a geoopt manifold it is a
     subclass of geoopt's RiemannianSGD (for SGD) or RiemannianAdam (for Adam). Where a method acts on the step it is
     ``cls`` lifted: a subclass that feeds the base optimizer the tangent part of the gradient, and hands its
-    displacement to the method. Weights that weight decay would move along their set get ``param_groups`` of their own
-    without decay, after the groups given.
+    displacement to the method; ``torch.optim.LBFGS`` has a form of its own, on the sets between evaluations too.
+    Weights that weight decay would move along their set get ``param_groups`` of their own without decay, after the
+    groups given.
 
     Args:
         module: the model, constrained before. Where it is the ``DistributedDataParallel`` around it, the processes
@@ -72,6 +74,8 @@ def optimizer(
 
 def _form_for(cls: type[torch.optim.Optimizer], methods: list[Constraint]) -> type[torch.optim.Optimizer]:
     """The form of an optimizer class that can step weights held by these methods."""
+    if cls is torch.optim.LBFGS and all(isinstance(m, (StepMethod, ManifoldMethod)) for m in methods if m.moves):
+        return HeldLBFGS if any(m.moves for m in methods) else cls
     if any(isinstance(m, ManifoldMethod) for m in methods):
         from stiefel.optim.riemannian import riemannian  # imports geoopt, which takes 0.5 s: only where it is needed
 

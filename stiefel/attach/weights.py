@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from stiefel.attach.proxy.parametrization import Reparametrized
 from stiefel.compat.sharding import is_sharded, whole, write
 from stiefel.compat.torch_private import parameters_of, submodules_of
 from stiefel.constraint import Binding, Reparameterization, residual_of
-from stiefel.linalg import is_traced
+from stiefel.linalg import in_double, is_traced
 from stiefel.optim import Mark
 
 # Entries of the owner's __dict__, which copies and pickles of the module have too.
@@ -94,6 +94,12 @@ class ConstrainedWeight:
         return self.binding.allows(residual, self.parameter.dtype)
 
     @torch.no_grad()
+    def has_determinant(self) -> bool:
+        """Whether the weight's determinants have the sign asked for; true where none was."""
+        sign = self.binding.constraint.determinant
+        return sign is None or bool((torch.linalg.det(in_double(self.points())).sign() == sign).all())
+
+    @torch.no_grad()
     def move_to_nearest(self) -> None:
         """Put the weight at the nearest point of its method's set."""
         if self.parametrization is None:
@@ -132,8 +138,14 @@ def first_parametrization(
     return submodules_of(listed).get("0"), parameters_of(listed).get("original", listed.__dict__.get("original"))
 
 
-def add_quick_access(owner: nn.Module, tensor: str) -> None:
-    """Wrap torch's property, which calls two modules at each access, in one that first asks for a ready weight."""
+def add_quick_access(owner: nn.Module, tensor: str, together: Callable[[nn.Module], None] | None = None) -> None:
+    """Wrap torch's property, which calls two modules at each access, in one that first asks for a ready weight.
+
+    Args:
+        owner: the module.
+        tensor: the weight's name.
+        together: called where none is ready, to compute those of all the owner's tensors.
+    """
     torchs = vars(type(owner))[tensor]
 
     def weight(self: nn.Module) -> Tensor:
@@ -142,6 +154,9 @@ def add_quick_access(owner: nn.Module, tensor: str) -> None:
             parametrization, proxy = first_parametrization(self, tensor, only=True)
             if parametrization is not None and proxy is not None:
                 ready = parametrization.ready(proxy)  # type: ignore[operator]
+                if ready is None and together is not None and torch.is_grad_enabled():
+                    together(self)
+                    ready = parametrization.ready(proxy)  # type: ignore[operator]
                 if ready is not None:
                     return ready
         return torchs.fget(self)

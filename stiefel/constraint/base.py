@@ -35,7 +35,7 @@ from stiefel.constraint.claim import Claim
 from stiefel.constraint.options import is_count, is_number
 from stiefel.errors import LayoutError, OptionError, nearest_names
 from stiefel.layout import Layout
-from stiefel.linalg import EXACT_DTYPES, nearest_orthonormal
+from stiefel.linalg import EXACT_DTYPES, nearest_orthonormal, with_determinant
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float
@@ -58,10 +58,13 @@ class Constraint(ABC):
         scale: s of the set, a positive number, ``"relu"`` (√2, which keeps activations alive through ReLU layers), or
             ``"learnable"`` (one factor per output, start 1; reparameterizations with orthonormal rows only).
         group_size: orthonormal rows within groups of that many outputs, instead of over all outputs.
+        determinant: 1 or −1, the sign that a square real weight's determinant starts with and keeps (rotations); by
+            default it is that of the weight as it was.
     """
 
     scale: float | str = 1.0
     group_size: int | None = None
+    determinant: int | None = None
 
     name: ClassVar[str]
     summary: ClassVar[str]
@@ -107,6 +110,14 @@ class Constraint(ABC):
             raise OptionError(f"scale={self.scale!r}: expected a positive number, 'relu' or 'learnable'")
         if self.group_size is not None and not is_count(self.group_size):
             raise OptionError(f"group_size={self.group_size!r}: expected a positive whole number or None")
+
+        if self.determinant not in (None, 1, -1) or isinstance(self.determinant, (bool, float)):
+            raise OptionError(f"determinant={self.determinant!r}: expected 1, -1 or None")
+        if self.determinant is not None and self.claim is None:
+            raise OptionError(
+                f"{self.name!r} does not keep a determinant's sign, since it keeps the weight on no set; leave "
+                "determinant out, or use a method that does, such as 'own' or 'retraction'"
+            )
 
     def require_count(self, option: str) -> None:
         """Raise :class:`OptionError` where an option's value is not a whole number of at least 1."""
@@ -155,7 +166,8 @@ class Constraint(ABC):
     @property
     def dtypes(self) -> tuple[torch.dtype, ...]:
         """The precisions and fields of weights that the method can hold."""
-        return tuple(d for d in EXACT_DTYPES if not (self.real_only and d.is_complex))
+        real = self.real_only or self.determinant is not None  # a complex determinant has a phase
+        return tuple(d for d in EXACT_DTYPES if not (real and d.is_complex))
 
     def check(self, layout: Layout) -> None:
         """Raise :class:`LayoutError` where this method cannot hold a weight of that layout."""
@@ -164,10 +176,22 @@ class Constraint(ABC):
                 f"scale='learnable' needs orthonormal rows, and {layout} is column-orthonormal: with a factor per "
                 "output its columns would not be orthonormal; use a number, or group_size to constrain groups of rows"
             )
+        _, p, n = layout.matrix_shape
+        if self.determinant is not None and p != n:
+            raise LayoutError(f"determinant={self.determinant} needs square matrices, and this weight has {layout}")
 
     def nearest(self, points: Float[Tensor, "b p n"], layout: Layout) -> Float[Tensor, "b p n"]:
         """The point of this method's set nearest to ``points``, where training starts: the polar factor."""
         return nearest_orthonormal(points)
+
+    def closest(self, points: Float[Tensor, "b p n"], layout: Layout) -> Float[Tensor, "b p n"]:
+        """:meth:`nearest`, with the determinant asked for."""
+        x = self.nearest(points, layout)
+        return x if self.determinant is None else with_determinant(x, points, self.determinant)
+
+    def within(self, vectors: Float[Tensor, "b p n"], layout: Layout) -> Float[Tensor, "b p n"]:
+        """The part of vectors in the linear space in which this method's set lies: all of it, but for centred rows."""
+        return vectors
 
     def __str__(self) -> str:
         changed = [f"{f.name}={getattr(self, f.name)!r}" for f in fields(self) if getattr(self, f.name) != f.default]

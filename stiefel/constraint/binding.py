@@ -55,7 +55,7 @@ class Binding:
         """The weight on the method's set that is nearest to a given one."""
         if not self.constraint.orthogonal_start:
             return weight  # as it is, to the bit: dividing by the scale and multiplying again would round
-        return self.layout.weight(self.constraint.nearest(self.layout.points(weight), self.layout))
+        return self.layout.weight(self.constraint.closest(self.layout.points(weight), self.layout))
 
     def allows(self, residual: float, dtype: torch.dtype) -> bool:
         """Whether a residual is within what the method promises in a precision; true where it promises nothing."""

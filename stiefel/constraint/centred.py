@@ -59,6 +59,10 @@ class Centred(Reparameterization):
         """V less its row means, where this method centres a weight of that layout."""
         return v - v.mean(dim=-1, keepdim=True) if self._centres(layout) else v
 
+    def within(self, vectors: Tensor, layout: Layout) -> Tensor:
+        """Centred rows, where this method centres."""
+        return self.centred(vectors, layout)
+
     def _centres(self, layout: Layout) -> bool:
         return self.center is not False and _can_center(layout)
 

@@ -1,6 +1,7 @@
 """Functions of matrices ``(*batch, p, n)`` and their gradients. Imports torch, numpy, the errors and ``compat``."""
 
 from stiefel.linalg.cayley import cayley_along, cayley_step, limited
+from stiefel.linalg.determinant import with_determinant
 from stiefel.linalg.devices import is_capturing, may_wait
 from stiefel.linalg.exponential import exponential_step
 from stiefel.linalg.householder import householder_rows, householder_vectors
@@ -68,4 +69,5 @@ __all__ = [
     "sym",
     "unit_sized",
     "whitened",
+    "with_determinant",
 ]

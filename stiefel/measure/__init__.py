@@ -2,6 +2,7 @@
 
 from stiefel.measure.cost.flops import StepCount, count
 from stiefel.measure.cost.step import step_cost
+from stiefel.measure.model.angles import principal_angles
 from stiefel.measure.model.dependence import Dependence, dependence
 from stiefel.measure.model.effective_rate import effective_rates
 from stiefel.measure.model.orthogonality import OrthogonalityReport, WeightRow, report
@@ -21,6 +22,7 @@ __all__ = [
     "dependence",
     "effective_rates",
     "preservation",
+    "principal_angles",
     "redundancy",
     "report",
     "step_cost",

@@ -15,7 +15,7 @@ import torch
 from stiefel.errors import OptimizerError
 
 REFUSED = {
-    torch.optim.LBFGS: "it evaluates the loss several times per step, between which the weight must not leave its set",
+    torch.optim.LBFGS: "a subclass of it, or it beside a penalty on the step, evaluates the loss off the set",
     torch.optim.Rprop: "its step sizes depend on the signs of single entries, which a projection changes",
     torch.optim.SparseAdam: "it steps some rows only, and a row alone cannot stay orthogonal to the others",
 }

@@ -26,11 +26,18 @@ from stiefel.constraint import residual_of
 from stiefel.errors import DivergenceError, OptimizerError
 from stiefel.linalg import is_capturing, may_wait
 from stiefel.optim.bases import acting, decays, refuse_late_start
-from stiefel.optim.counts import note_count
 from stiefel.optim.decay import unwelcome
 from stiefel.optim.divergence import raise_later, raise_pending
 from stiefel.optim.lift import Lift, skipped
-from stiefel.optim.ownership import Ownership, ownership, quoted, recognize, state_of, stepped_by
+from stiefel.optim.ownership import (
+    Ownership,
+    note_count,
+    ownership,
+    quoted,
+    recognize,
+    state_of,
+    stepped_by,
+)
 
 _steps_seen = 0
 _told_of_changes: WeakKeyDictionary[torch.optim.Optimizer, set[str]] = WeakKeyDictionary()
@@ -83,9 +90,9 @@ def _check(optimizer: torch.optim.Optimizer) -> None:
 
 def _refuse_plain_step(optimizer: torch.optim.Optimizer, members: list[tuple[Tensor, Ownership | None]]) -> None:
     # geoopt's own optimizers know a weight on a manifold by its class, which a sharded one has not.
-    batched = getattr(optimizer, "batched", False)
+    batched, holds = getattr(optimizer, "batched", False), getattr(optimizer, "holds", False)
     for p, owned in members:
-        if owned is None or owned.part or not owned.binding.constraint.moves:
+        if holds or owned is None or owned.part or not owned.binding.constraint.moves:
             continue
         if isinstance(optimizer, Lift) if owned.lifts else batched or (is_riemannian(optimizer) and is_on_manifold(p)):
             continue

@@ -18,7 +18,7 @@ from torch import Tensor
 from stiefel.compat.torch_private import copy_all_, zero_all_
 from stiefel.constraint import Binding, Penalty, StepMethod
 from stiefel.errors import DivergenceError
-from stiefel.linalg import full_precision, is_capturing, may_wait
+from stiefel.linalg import full_precision, is_capturing, may_wait, with_determinant
 from stiefel.manifold.geometry import tangent_gradient_
 from stiefel.optim.buckets import stack, unstack
 from stiefel.optim.divergence import raise_later
@@ -89,6 +89,9 @@ class Batch:
             if scale != 1:
                 before, displacement = before / scale, displacement.div_(scale)
             x, self.shortened = _moved(self.bindings[0], before, displacement, self.lr)
+            sign = self.bindings[0].constraint.determinant
+            if sign is not None:  # a long step may have changed it
+                x = with_determinant(x, before + displacement, sign)
             x = self._finite(x, before)  # it may overflow, or a penalty be too strong
         return unstack(self.layouts, x, scaled=True)
 

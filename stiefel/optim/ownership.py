@@ -142,3 +142,26 @@ def recognize(optimizer: torch.optim.Optimizer) -> None:
         for finder in _finders:
             finder(unknown)
         _free[optimizer] = free + [p for p in unknown if ownership(p) is None]
+
+
+STEPS = "steps_taken"
+"""Where an optimizer's state has them too: formats that keep tensors alone lose a model's metadata."""
+
+
+def note_count(optimizer: torch.optim.Optimizer, parameter: Tensor, owned: Ownership) -> None:
+    """Note the steps of a weight whose method depends on them.
+
+    Args:
+        optimizer: which has just stepped the parameter, so that its own state of it is there already.
+        parameter: the weight, or its proxy.
+        owned: what is known of it.
+    """
+    optimizer.state[parameter][STEPS] = owned.binding.tally.steps
+
+
+def restore_counts(optimizer: torch.optim.Optimizer) -> None:
+    """Let weights go on from the steps that a loaded state has."""
+    for parameter, state in optimizer.state.items():
+        owned = ownership(parameter)
+        if owned is not None and owned.counts and STEPS in state:
+            owned.binding.tally.steps = owned.binding.tally.resumed = int(state[STEPS])

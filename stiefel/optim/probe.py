@@ -33,7 +33,7 @@ def make(cls: type[torch.optim.Optimizer], params: Any, hyper: dict[str, Any]) -
         made = cls(params, **hyper)
         if own_class(cls).__module__.startswith("torch.optim"):  # a user's own may count or log its steps
             try_out(own_class(cls), made, hyper)
-        if own_class(cls) is not cls:
+        if own_class(cls) is not cls and not getattr(cls, "holds", False):
             refuse_other_iterates(own_class(cls), made, hyper)
     # A TypeError too, which the next clause would wrap a second time.
     except OptimizerError:

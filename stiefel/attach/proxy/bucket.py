@@ -10,7 +10,7 @@ from torch import Tensor
 
 from stiefel.constraint import Binding, Reparameterization
 from stiefel.errors import DivergenceError
-from stiefel.linalg import full_precision, require_exact
+from stiefel.linalg import full_precision, require_exact, with_determinant
 from stiefel.optim.buckets import stack, unstack
 
 
@@ -73,13 +73,14 @@ class Bucket:
             # The parts come last, whether there is a gain before them or not.
             parts = dict(zip(names, stacked[len(stacked) - len(names) :], strict=True))
             try:
-                return method.forward(stacked[0], self.layouts[0], **parts)
+                x = method.forward(stacked[0], self.layouts[0], **parts)
             except torch.linalg.LinAlgError as error:
                 labels = ", ".join(f"'{f.binding.label}'" for f in self.formulas)
                 raise DivergenceError(
                     f"no weight can be computed from the proxy of {labels}: {error} Its entries are NaN, infinite or "
                     "too large; lower the learning rate"
                 ) from error
+            return x if method.determinant is None else with_determinant(x, stacked[0], method.determinant)
 
     def weights(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Stack the tensors and compute the batch; returns the weights in their own shapes."""

@@ -39,6 +39,8 @@ class Reparametrized(Convertible):
     """
 
     cached: CachedWeight | None = None
+    held: Tensor | None = None
+    """What the layer uses instead of a function of the proxy, while a loss is minimized over the weight itself."""
 
     def __init__(self, binding: Binding, weight: Tensor) -> None:
         super().__init__()
@@ -72,6 +74,8 @@ class Reparametrized(Convertible):
             WeightError: the model was converted to a precision in which no weight is orthogonal, or is on its way to
                 ONNX.
         """
+        if self.held is not None:
+            return self.with_gain(self.held)
         tensors = self.tensors(proxy)
         if torch.compiler.is_exporting() and is_in_onnx_export():
             raise WeightError(
@@ -102,6 +106,8 @@ class Reparametrized(Convertible):
 
     def ready(self, proxy: Tensor) -> Tensor | None:
         """The weight of a proxy where it is known already: prefetched in this pass, or cached."""
+        if self.held is not None:
+            return self.with_gain(self.held)
         tensors, cached = self.tensors(proxy), self.cached
         if needs_graph(tensors):
             return prefetched_weight(self, tensors)
@@ -153,7 +159,7 @@ class Reparametrized(Convertible):
             points = points / torch.where(factors == 0, 1, factors)
         method = self.binding.constraint
         assert isinstance(method, Reparameterization)
-        proxy, parts = method.start(method.nearest(points, layout), layout)
+        proxy, parts = method.start(method.closest(points, layout), layout)
         return {"original": layout.weight(proxy), **found, **{f"0.parts.{name}": part for name, part in parts.items()}}
 
     def entry(self, name: str, proxy: Tensor) -> Tensor:
@@ -166,8 +172,16 @@ class Reparametrized(Convertible):
     def _start(self, weight: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         method, layout = self.binding.constraint, self.binding.layout
         assert isinstance(method, Reparameterization)
-        proxy, parts = method.start(method.nearest(self.without_gains(layout.points(weight)), layout), layout)
+        proxy, parts = method.start(method.closest(self.without_gains(layout.points(weight)), layout), layout)
         return layout.weight(proxy), parts
+
+    def with_gain(self, weight: Tensor) -> Tensor:
+        """A weight times each output's learnable factor, where there is one."""
+        if self.gain is None:
+            return weight
+        layout = self.binding.layout
+        matrices = layout.matrices(weight)
+        return layout.tensor(matrices * whole(self.gain).reshape(*matrices.shape[:2], 1))
 
     def without_gains(self, points: Tensor) -> Tensor:
         """Points without each output's learnable factor, where there is one and it is not 0."""

@@ -35,14 +35,19 @@ _passes = _Passes()
 
 def begin(root: nn.Module, weights: Iterable[PrefetchedWeight]) -> None:
     """Offer weights to the layers below ``root`` until :func:`end`."""
+    if any(entry[0]() is None for entry in _passes.stack):  # lists that are gone
+        _passes.stack = [entry for entry in _passes.stack if entry[0]() is not None]
     # The entry keeps the parametrizations alive, so that no other object can get their ids.
     _passes.stack.append((ref(root), {id(w.parametrization): w for w in weights}))
 
 
 def end(root: nn.Module) -> None:
-    """Withdraw what the innermost pass offered, if it is ``root``'s."""
-    if _passes.stack and _passes.stack[-1][0]() is root:
-        _passes.stack.pop()
+    """Withdraw what the innermost pass of ``root`` offered."""
+    # Above it there may be weights of lists, which are offered until they are read anew.
+    for i in range(len(_passes.stack) - 1, -1, -1):
+        if _passes.stack[i][0]() is root:
+            del _passes.stack[i]
+            return
 
 
 def forget(root: nn.Module) -> None:

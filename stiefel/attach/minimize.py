@@ -1,0 +1,159 @@
+"""``minimize`` and ``gradient_norm``. Imports ``constrain``, ``unknowns`` and ``optim.solve``."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from stiefel.attach.constrain import project
+from stiefel.attach.unknowns import Unknowns
+from stiefel.constraint import is_count
+from stiefel.errors import OptionError
+from stiefel.optim.solve.minimum import Minimum
+from stiefel.optim.solve.objective import Objective, Point
+from stiefel.optim.solve.quasi_newton import quasi_newton
+from stiefel.optim.solve.trust_region import trust_region
+
+QUIET, EVERY = 5.0, 2.0
+"""Seconds before the first line of progress, and between two."""
+FAR = 1e9
+"""A fall of so many times the loss's size at the start suggests that it has no lower bound."""
+
+
+def minimize(
+    module: nn.Module,
+    loss: Callable[[], Tensor],
+    *,
+    tol: float = 1e-8,
+    max_evaluations: int = 10_000,
+    history: int = 20,
+    second_order: bool = False,
+    callback: Callable[[Minimum], Any] | None = None,
+) -> Minimum:
+    """Minimize a loss over all parameters of a module that require a gradient, until the gradient's norm is small.
+
+        rotation = nn.ParameterDict({"R": torch.eye(8, dtype=torch.float64)})
+        stiefel.constrain(rotation, "retraction", layers=["R"])
+        found = stiefel.minimize(rotation, lambda: (a @ rotation["R"]).pow(4).sum())
+
+    Constrained weights move on their sets, by whichever exact method they are held; others freely. There is no rate to
+    choose. For a loss that differs from call to call use :func:`stiefel.optimizer`.
+
+    Args:
+        module: the model; its parameters are changed in place, and no ``.grad`` is.
+        loss: a function without arguments that returns one real number, computed from the module's parameters; no
+            backward pass, no optimizer. It is called once per evaluation.
+        tol: where ‖P_X(∂L/∂W)‖_F over all parameters is at most this, it ends.
+        max_evaluations: after so many evaluations of the loss it ends.
+        history: pairs of steps and gradients that model the curvature.
+        second_order: use Hessian-vector products, for losses so ill-conditioned that L-BFGS takes thousands of steps.
+        callback: called with the :class:`Minimum` so far after each step; where it returns True, it ends.
+
+    Returns:
+        Where it ended, and why. An interrupt (Ctrl-C) is raised again, with the best point kept.
+
+    Raises:
+        ObjectiveError: ``loss`` returns no real number, depends on no parameter, or differs at the same point.
+        DivergenceError: the loss is NaN or infinite at the start.
+        OptionError: a weight is held by a penalty or a control, which keeps it on no set.
+
+    Source: Nocedal and Wright, Numerical Optimization (2006), chapters 4 and 7; Hager and Zhang (2005).
+    """
+    _check(tol, max_evaluations, history)
+    unknowns = Unknowns(project(module))
+    objective = Objective(loss, unknowns.sets, unknowns.place, unknowns.gradients, max_evaluations)
+    watch = _Watch(objective, tol, callback)
+    with unknowns.in_place(), watch:
+        start = objective.first(unknowns.read())
+        if second_order:
+            last, why = trust_region(objective, unknowns, start, watch)
+        else:
+            last, why = quasi_newton(objective, start, history, watch)
+    return watch.minimum(last, why)
+
+
+def _check(tol: float, max_evaluations: int, history: int) -> None:
+    if not tol >= 0:
+        raise OptionError(f"tol={tol!r}: expected a number of at least 0")
+    for name, value in (("max_evaluations", max_evaluations), ("history", history)):
+        if not is_count(value):
+            raise OptionError(f"{name}={value!r}: expected a positive whole number")
+
+
+def gradient_norm(module: nn.Module, loss: Callable[[], Tensor]) -> float:
+    """``‖P_X(∂L/∂W)‖_F`` over all parameters of a module that require a gradient: 0 at a stationary point.
+
+    Of a constrained weight it is the tangent part of the weight's own gradient, whatever method holds it, and not that
+    of its proxy. No ``.grad`` is changed.
+
+    Args:
+        module: the model.
+        loss: a function without arguments that returns one real number.
+
+    Raises:
+        ObjectiveError: ``loss`` returns no real number, or depends on no parameter.
+    """
+    unknowns = Unknowns(module)
+    objective = Objective(loss, unknowns.sets, lambda point: None, unknowns.gradients, 1)
+    with unknowns.in_place():
+        return objective.once(unknowns.read()).gradient_norm
+
+
+class _Watch:
+    """Decides whether to go on, keeps the best point, and tells of progress."""
+
+    def __init__(self, objective: Objective, tol: float, callback: Callable[[Minimum], Any] | None) -> None:
+        self.objective, self.tol, self.callback = objective, tol, callback
+        self.steps, self.best, self.stopped, self.spoke = -1, None, "", False
+        self.start, self.told = 0.0, time.monotonic() + QUIET - EVERY
+
+    best: Point | None
+
+    def __call__(self, point: Point) -> bool:
+        self.steps += 1
+        self.start = point.loss if self.steps == 0 else self.start
+        if self.best is None or point.loss <= self.best.loss + self.objective.rounding:
+            self.best = point  # of equal losses the later: its gradient is smaller
+        so_far = self.minimum(point, "")
+        self._tell(so_far)
+        if self.steps and self.callback is not None and self.callback(so_far) is True:
+            self.stopped = "the callback returned True"
+        elif so_far.converged:
+            self.stopped = f"the gradient's norm is at most {self.tol:g}"
+        elif point.gradient_norm <= point.noise:
+            self.stopped = f"the gradient's norm, {point.gradient_norm:.1e}, is that of its rounding"
+        elif self.objective.left <= self.objective.evaluations:
+            self.stopped = f"{self.objective.evaluations} evaluations have not been enough for a norm of {self.tol:g}"
+        return not self.stopped
+
+    def minimum(self, point: Point, why: str) -> Minimum:
+        """The point as it is told."""
+        converged, message = point.gradient_norm <= self.tol, self.stopped or why
+        if message and not converged and point.loss < -FAR * max(1.0, abs(self.start)):
+            message += f"; the loss has fallen to {point.loss:.1e}: is it bounded below?"
+        return Minimum(point.loss, point.gradient_norm, self.steps, self.objective.evaluations, converged, message)
+
+    def _tell(self, so_far: Minimum) -> None:
+        now = time.monotonic()
+        if now - self.told < EVERY:
+            return
+        self.told, self.spoke = now, True
+        line = (
+            f"minimize: step {so_far.steps}, loss {so_far.loss:.9g}, gradient {so_far.gradient_norm:.1e}, "
+            f"{so_far.evaluations} evaluations"
+        )
+        print(f"\r{line:<78}", end="" if sys.stderr.isatty() else "\n", file=sys.stderr, flush=True)
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *error: object) -> None:
+        """Leave the parameters at the best point, whatever has happened, and end the line of progress."""
+        if self.best is not None:
+            self.objective.place(self.best.where)
+        if self.spoke and sys.stderr.isatty():
+            print(file=sys.stderr)

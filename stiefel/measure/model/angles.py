@@ -1,0 +1,47 @@
+"""Angles between subspaces. Imports ``linalg``."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from stiefel.errors import LayoutError
+from stiefel.linalg import in_double
+
+
+def principal_angles(a: Tensor, b: Tensor) -> Tensor:
+    """The angles between the spans of two matrices, in radians, ascending; small ones keep their digits.
+
+    The cosines are the singular values of Q_a Q_bᵀ. The cosine of an angle below 1e-8 is 1 in double precision: such an
+    angle is taken from its sine, the singular values of Q_b − (Q_b Q_aᵀ) Q_a.
+
+    Args:
+        a: ``(…, p, n)``; its rows span a subspace where p ≤ n, its columns otherwise. Not necessarily orthonormal.
+        b: ``(…, q, n)`` likewise, of the same ambient dimension.
+
+    Returns:
+        ``(…, min(p, q))`` in float64.
+
+    Raises:
+        LayoutError: the ambient dimensions differ.
+
+    Source: Björck and Golub (1973); Knyazev and Argentati (2002), algorithm 3.1.
+    """
+    qa, qb = _basis(a), _basis(b)
+    if qa.shape[-1] != qb.shape[-1]:
+        raise LayoutError(
+            f"the subspaces are of dimensions {qa.shape[-1]} and {qb.shape[-1]}: expected one ambient space; rows span "
+            "where there are at most as many as columns, columns otherwise"
+        )
+    if qa.shape[-2] < qb.shape[-2]:
+        qa, qb = qb, qa
+    products = qb @ qa.mH
+    cosines = torch.linalg.svdvals(products).clamp(max=1)
+    sines = torch.linalg.svdvals(qb - products @ qa).clamp(max=1).flip(-1)
+    return torch.where(cosines**2 < 0.5, cosines.arccos(), sines.arcsin())
+
+
+def _basis(x: Tensor) -> Tensor:
+    x = in_double(x.detach())
+    rows = x if x.shape[-2] <= x.shape[-1] else x.mT
+    return torch.linalg.qr(rows.mH)[0].mH

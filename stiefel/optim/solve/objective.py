@@ -1,0 +1,134 @@
+"""A loss as a function of where the parameters are: values, tangent gradients, and what is wrong with it.
+
+Imports ``blocks`` and the errors.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from stiefel.errors import DivergenceError, ObjectiveError
+from stiefel.manifold.geometry import NOISE
+from stiefel.optim.solve.blocks import Product, Vector, norm
+
+ROUNDINGS = 10
+"""Roundings of the largest |loss| seen by which two values of a loss may differ and still count as equal."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """A point, with the loss and its gradient there.
+
+    Args:
+        where: the weights' matrices and the free numbers.
+        loss: the value.
+        raw: the gradient as autograd has it.
+        gradient: its tangent part.
+        gradient_norm: ‖gradient‖_F.
+        noise: how large the tangent part of the rounding of ``raw`` may be.
+    """
+
+    where: Vector
+    loss: float
+    raw: Vector
+    gradient: Vector
+    gradient_norm: float
+    noise: float
+
+
+class Objective:
+    """A loss, and the sets that its arguments are on.
+
+    Args:
+        loss: computes the loss of what the parameters are now.
+        sets: of the parameters.
+        place: writes a point into the parameters.
+        gradients: of a loss, by block.
+        most: how many evaluations there may be.
+    """
+
+    def __init__(
+        self,
+        loss: Callable[[], Tensor],
+        sets: Product,
+        place: Callable[[Vector], None],
+        gradients: Callable[[Tensor], Vector],
+        most: int,
+    ) -> None:
+        self.loss, self.sets, self.place, self.gradients = loss, sets, place, gradients
+        self.left, self.evaluations, self.largest = most, 0, 0.0
+        self.epsilon = torch.finfo(torch.float64).eps
+
+    @property
+    def rounding(self) -> float:
+        """By how much two values may differ through rounding alone."""
+        return ROUNDINGS * self.epsilon * self.largest
+
+    def first(self, where: Vector) -> Point:
+        """The start, where a loss must be a finite real number that has a gradient, and the same twice.
+
+        Raises:
+            ObjectiveError: it is not.
+            DivergenceError: it is NaN or infinite.
+        """
+        point = self._evaluated(where)
+        if not math.isfinite(point.loss) or not math.isfinite(point.gradient_norm):
+            raise DivergenceError(
+                f"the loss is {point.loss} and its gradient's norm {point.gradient_norm} at the start: there is "
+                "nothing to go on from; start elsewhere, or mend the loss"
+            )
+        with torch.no_grad():
+            again = float(_number(self.loss()))
+        self.evaluations += 1
+        if abs(again - point.loss) > 1e3 * self.rounding:
+            raise ObjectiveError(
+                f"the loss was {point.loss:.9g}, and {again:.9g} at the same point: it is drawn at random, or changes "
+                "with each call (dropout, a new batch, batch normalization in train()); minimize() needs a function "
+                "of the parameters alone, and stiefel.optimizer() is for the others"
+            )
+        return point
+
+    def once(self, where: Vector) -> Point:
+        """The loss and its gradient there, whatever they are."""
+        return self._evaluated(where)
+
+    def at(self, where: Vector) -> Point | None:
+        """The loss at a trial point; None where it is NaN or infinite, or where evaluations have run out."""
+        if self.left <= self.evaluations:
+            return None
+        point = self._evaluated(where)
+        return point if math.isfinite(point.loss) and math.isfinite(point.gradient_norm) else None
+
+    def _evaluated(self, where: Vector) -> Point:
+        self.place(where)
+        self.evaluations += 1
+        with torch.enable_grad():
+            loss = _number(self.loss())
+            self.epsilon = torch.finfo(loss.dtype).eps
+            raw = self.gradients(loss)
+        value = float(loss.detach())
+        with torch.no_grad():
+            gradient = self.sets.project(where, raw)
+            size, noise = norm(gradient), NOISE * self.epsilon * norm(raw)
+        if math.isfinite(value):
+            self.largest = max(self.largest, abs(value))
+        return Point(where, value, raw, gradient, size, noise)
+
+
+def _number(loss: object) -> Tensor:
+    if not isinstance(loss, Tensor):
+        raise ObjectiveError(
+            f"the loss function returned {type(loss).__name__}: expected a tensor with one real number, computed from "
+            "the module's parameters"
+        )
+    if loss.numel() != 1 or not loss.is_floating_point():
+        raise ObjectiveError(
+            f"the loss function returned a tensor of shape {tuple(loss.shape)} and dtype {loss.dtype}: expected one "
+            "real number; sum it, or take its .real"
+        )
+    return loss.reshape(())

@@ -1,0 +1,91 @@
+"""L-BFGS on a product of Stiefel manifolds and free numbers. Imports ``objective``, ``search`` and ``blocks``."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+
+from torch import Tensor
+
+from stiefel.optim.solve.blocks import Vector, add, dot, norm, scaled
+from stiefel.optim.solve.objective import Objective, Point
+from stiefel.optim.solve.search import Trial, search
+
+
+class QuasiNewton:
+    """The inverse Hessian by the last pairs of steps and changes of the gradient (Nocedal 1980).
+
+    Pairs are differences of points and of tangent gradients in the space of all matrices, and the direction that they
+    give is projected onto the tangent space: no vector is transported, which would take two products a vector and step.
+
+    Args:
+        history: how many pairs are kept.
+    """
+
+    def __init__(self, history: int) -> None:
+        self.pairs: deque[tuple[Vector, Vector, Tensor]] = deque(maxlen=history)
+
+    def learn(self, step: Vector, change: Vector) -> None:
+        """Keep a pair, where it says that the loss bends upwards."""
+        curvature, lengths = dot(step, change), dot(step, step) * dot(change, change)
+        if curvature > 1e-10 * lengths.sqrt():
+            self.pairs.append((step, change, curvature))
+
+    def direction(self, gradient: Vector) -> Vector:
+        """``−H g``."""
+        q, factors = gradient, []
+        for step, change, curvature in reversed(self.pairs):
+            factors.append(dot(step, q) / curvature)
+            q = add(q, change, -factors[-1].to(q[0].dtype.to_real()))
+        if self.pairs:
+            _, change, curvature = self.pairs[-1]
+            q = scaled(q, float(curvature / dot(change, change)))
+        for (step, change, curvature), factor in zip(self.pairs, reversed(factors), strict=True):
+            q = add(q, step, float(factor - dot(change, q) / curvature))
+        return scaled(q, -1)
+
+
+def quasi_newton(
+    objective: Objective, start: Point, history: int, goes_on: Callable[[Point], bool]
+) -> tuple[Point, str]:
+    """Minimize by L-BFGS with a weak Wolfe search.
+
+    Args:
+        objective: the loss.
+        start: where to begin.
+        history: how many pairs of steps and gradients are kept.
+        goes_on: called with each new point; False ends it.
+
+    Returns:
+        The last point, and why it ended; empty where ``goes_on`` said so.
+    """
+    point, memory = start, QuasiNewton(history)
+    while goes_on(point):
+        direction = objective.sets.project(point.where, memory.direction(point.gradient))
+        slope = float(dot(point.gradient, direction))
+        if not slope < -1e-12 * norm(direction) * point.gradient_norm:
+            memory.pairs.clear()  # no direction of descent: begin anew with the gradient
+            direction, slope = scaled(point.gradient, -1), -(point.gradient_norm**2)
+        # The first step is as long as a rotation by a small angle; from then on the scale is known.
+        first = 1.0 if memory.pairs else min(1.0, 0.1 / point.gradient_norm)
+        found = search(point, slope, first, objective.rounding, _along(objective, point, direction))
+        if found is None or norm(add(found.point.where, point.where, -1)) == 0:
+            if not memory.pairs:
+                return point, "no step lowers the loss by more than its rounding"
+            memory.pairs.clear()
+            continue
+        new = found.point
+        memory.learn(add(new.where, point.where, -1), add(new.gradient, point.gradient, -1))
+        point = new
+    return point, ""
+
+
+def _along(objective: Objective, start: Point, direction: Vector) -> Callable[[float], Trial | None]:
+    def at(length: float) -> Trial | None:
+        point = objective.at(objective.sets.retract(start.where, scaled(direction, length)))
+        if point is None:
+            return None
+        slope = float(dot(point.gradient, objective.sets.project(point.where, direction)))
+        return Trial(length, point, slope)
+
+    return at

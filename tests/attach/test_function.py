@@ -1,0 +1,90 @@
+"""``orthogonalize``: the maps as functions of a tensor, with gradients, under vmap, of rotations."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.func import vmap
+
+import stiefel
+
+MAPS = [
+    m
+    for m in stiefel.available()
+    if not m.startswith("test_") and stiefel.get(m).place == "forward" and stiefel.get(m).claim is not None
+]
+DOUBLE = torch.float64
+
+
+def gaussian(*shape: int, seed: int = 0, dtype: torch.dtype = DOUBLE) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+@pytest.mark.parametrize("shape", [(3, 7), (7, 3), (4, 4), (2, 5, 3, 7), (5, 6, 2), (1, 9)], ids=str)
+@pytest.mark.parametrize("method", MAPS)
+def test_the_result_is_orthonormal_and_has_a_gradient(method, shape):
+    v = gaussian(*shape).requires_grad_()
+    x = stiefel.orthogonalize(v, method, scale=2.0)
+    assert (x.shape, x.dtype) == (v.shape, v.dtype)
+    rows = x.detach() if shape[-2] <= shape[-1] else x.detach().mT
+    expected = 4 * torch.eye(rows.shape[-2], dtype=DOUBLE).expand(*rows.shape[:-1], rows.shape[-2])
+    torch.testing.assert_close(rows @ rows.mT, expected, rtol=0, atol=1e-12)
+    (x * gaussian(*shape, seed=1)).sum().backward()
+    assert v.grad is not None
+    assert v.grad.isfinite().all()
+    assert shape == (1, 9) or v.grad.abs().max() > 1e-6
+
+
+@pytest.mark.parametrize("method", MAPS)
+def test_gradients_are_those_of_finite_differences(method):
+    v = gaussian(2, 3, 5, seed=4).requires_grad_()
+    assert torch.autograd.gradcheck(lambda t: stiefel.orthogonalize(t, method), (v,), atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(3, 7), (7, 3), (4, 4)], ids=str)
+def test_own_is_the_polar_factor(shape):
+    v = gaussian(*shape)
+    u, _, vh = torch.linalg.svd(v, full_matrices=False)
+    torch.testing.assert_close(stiefel.orthogonalize(v), u @ vh, rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("method", MAPS)
+def test_it_maps_over_a_batch(method):
+    v = gaussian(4, 3, 5)
+    one_by_one = torch.stack([stiefel.orthogonalize(each, method) for each in v])
+    torch.testing.assert_close(vmap(lambda t: stiefel.orthogonalize(t, method))(v), one_by_one, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("method", MAPS)
+def test_a_network_puts_out_rotations(method, sign):
+    torch.manual_seed(0)
+    net = nn.Linear(4, 9, dtype=DOUBLE)
+    x = stiefel.orthogonalize(net(gaussian(50, 4)).unflatten(-1, (3, 3)), method, determinant=sign)
+    assert set(torch.linalg.det(x.detach()).round().tolist()) == {float(sign)}
+    x.square().mean().backward()
+    assert net.weight.grad is not None
+    assert net.weight.grad.isfinite().all()
+
+
+def test_complex_matrices_are_unitary():
+    x = stiefel.orthogonalize(gaussian(3, 4, 4, dtype=torch.complex128))
+    torch.testing.assert_close(x @ x.mH, torch.eye(4, dtype=torch.complex128).expand(3, 4, 4), rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: stiefel.orthogonalize(torch.ones(3, 3), "retraction"), stiefel.OptionError, "one of .*own"),
+        (lambda: stiefel.orthogonalize(torch.ones(3, 3), "soft"), stiefel.OptionError, "one of .*own"),
+        (lambda: stiefel.orthogonalize(torch.ones(3, 3), scale="learnable"), stiefel.OptionError, "a number"),
+        (lambda: stiefel.orthogonalize(torch.ones(3)), stiefel.LayoutError, r"\(3,\)"),
+        (lambda: stiefel.orthogonalize(torch.ones(3, 3).half()), stiefel.WeightError, "float16"),
+        (lambda: stiefel.orthogonalize(torch.ones(3, 4), determinant=1), stiefel.LayoutError, "square"),
+        (lambda: stiefel.orthogonalize(torch.ones(3, 3), "ow"), stiefel.UnknownMethodError, "own"),
+    ],
+)
+def test_what_is_wrong_is_told(call, error, message):
+    with pytest.raises(error, match=message):
+        call()

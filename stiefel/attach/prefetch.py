@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from stiefel.attach.proxy.bucket import Bucket
 from stiefel.attach.proxy.parametrization import Reparametrized, needs_graph
-from stiefel.attach.proxy.prefetched import PrefetchedWeight, begin, end, forget, prefetched_weight
+from stiefel.attach.proxy.prefetched import PrefetchedWeight, begin, end, forget, offer, prefetched_weight
 from stiefel.attach.proxy.snapshot import Snapshot
 from stiefel.attach.weights import constrained_weights, first_parametrization
 from stiefel.compat.sharding import is_sharded
@@ -46,7 +46,8 @@ def prefetch_below(root: nn.Module) -> None:
 
 def prefetch_list(owner: nn.Module) -> None:
     """Compute the weights of a list or dictionary together, when one is read: it has no forward pass."""
-    _before_forward(owner, ())
+    if not is_traced() and not saves_tensors_elsewhere():
+        offer(_computed(owner))
 
 
 def stop_prefetch(root: nn.Module) -> None:
@@ -67,6 +68,11 @@ def _before_forward(root: nn.Module, args: Any) -> None:
     if not torch.is_grad_enabled() or is_traced() or saves_tensors_elsewhere():
         return
     forget(root)
+    begin(root, _computed(root))
+
+
+def _computed(root: nn.Module) -> list[PrefetchedWeight]:
+    """The weights below ``root``, those of equal layout as one batch."""
     prefetched = []
     for members in bucket(_members(root), _computed_together):
         # Before the weights: a proxy that is changed meanwhile then makes them invalid.
@@ -77,7 +83,7 @@ def _before_forward(root: nn.Module, args: Any) -> None:
         prefetched += [
             PrefetchedWeight(m.parametrization, s, w) for m, s, w in zip(members, snapshots, weights, strict=True)
         ]
-    begin(root, prefetched)
+    return prefetched
 
 
 def _after_forward(root: nn.Module, args: Any, output: Any) -> None:

@@ -110,6 +110,12 @@ def _planned(target: Target, method: Constraint, axes: str | None) -> Callable[[
     if not isinstance(method, Reparameterization):
         return partial(_attach_in_place, target, binding, binding.nearest(target.parameter))
     refuse_held(target.name, target.parameter)
+    if any(getattr(place.owner, "sparse", False) is True for place in target.places):
+        raise WeightError(
+            f"weight '{target.name}' is of {type(target.owner).__name__}(sparse=True), whose gradients are sparse, and "
+            f"{method.name!r} computes it from a proxy that needs whole ones; make the layer with sparse=False, or use "
+            "a method on the step, such as 'retraction'"
+        )
     parametrization = Reparametrized(binding, target.parameter)
     with torch.no_grad():  # a trial, so that a method that fails here fails before any layer is changed
         parametrization(parametrization.first)

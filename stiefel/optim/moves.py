@@ -155,7 +155,7 @@ class Move:
         tangents = self.batch.tangents([g.to_dense() if g.is_sparse else g for g in given])
         for p, gradient, tangent in zip(self.parameters, given, tangents, strict=True):
             # Kernels over lists of tensors want them laid out alike (channels_last).
-            alike = tangent.stride() == gradient.stride()
+            alike = gradient.is_sparse or tangent.stride() == gradient.stride()
             handed.replace(p, tangent if alike else torch.empty_like(gradient).copy_(tangent))
 
     def free(self) -> None:

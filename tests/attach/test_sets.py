@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -197,3 +199,18 @@ def test_what_is_no_module_is_refused_with_the_lines_to_write(given):
         stiefel.constrain(given, "own")
     exec("\n".join(line.strip() for line in str(error.value).splitlines()[1:]), lines)
     assert stiefel.report(lines["w"]).worst < 1e-6
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_an_embedding_with_sparse_gradients_trains_or_is_refused_by_name(method):
+    layer = nn.Embedding(20, 32, sparse=True)
+    if stiefel.get(method).place == "forward":
+        with pytest.raises(stiefel.WeightError, match=r"'weight' is of Embedding\(sparse=True\).*sparse=False"):
+            stiefel.constrain(layer, method, layers=["weight"])
+        return
+    stiefel.constrain(layer, method, layers=["weight"])
+    optimizer = stiefel.optimizer(layer, torch.optim.SGD, lr=0.1)
+    (layer(torch.tensor([1, 2])).square().sum() + stiefel.penalty(layer)).backward()
+    with pytest.raises(stiefel.OptimizerError, match="sparse") if method == "riemannian" else nullcontext():
+        optimizer.step()
+    assert stiefel.report(layer).worst < 1e-5 or not stiefel.get(method).feasible

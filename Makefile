@@ -26,7 +26,7 @@ cost: .venv/.installed
 	$(BIN)/python benchmarks/cost.py $(COST) $(ARGS)
 
 test: .venv/.installed
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist loadgroup $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 $(ARGS)
 
 fuzz: .venv/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz.py $(ARGS)

@@ -180,13 +180,6 @@ def _same(facts: dict[str, Any], binding: Binding) -> bool:
     return alike and Layout(**facts["layout"]) == binding.layout
 
 
-def _names_of_parts(method: Constraint, layout: Layout) -> set[str]:
-    """The tensors that a method keeps beside a proxy."""
-    assert isinstance(method, Reparameterization)
-    start = torch.eye(*layout.matrix_shape[1:]).expand(layout.matrix_shape)
-    return set(method.start(start, layout)[1])
-
-
 def _keys_of_proxy(state: dict[str, Any], prefix: str, tensor: str) -> list[str]:
     return [key for key in state if key.startswith(f"{prefix}parametrizations.{tensor}.")]
 
@@ -209,7 +202,8 @@ def _saved_weight(state: dict[str, Any], prefix: str, found: ConstrainedWeight, 
     parts = {key.rpartition(".")[2]: whole(value) for key, value in state.items() if key.startswith(f"{start}0.parts.")}
     layout = Layout(**facts["layout"])
     gain = state.get(f"{start}0.gain")
-    needed = _names_of_parts(method, layout)
+    assert isinstance(method, Reparameterization)
+    needed = set(method.at_identity(layout)[1])
     if f"{start}original" not in state or needed != set(parts):
         raise WeightError(
             f"weight '{label}' was saved as the proxy of {method}, of which the checkpoint has "

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from stiefel.attach.proxy.bucket import Bucket, Formula
@@ -35,8 +34,8 @@ def orthogonalize(v: Tensor, method: str = "own", *, determinant: int | None = N
         WeightError: V is of a precision in which no matrix is orthogonal.
     """
     chosen = get(method, **{**method_class(method).comparison, **options}, determinant=determinant)
-    maps = [m for m in available() if issubclass(method_class(m), Reparameterization) and method_class(m).claim]
     if not isinstance(chosen, Reparameterization) or chosen.claim is None or chosen.scale == "learnable":
+        maps = [m for m in available() if issubclass(method_class(m), Reparameterization) and method_class(m).claim]
         raise OptionError(
             f"orthogonalize() computes X from V alone, which {chosen} does not; use a number for the scale, and one of "
             f"{', '.join(maps)}"
@@ -47,9 +46,6 @@ def orthogonalize(v: Tensor, method: str = "own", *, determinant: int | None = N
         raise WeightError(f"V is {v.dtype}, and {chosen} takes {', '.join(map(str, chosen.dtypes))}")
     layout = Layout(tuple(v.shape), batched=v.ndim > 2, group_size=chosen.group_size, scale=chosen.fixed_scale)
     chosen.check(layout)
-    b, p, n = layout.matrix_shape
-    with torch.no_grad():
-        start = torch.eye(p, n, dtype=v.dtype, device=v.device).expand(b, p, n)
-        parts = chosen.start(chosen.closest(start, layout), layout)[1]
+    _, parts = chosen.at_identity(layout, v.dtype, v.device)
     bucket = Bucket([Formula(Binding(chosen, layout, "V"), tuple(parts), gain=False)])
     return bucket.weights([v, *parts.values()])[0]

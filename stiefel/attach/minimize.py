@@ -45,8 +45,7 @@ def minimize(
 
     Args:
         module: the model; its parameters are changed in place, and no ``.grad`` is.
-        loss: a function without arguments that returns one real number, computed from the module's parameters; no
-            backward pass, no optimizer. It is called once per evaluation.
+        loss: a function without arguments that computes one real number from them; no backward pass, no optimizer.
         tol: where ‖P_X(∂L/∂W)‖_F over all parameters is at most this, it ends.
         max_evaluations: after so many evaluations of the loss it ends.
         history: pairs of steps and gradients that model the curvature.
@@ -67,13 +66,23 @@ def minimize(
     unknowns = Unknowns(project(module))
     objective = Objective(loss, unknowns.sets, unknowns.place, unknowns.gradients, max_evaluations)
     watch = _Watch(objective, tol, callback)
-    with unknowns.in_place(), watch:
-        start = objective.first(unknowns.read())
-        if second_order:
-            last, why = trust_region(objective, unknowns, start, watch)
-        else:
-            last, why = quasi_newton(objective, start, history, watch)
-    return watch.minimum(last, why)
+    try:
+        with unknowns.in_place():
+            start = objective.first(unknowns.read())
+            if second_order:
+                return watch.minimum(*trust_region(objective, unknowns, start, watch))
+            return watch.minimum(*quasi_newton(objective, start, history, watch))
+    finally:
+        _leave(unknowns, watch)
+
+
+def _leave(unknowns: Unknowns, watch: _Watch) -> None:
+    """Leave the parameters at the best point, whatever has happened; without a step proxies stay as they were."""
+    watch.end_line()
+    if watch.best is not None:
+        unknowns.place(watch.best.where)
+    if watch.steps > 0:
+        unknowns.keep()
 
 
 def _check(tol: float, max_evaluations: int, history: int) -> None:
@@ -100,7 +109,7 @@ def gradient_norm(module: nn.Module, loss: Callable[[], Tensor]) -> float:
     unknowns = Unknowns(module)
     objective = Objective(loss, unknowns.sets, lambda point: None, unknowns.gradients, 1)
     with unknowns.in_place():
-        return objective.once(unknowns.read()).gradient_norm
+        return objective.evaluate(unknowns.read()).gradient_norm
 
 
 class _Watch:
@@ -108,10 +117,9 @@ class _Watch:
 
     def __init__(self, objective: Objective, tol: float, callback: Callable[[Minimum], Any] | None) -> None:
         self.objective, self.tol, self.callback = objective, tol, callback
-        self.steps, self.best, self.stopped, self.spoke = -1, None, "", False
+        self.best: Point | None = None
+        self.steps, self.stopped, self.spoke = -1, "", False
         self.start, self.told = 0.0, time.monotonic() + QUIET - EVERY
-
-    best: Point | None
 
     def __call__(self, point: Point) -> bool:
         self.steps += 1
@@ -148,12 +156,7 @@ class _Watch:
         )
         print(f"\r{line:<78}", end="" if sys.stderr.isatty() else "\n", file=sys.stderr, flush=True)
 
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, *error: object) -> None:
-        """Leave the parameters at the best point, whatever has happened, and end the line of progress."""
-        if self.best is not None:
-            self.objective.place(self.best.where)
+    def end_line(self) -> None:
+        """End the line of progress."""
         if self.spoke and sys.stderr.isatty():
             print(file=sys.stderr)

@@ -19,10 +19,10 @@ from stiefel.linalg import full_precision
 from stiefel.optim import keep_decay_off
 from stiefel.optim.bases import INNER, inner_class, options_of_inner, own_class
 from stiefel.optim.buckets import bucket, stack
+from stiefel.optim.lbfgs import HeldLBFGS
 from stiefel.optim.lift import lift
 from stiefel.optim.ownership import restore_counts
 from stiefel.optim.probe import make
-from stiefel.optim.quasi_newton import HeldLBFGS
 
 
 def optimizer(

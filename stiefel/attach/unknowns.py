@@ -1,7 +1,7 @@
 """A module's parameters as unknowns: each constrained weight itself, not its proxy. Imports ``weights``.
 
 While a loss is minimized a weight that is computed from a proxy is a tensor of its own, which its layer uses as it is:
-the gradient is the weight's, and no evaluation computes the map. At the end the proxy gets the weight's value.
+the gradient is the weight's, and no evaluation computes the map. At the end :meth:`Unknowns.keep` moves the proxy.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from stiefel.constraint import Constraint
 from stiefel.errors import ObjectiveError, OptionError, WeightError
 from stiefel.layout import Layout
 from stiefel.methods import available, get
-from stiefel.optim.buckets import bucket, stack, unstack
+from stiefel.optim.buckets import bucket, dense, stack, unstack
 from stiefel.optim.solve.blocks import Free, Product, Stiefel, Vector
 
 
@@ -48,10 +48,8 @@ class Unknowns:
         for w in weights:
             _refuse(w)
         self.held = [_held(w) for w in weights]
-        covered = {id(p) for w in weights for p in w.trained()}
-        gains = [g for w in weights if w.parametrization is not None and (g := w.parametrization.gain) is not None]
-        others = [p for p in module.parameters() if p.requires_grad and id(p) not in covered]
-        self.free: list[Tensor] = [*gains, *others]
+        covered = {id(w.parameter) for w in weights}
+        self.free: list[Tensor] = [p for p in module.parameters() if p.requires_grad and id(p) not in covered]
         if not self.held and not self.free:
             raise ObjectiveError("nothing to minimize over: no parameter of the module requires a gradient")
         if any(map(is_sharded, self.free)):
@@ -101,20 +99,22 @@ class Unknowns:
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """Let layers use the leaves; afterwards proxies have the leaves' values, whatever has happened."""
+        """Let layers use the leaves."""
+        proxied = [(h.weight.parametrization, h.leaf) for h in self.held if h.weight.parametrization is not None]
         try:
-            for h in self.held:
-                if h.weight.parametrization is not None:
-                    h.weight.parametrization.held = h.leaf
+            for parametrization, leaf in proxied:
+                parametrization.held = leaf
             yield
         finally:
-            with torch.no_grad():
-                for h in self.held:
-                    parametrization = h.weight.parametrization
-                    if parametrization is not None:
-                        value = parametrization.with_gain(h.leaf.detach())
-                        parametrization.held = None
-                        setattr(h.weight.owner, h.weight.tensor, value)
+            for parametrization, _ in proxied:
+                parametrization.held = None
+
+    @torch.no_grad()
+    def keep(self) -> None:
+        """Give proxies the values of their weights."""
+        for h in self.held:
+            if h.weight.parametrization is not None:
+                setattr(h.weight.owner, h.weight.tensor, h.weight.parametrization.with_gain(h.leaf))
 
 
 def _held(w: ConstrainedWeight) -> Held:
@@ -155,4 +155,4 @@ def _stacked_together(h: Held) -> Hashable:
 
 
 def _resolved(gradient: Tensor) -> Tensor:
-    return (gradient.to_dense() if gradient.is_sparse else gradient).resolve_conj()
+    return dense(gradient).resolve_conj()

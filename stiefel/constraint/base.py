@@ -230,6 +230,15 @@ class Reparameterization(Constraint):
         """
         return x, {}
 
+    @torch.no_grad()
+    def at_identity(
+        self, layout: Layout, dtype: torch.dtype = torch.float32, device: torch.device | None = None
+    ) -> tuple[Float[Tensor, "b p n"], dict[str, Tensor]]:
+        """:meth:`start` at the point of the set nearest to the identity."""
+        b, p, n = layout.matrix_shape
+        identity = torch.eye(p, n, dtype=dtype, device=device).expand(b, p, n)
+        return self.start(self.closest(identity, layout), layout)
+
 
 class StepMethod(Constraint):
     """Acts on the step of any dense first-order optimizer, which gets the tangent part of the gradient.

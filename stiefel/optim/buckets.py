@@ -1,4 +1,4 @@
-"""Equal-shaped matrices of different weights as one batch, and back. Imports ``layout``."""
+"""Equal-shaped matrices of different weights as one batch, and back; gradients as they come. Imports ``layout``."""
 
 from __future__ import annotations
 
@@ -50,3 +50,14 @@ def _alike(layouts: Sequence[Layout]) -> bool:
     """Whether the weights have one shape and scale and hold their matrices in order: one view then reads them all."""
     shape, scale = layouts[0].shape, layouts[0].scale
     return all(lay.in_order and lay.shape == shape and lay.scale == scale for lay in layouts)
+
+
+def dense(gradient: Tensor) -> Tensor:
+    """A gradient with all its entries: that of an embedding may be sparse."""
+    return gradient.to_dense() if gradient.is_sparse else gradient
+
+
+def laid_out_as(value: Tensor, gradient: Tensor) -> Tensor:
+    """A value in the strides of the gradient that it replaces: kernels over lists of tensors want them alike."""
+    alike = gradient.is_sparse or value.stride() == gradient.stride()
+    return value if alike else torch.empty_like(gradient).copy_(value)  # channels_last

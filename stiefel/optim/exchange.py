@@ -5,7 +5,7 @@ With N entries in all, on R processes, weight j belongs to process j mod R, and 
 of all weights at once: (R−1)/R² · N entries received by each, and each process computes 1/R of the steps. An all-gather
 would bring every process (R−1)/R · N entries, and all the work.
 
-Imports ``compat``.
+Imports ``compat`` and ``buckets``.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from stiefel.compat.sharding import agree_on_least, is_sharded, like, local_of, local_part, shard_dimension, whole
+from stiefel.optim.buckets import dense, laid_out_as
 
 
 def exchanged_together(parameter: Tensor) -> Hashable:
@@ -85,10 +86,12 @@ class OwnerExchange(Exchange):
         super().__init__(parameters)
         cuts = [cut for p in parameters if (cut := shard_dimension(p)) is not None]
         mesh, self.dims = parameters[0].device_mesh, [dim for _, dim in cuts]
-        self.group = mesh.get_group(cuts[0][0])
-        self.size, self.rank = torch.distributed.get_world_size(self.group), mesh.get_local_rank(cuts[0][0])
         self.device = torch.device(mesh.device_type)  # where parts that are kept on the host travel
-        self.owned = range(self.rank, len(parameters), self.size)
+        self._divide(mesh.get_group(cuts[0][0]), mesh.get_local_rank(cuts[0][0]))
+
+    def _divide(self, group: Any, rank: int) -> None:
+        self.group, self.size, self.rank = group, torch.distributed.get_world_size(group), rank
+        self.owned = self._owned_by(self.rank)
 
     def gather(self, parts: Sequence[Sequence[Tensor]]) -> dict[int, list[Tensor]]:
         """One all-to-all, to the owners."""
@@ -185,20 +188,16 @@ class ReplicaExchange(OwnerExchange):
 
     def __init__(self, parameters: Sequence[Tensor], group: Any) -> None:
         Exchange.__init__(self, parameters)
-        self.group, self.device, self.dims = group, parameters[0].device, [0] * len(parameters)
-        self.size, self.rank = torch.distributed.get_world_size(group), torch.distributed.get_rank(group)
-        self.owned = range(self.rank, len(parameters), self.size)
+        self.device, self.dims = parameters[0].device, [0] * len(parameters)
+        self._divide(group, torch.distributed.get_rank(group))
 
     def gradient(self, i: int) -> Tensor:
         """The gradient."""
-        gradient = self.parameters[i].grad
-        return gradient.to_dense() if gradient.is_sparse else gradient
+        return dense(self.parameters[i].grad)
 
     def joined(self, i: int, part: Tensor) -> Tensor:
-        """The value itself, laid out as the gradient: kernels over lists of tensors want them alike (channels_last)."""
-        gradient = self.parameters[i].grad
-        alike = gradient.is_sparse or part.stride() == gradient.stride()
-        return part if alike else torch.empty_like(gradient).copy_(part)
+        """The value itself."""
+        return laid_out_as(part, self.parameters[i].grad)
 
     def agree_on_least(self, values: Tensor) -> Tensor:
         """The least of each of ``values`` over all processes."""

@@ -20,7 +20,7 @@ from stiefel.constraint import Binding, Penalty, StepMethod
 from stiefel.errors import DivergenceError
 from stiefel.linalg import full_precision, is_capturing, may_wait, with_determinant
 from stiefel.manifold.geometry import tangent_gradient_
-from stiefel.optim.buckets import stack, unstack
+from stiefel.optim.buckets import dense, laid_out_as, stack, unstack
 from stiefel.optim.divergence import raise_later
 from stiefel.optim.ownership import quoted
 
@@ -152,11 +152,9 @@ class Move:
         if not self.batch.tangent:
             return
         given = [g for p in self.parameters if (g := p.grad) is not None]
-        tangents = self.batch.tangents([g.to_dense() if g.is_sparse else g for g in given])
+        tangents = self.batch.tangents(list(map(dense, given)))
         for p, gradient, tangent in zip(self.parameters, given, tangents, strict=True):
-            # Kernels over lists of tensors want them laid out alike (channels_last).
-            alike = gradient.is_sparse or tangent.stride() == gradient.stride()
-            handed.replace(p, tangent if alike else torch.empty_like(gradient).copy_(tangent))
+            handed.replace(p, laid_out_as(tangent, gradient))
 
     def free(self) -> None:
         """Let an additive base step from 0: a displacement much smaller than the weight keeps all its digits."""

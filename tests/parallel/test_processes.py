@@ -6,6 +6,7 @@ error is torch's own.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import subprocess
@@ -18,13 +19,12 @@ from typing import Any
 import pytest
 import torch
 from features import documented, in_several
+from filelock import FileLock
 
 import stiefel
 
 if not (torch.distributed.is_available() and torch.distributed.is_gloo_available()):
     pytest.skip("this torch has no gloo", allow_module_level=True)
-
-pytestmark = pytest.mark.xdist_group("processes")  # one worker, so that the two processes run once
 
 SCRIPT = Path(__file__).parents[1] / "support" / "processes.py"
 METHODS = [m for m in stiefel.available() if not m.startswith("test_")]
@@ -52,21 +52,33 @@ PAIR = (
 )
 
 
+# What one worker of this test run has found serves the others: two runs at once would take twice as long.
+RUN = os.environ.get("PYTEST_XDIST_TESTRUNUID", str(os.getpid()))
+
+
 @cache
 def run(features: tuple[str, ...], size: int, methods: tuple[str, ...]) -> dict[str, dict[str, dict[str, Any]]]:
     """What so many processes found, by feature and method."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1", "PYTHONPATH": str(SCRIPT.parent)}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={size}", str(SCRIPT)]
-    with tempfile.TemporaryDirectory() as folder:
-        done = subprocess.run(
-            [*command, ",".join(features), folder, *methods],
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=900,
-        )
-        assert done.returncode == 0, done.stderr[:6000]  # torchrun's own account of it comes last
-        return {f: json.loads((Path(folder) / f"{f}.json").read_text(encoding="utf-8")) for f in features}
+    name = hashlib.sha256(repr((features, size, methods)).encode()).hexdigest()[:16]
+    folder = Path(tempfile.gettempdir()) / f"processes-{RUN}" / name
+    folder.mkdir(parents=True, exist_ok=True)
+    ended = folder / "ended.txt"
+    with FileLock(folder / "lock"):
+        if not ended.exists():
+            done = subprocess.run(
+                [*command, ",".join(features), str(folder), *methods],
+                env=environment,
+                capture_output=True,
+                text=True,
+                timeout=900,
+            )
+            # torchrun's own account of a failure comes last
+            ended.write_text("" if done.returncode == 0 else f"{done.returncode}: {done.stderr[:6000]}")
+    failure = ended.read_text()
+    assert not failure, failure
+    return {f: json.loads((folder / f"{f}.json").read_text(encoding="utf-8")) for f in features}
 
 
 def found(feature: str, size: int = 2, methods: list[str] = METHODS) -> dict[str, dict[str, Any]]:

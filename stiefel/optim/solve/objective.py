@@ -76,7 +76,7 @@ class Objective:
             ObjectiveError: it is not.
             DivergenceError: it is NaN or infinite.
         """
-        point = self._evaluated(where)
+        point = self.evaluate(where)
         if not math.isfinite(point.loss) or not math.isfinite(point.gradient_norm):
             raise DivergenceError(
                 f"the loss is {point.loss} and its gradient's norm {point.gradient_norm} at the start: there is "
@@ -93,18 +93,15 @@ class Objective:
             )
         return point
 
-    def once(self, where: Vector) -> Point:
-        """The loss and its gradient there, whatever they are."""
-        return self._evaluated(where)
-
     def at(self, where: Vector) -> Point | None:
         """The loss at a trial point; None where it is NaN or infinite, or where evaluations have run out."""
         if self.left <= self.evaluations:
             return None
-        point = self._evaluated(where)
+        point = self.evaluate(where)
         return point if math.isfinite(point.loss) and math.isfinite(point.gradient_norm) else None
 
-    def _evaluated(self, where: Vector) -> Point:
+    def evaluate(self, where: Vector) -> Point:
+        """The loss and its gradient there, whatever they are."""
         self.place(where)
         self.evaluations += 1
         with torch.enable_grad():

@@ -156,6 +156,30 @@ def test_single_precision_says_that_rounding_has_ended_it():
     assert found.evaluations < 500
 
 
+@pytest.mark.parametrize("call", ["norm", "refused"])
+def test_proxies_of_any_length_stay_where_no_step_is_taken(call):
+    net, loss, _ = pca("own")
+    proxy = net.parametrizations.W.original
+    with torch.no_grad():
+        proxy.mul_(3)
+    before = proxy.detach().clone()
+    if call == "norm":
+        stiefel.gradient_norm(net, loss)
+    else:
+        with pytest.raises(stiefel.ObjectiveError):
+            stiefel.minimize(net, lambda: (net["W"] * torch.randn(5, 30)).sum())
+    assert torch.equal(proxy, before)
+
+
+def test_a_gain_that_is_frozen_stays():
+    linear = nn.Linear(6, 4, bias=False, dtype=DOUBLE)
+    net = stiefel.constrain(linear, "own", scale="learnable", center=False)
+    gain = net.parametrizations.weight[0].gain.requires_grad_(False)
+    found = stiefel.minimize(net, lambda: (net.weight - gaussian(4, 6, seed=1)).square().sum())
+    assert found.converged, found
+    assert torch.equal(gain, torch.ones(4, dtype=DOUBLE))
+
+
 def test_a_start_at_the_optimum_ends_at_once_and_moves_nothing():
     net, loss, _ = pca("retraction")
     stiefel.minimize(net, loss, tol=1e-9)
@@ -280,7 +304,9 @@ def test_the_gradients_norm_is_that_of_the_weight_on_its_set(method):
     ((w * a).sum().sin() + (w**4).sum()).backward()
     x, g = w.detach() / 1.5, w.grad
     expected = torch.linalg.norm(g - (g @ x.mT + x @ g.mT) / 2 @ x)
+    before = [p.detach().clone() for p in net.parameters()]
     found = stiefel.gradient_norm(net, lambda: (net.weight * a).sum().sin() + (net.weight**4).sum())
+    assert all(torch.equal(p, q) for p, q in zip(net.parameters(), before, strict=True))  # proxies too
     tolerance = 1e-12 if stiefel.get(method).feasible else 1e-5
     assert found == pytest.approx(float(expected), rel=tolerance)
     assert all(p.grad is None for p in net.parameters())

@@ -18,6 +18,7 @@ from torch import Tensor
 from stiefel.constraint import Binding
 from stiefel.linalg import full_precision
 from stiefel.manifold.geometry import tangent_gradient_
+from stiefel.optim.buckets import dense
 from stiefel.optim.moves import Gradients
 from stiefel.optim.ownership import Mark, marks, ownership, state_of
 
@@ -68,5 +69,5 @@ def _tangent(p: Tensor, binding: Binding) -> Tensor:
     layout, gradient = binding.layout, p.grad
     assert gradient is not None
     with full_precision(p.device):
-        g = layout.matrices(gradient.to_dense() if gradient.is_sparse else gradient)
+        g = layout.matrices(dense(gradient))
         return layout.tensor(tangent_gradient_(layout.points(p), g.resolve_conj().clone()))

@@ -139,8 +139,8 @@ def _refuse(w: ConstrainedWeight) -> None:
 
 
 def _set_of(group: list[Held]) -> Stiefel:
-    binding = group[0].weight.binding
-    return Stiefel(binding.layout.scale, lambda u: binding.constraint.within(u, binding.layout))
+    method, layout = group[0].weight.binding.constraint, group[0].weight.binding.layout
+    return Stiefel(layout.scale, lambda u: method.within(u, layout), method.subspace)
 
 
 def _layouts(group: list[Held]) -> list[Layout]:
@@ -151,7 +151,7 @@ def _stacked_together(h: Held) -> Hashable:
     method, layout = h.weight.binding.constraint, h.weight.binding.layout
     # A set of centred rows is another one, and depends on how the rows are read.
     space = None if type(method).within is Constraint.within else (method, layout.columns)
-    return layout.matrix_shape[1:], layout.scale, space, h.leaf.dtype, h.leaf.device
+    return layout.matrix_shape[1:], layout.scale, space, method.subspace, h.leaf.dtype, h.leaf.device
 
 
 def _resolved(gradient: Tensor) -> Tensor:

@@ -60,11 +60,14 @@ class Constraint(ABC):
         group_size: orthonormal rows within groups of that many outputs, instead of over all outputs.
         determinant: 1 or −1, the sign that a square real weight's determinant starts with and keeps (rotations); by
             default it is that of the weight as it was.
+        subspace: only the span of the rows matters to the loss: the optimizer sees the gradient's part that turns it,
+            G(I − XᵀX), and its steps' (the Grassmann manifold).
     """
 
     scale: float | str = 1.0
     group_size: int | None = None
     determinant: int | None = None
+    subspace: bool = False
 
     name: ClassVar[str]
     summary: ClassVar[str]
@@ -113,11 +116,14 @@ class Constraint(ABC):
 
         if self.determinant not in (None, 1, -1) or isinstance(self.determinant, (bool, float)):
             raise OptionError(f"determinant={self.determinant!r}: expected 1, -1 or None")
-        if self.determinant is not None and self.claim is None:
-            raise OptionError(
-                f"{self.name!r} does not keep a determinant's sign, since it keeps the weight on no set; leave "
-                "determinant out, or use a method that does, such as 'own' or 'retraction'"
-            )
+        if not isinstance(self.subspace, bool):
+            raise OptionError(f"subspace={self.subspace!r}: expected True or False")
+        for option, lost in (("determinant", "a determinant's sign"), ("subspace", "rows that span a subspace")):
+            if getattr(self, option) and self.claim is None:
+                raise OptionError(
+                    f"{self.name!r} does not keep {lost}, since it keeps the weight on no set; leave {option} out, or "
+                    "use a method that does, such as 'own' or 'retraction'"
+                )
 
     def require_count(self, option: str) -> None:
         """Raise :class:`OptionError` where an option's value is not a whole number of at least 1."""
@@ -179,6 +185,8 @@ class Constraint(ABC):
         _, p, n = layout.matrix_shape
         if self.determinant is not None and p != n:
             raise LayoutError(f"determinant={self.determinant} needs square matrices, and this weight has {layout}")
+        if self.subspace and p == n:
+            raise LayoutError(f"subspace=True needs p < n, and this weight has {layout}: its rows span the whole space")
 
     def nearest(self, points: Float[Tensor, "b p n"], layout: Layout) -> Float[Tensor, "b p n"]:
         """The point of this method's set nearest to ``points``, where training starts: the polar factor."""

@@ -26,6 +26,7 @@ from stiefel.linalg.products import (
     unit_sized,
 )
 from stiefel.linalg.qr import qf
+from stiefel.linalg.span import project_horizontal, with_horizontal_gradient
 from stiefel.linalg.spectral_map import spectral_map
 from stiefel.linalg.svd import nearest_in_step, nearest_orthonormal, nearest_where
 from stiefel.linalg.tracing import is_traced, readable
@@ -59,6 +60,7 @@ __all__ = [
     "newton_schulz",
     "one_by_one",
     "polar",
+    "project_horizontal",
     "qf",
     "readable",
     "require_exact",
@@ -70,4 +72,5 @@ __all__ = [
     "unit_sized",
     "whitened",
     "with_determinant",
+    "with_horizontal_gradient",
 ]

@@ -35,15 +35,19 @@ def project_tangent(x: Float[Tensor, "*batch p n"], u: Float[Tensor, "*batch p n
     return add_product(u, sym(u @ x.mH), x, alpha=-1)
 
 
-def tangent_gradient_(x: Float[Tensor, "b p n"], g: Float[Tensor, "b p n"]) -> Float[Tensor, "b p n"]:
+def tangent_gradient_(
+    x: Float[Tensor, "b p n"], g: Float[Tensor, "b p n"], *, horizontal: bool = False
+) -> Float[Tensor, "b p n"]:
     """The tangent part of a gradient, ``P_X(G)``, in G's own memory; 0 where it is no more than G's rounding.
 
     At a stationary point P_X(G) is rounding alone: about 20 epsilons of ‖G‖ at 512×4608 in double, and less elsewhere.
-    An optimizer that divides a gradient by its own size would turn it into steps of full length.
+    An optimizer that divides a gradient by its own size would turn it into steps of full length. With ``horizontal``
+    the part that turns the rows within their span is taken off too.
     """
     # First, because the next line overwrites G.
     rounding = NOISE * torch.finfo(g.dtype).eps * frobenius(g)
-    return _zero_where(rounding, g.baddbmm_(sym(g @ x.mH), x, alpha=-1))
+    inside = g @ x.mH
+    return _zero_where(rounding, g.baddbmm_(inside if horizontal else sym(inside), x, alpha=-1))
 
 
 def without_rounding(

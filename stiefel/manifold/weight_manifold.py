@@ -15,7 +15,7 @@ from torch import Tensor
 
 from stiefel.compat.geoopt import geoopt
 from stiefel.layout import Layout
-from stiefel.linalg import full_precision, gram_residual, nearest_orthonormal
+from stiefel.linalg import full_precision, gram_residual, nearest_orthonormal, project_horizontal
 from stiefel.manifold import geometry, retractions
 
 _EXP = {"euclidean": retractions.exp_euclidean, "canonical": retractions.exp_canonical}
@@ -32,6 +32,7 @@ class StiefelWeight(geoopt.Stiefel):
         layout: how the weight is read.
         metric: ``"euclidean"`` or ``"canonical"``.
         retraction: a function of the point and a tangent, on ``(b, p, n)``, such as :func:`retractions.retract_qr`.
+        subspace: whether only the rows' span matters: gradients and tangents are horizontal.
     """
 
     name = "StiefelWeight"
@@ -46,16 +47,23 @@ class StiefelWeight(geoopt.Stiefel):
         layout: Layout,
         metric: str = "euclidean",
         retraction: Callable[[Tensor, Tensor], Tensor] = retractions.retract_qr,
+        subspace: bool = False,
     ) -> None:
         super().__init__()
-        self.layout, self.metric, self.retraction = layout, metric, retraction
+        self.layout, self.metric, self.retraction, self.subspace = layout, metric, retraction, subspace
         self.ndim = len(layout.shape)  # what geoopt takes as one point: the whole weight
 
     # --- on points (b, p, n) ---
 
     def gradient(self, x: Tensor, g: Tensor) -> Tensor:
         """Riemannian gradient of the metric; 0 where it is no more than rounding, which Adam would normalize."""
-        return geometry.without_rounding(_GRADIENT[self.metric](x, g), g)
+        # Both metrics' gradients have the same horizontal part.
+        gradient = project_horizontal if self.subspace else _GRADIENT[self.metric]
+        return geometry.without_rounding(gradient(x, g), g)
+
+    def tangent(self, x: Tensor, u: Tensor) -> Tensor:
+        """The part of U along which points are moved from X."""
+        return (project_horizontal if self.subspace else geometry.project_tangent)(x, u)
 
     def retract(self, x: Tensor, u: Tensor) -> Tensor:
         """Move from X along the tangent U and stay on the manifold."""
@@ -84,7 +92,7 @@ class StiefelWeight(geoopt.Stiefel):
 
     def proju(self, x: Tensor, u: Tensor) -> Tensor:
         with full_precision(x.device):
-            return self.layout.tensor(geometry.project_tangent(self.layout.points(x), self.layout.matrices(u)))
+            return self.layout.tensor(self.tangent(self.layout.points(x), self.layout.matrices(u)))
 
     def projx(self, x: Tensor) -> Tensor:
         # Computed in double, which autocast and TF32 leave alone: no context is needed.

@@ -68,4 +68,4 @@ class Riemannian(ManifoldMethod):
             StiefelWeight,  # imports geoopt, which takes 0.5 s: only where it is needed
         )
 
-        return StiefelWeight(layout, self.metric, RETRACTIONS[self.retraction][self.metric])
+        return StiefelWeight(layout, self.metric, RETRACTIONS[self.retraction][self.metric], self.subspace)

@@ -99,7 +99,7 @@ class Batched:
             return id(p)  # an ordinary parameter moves alone
         # Adam's bias corrections are one number per bucket, so its members have taken equally many steps.
         steps = int(self.state[p].get("step", 0))
-        return m.metric, m.retraction, m.layout.matrix_shape[1:], m.layout.scale, p.dtype, p.device, steps
+        return m.metric, m.retraction, m.subspace, m.layout.matrix_shape[1:], m.layout.scale, p.dtype, p.device, steps
 
     def _is_shared(self, p: Tensor) -> bool:
         """Whether a weight is on the manifold and sharded; an ordinary parameter moves entry by entry, as it is."""

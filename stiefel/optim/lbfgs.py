@@ -70,4 +70,5 @@ def _tangent(p: Tensor, binding: Binding) -> Tensor:
     assert gradient is not None
     with full_precision(p.device):
         g = layout.matrices(dense(gradient))
-        return layout.tensor(tangent_gradient_(layout.points(p), g.resolve_conj().clone()))
+        horizontal = binding.constraint.subspace
+        return layout.tensor(tangent_gradient_(layout.points(p), g.resolve_conj().clone(), horizontal=horizontal))

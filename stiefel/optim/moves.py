@@ -18,7 +18,7 @@ from torch import Tensor
 from stiefel.compat.torch_private import copy_all_, zero_all_
 from stiefel.constraint import Binding, Penalty, StepMethod
 from stiefel.errors import DivergenceError
-from stiefel.linalg import full_precision, is_capturing, may_wait, with_determinant
+from stiefel.linalg import full_precision, is_capturing, may_wait, project_horizontal, with_determinant
 from stiefel.manifold.geometry import tangent_gradient_
 from stiefel.optim.buckets import dense, laid_out_as, stack, unstack
 from stiefel.optim.divergence import raise_later
@@ -71,7 +71,8 @@ class Batch:
             x = self.before / scale if scale != 1 else self.before
             # Copied, because the tangent part is computed in place and the user's gradients must stay.
             batch = stack(self.layouts, gradients, scaled=False, copy=True)
-            return unstack(self.layouts, tangent_gradient_(x, batch), scaled=False)
+            tangents = tangent_gradient_(x, batch, horizontal=self.bindings[0].constraint.subspace)
+            return unstack(self.layouts, tangents, scaled=False)
 
     def moved(self, ends: Sequence[Tensor]) -> list[Tensor]:
         """The weights after the method's step.
@@ -88,8 +89,11 @@ class Batch:
             before = self.before
             if scale != 1:
                 before, displacement = before / scale, displacement.div_(scale)
+            method = self.bindings[0].constraint
+            if method.subspace:
+                displacement = project_horizontal(before, displacement)
             x, self.shortened = _moved(self.bindings[0], before, displacement, self.lr)
-            sign = self.bindings[0].constraint.determinant
+            sign = method.determinant
             if sign is not None:  # a long step may have changed it
                 x = with_determinant(x, before + displacement, sign)
             x = self._finite(x, before)  # it may overflow, or a penalty be too strong

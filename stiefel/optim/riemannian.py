@@ -17,7 +17,6 @@ from stiefel.compat.geoopt import geoopt
 from stiefel.compat.torch_private import copy_all_
 from stiefel.errors import OptimizerError
 from stiefel.linalg import full_precision
-from stiefel.manifold.geometry import project_tangent
 from stiefel.optim.batched import Batched, manifold_of
 from stiefel.optim.buckets import stack, unstack
 
@@ -69,7 +68,7 @@ class _Point:
 
     def transport(self, momentum: Tensor) -> list[Tensor]:
         """Momentum at the point advanced to, as the weights' own tensors: projected onto its tangent space."""
-        return self.tensors(momentum if self.manifold is None else project_tangent(self.x, momentum))
+        return self.tensors(momentum if self.manifold is None else self.manifold.tangent(self.x, momentum))
 
 
 class StiefelSGD(Batched, geoopt.optim.RiemannianSGD):

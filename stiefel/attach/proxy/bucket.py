@@ -10,7 +10,7 @@ from torch import Tensor
 
 from stiefel.constraint import Binding, Reparameterization
 from stiefel.errors import DivergenceError
-from stiefel.linalg import full_precision, require_exact, with_determinant
+from stiefel.linalg import full_precision, require_exact, with_determinant, with_horizontal_gradient
 from stiefel.optim.buckets import stack, unstack
 
 
@@ -80,7 +80,9 @@ class Bucket:
                     f"no weight can be computed from the proxy of {labels}: {error} Its entries are NaN, infinite or "
                     "too large; lower the learning rate"
                 ) from error
-            return x if method.determinant is None else with_determinant(x, stacked[0], method.determinant)
+            if method.determinant is not None:
+                return with_determinant(x, stacked[0], method.determinant)
+            return with_horizontal_gradient(x) if method.subspace else x
 
     def weights(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """Stack the tensors and compute the batch; returns the weights in their own shapes."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from stiefel.linalg import full_precision, in_double
+from stiefel.linalg import full_precision, in_double, project_horizontal
 from stiefel.manifold.geometry import project_tangent
 from stiefel.manifold.retractions import retract_polar
 
@@ -26,15 +26,18 @@ class Stiefel:
     Args:
         scale: s.
         within: the part of a vector in that space.
+        subspace: whether only the rows' span matters, so that directions within it are left out.
     """
 
     scale: float
     within: Callable[[Tensor], Tensor]
+    subspace: bool = False
 
     def project(self, w: Tensor, u: Tensor) -> Tensor:
         """The tangent part of a vector at W."""
+        project = project_horizontal if self.subspace else project_tangent
         with full_precision(w.device):
-            return project_tangent(w / self.scale, self.within(u))
+            return project(w / self.scale, self.within(u))
 
     def retract(self, w: Tensor, u: Tensor) -> Tensor:
         """The point of the set nearest to W + U."""

@@ -5,8 +5,8 @@ The only package that knows the insides of torch.nn. Imports ``methods``, ``opti
 """
 
 from stiefel.attach.constrain import constrain, project, refresh, release
-from stiefel.attach.function import orthogonalize
 from stiefel.attach.minimize import gradient_norm, minimize
+from stiefel.attach.proxy.function import orthogonalize
 from stiefel.attach.train import optimizer, penalty
 from stiefel.attach.weights import ConstrainedWeight, constrained_weights
 from stiefel.constraint.binding import Binding

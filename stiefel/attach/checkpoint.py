@@ -31,6 +31,8 @@ KEY = "stiefel"
 """Where a module's metadata has what is known of its weights: a dictionary by tensor."""
 VERSION = 1
 """Of the meaning of these entries and of proxies."""
+MATRICES = ".0.matrices."
+"""In the names of the parts of an assembled weight."""
 PLAIN = "save_pretrained"
 """Functions of this name write files that plain models read: they get the weights themselves."""
 
@@ -100,6 +102,12 @@ def _to_convert(
 ) -> Callable[[], Tensor] | None:
     """The weight that a checkpoint has in another form; None where it can be loaded as it is, or is not there."""
     plain, proxied = prefix + found.tensor, _keys_of_proxy(state, prefix, found.tensor)
+    if any(key.startswith(f"{prefix}parametrizations.{found.tensor}{MATRICES}") for key in proxied):
+        raise WeightError(
+            f"weight '{found.binding.label}' was saved as the matrices that it consisted of (blocks= or inner=); load "
+            "it into a model that is constrained with these, and save that after stiefel.release(model), which makes "
+            "it whole"
+        )
     original = f"{prefix}parametrizations.{found.tensor}.original"
     if found.parametrization is None:
         if not proxied or plain in state:
@@ -121,7 +129,7 @@ def _to_convert(
         if found.parametrization is None:
             state[plain] = state.pop(original)
         return None
-    return lambda: _saved_weight(state, prefix, found, facts)
+    return lambda: saved_weight(state, prefix, found.tensor, found.binding.label, facts)
 
 
 def _refuse_unlike(found: ConstrainedWeight, converts: bool) -> None:
@@ -184,9 +192,13 @@ def _keys_of_proxy(state: dict[str, Any], prefix: str, tensor: str) -> list[str]
     return [key for key in state if key.startswith(f"{prefix}parametrizations.{tensor}.")]
 
 
-def _saved_weight(state: dict[str, Any], prefix: str, found: ConstrainedWeight, facts: dict[str, Any]) -> Tensor:
-    """The weight that the method that saved it would compute."""
-    label, start = found.binding.label, f"{prefix}parametrizations.{found.tensor}."
+def saved_weight(state: dict[str, Any], prefix: str, tensor: str, label: str, facts: dict[str, Any]) -> Tensor:
+    """The weight that the method that saved it would compute.
+
+    Raises:
+        WeightError: the checkpoint does not name the method, it is not there, or a part is missing.
+    """
+    start = f"{prefix}parametrizations.{tensor}."
     if "method" not in facts:
         raise WeightError(
             f"weight '{label}' was saved as the proxy of a reparameterization, and the checkpoint does not say of "

@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import replace
-from functools import partial
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
-from torch.nn.utils import parametrize
+from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
-from stiefel.attach.hooks import add_weight_hooks, remove_weight_hooks
-from stiefel.attach.intact import note_names, note_release, register_parameter
-from stiefel.attach.parallel import refuse_held
-from stiefel.attach.prefetch import prefetch_below, prefetch_list, stop_prefetch
+from stiefel.attach.assemble import check_blocks, planned_assembly, release_assembled
+from stiefel.attach.attaching import detach, planned
+from stiefel.attach.intact import note_names, note_release, stop_waiting, waiting_in
+from stiefel.attach.prefetch import forget_places, prefetch_below, stop_prefetch
 from stiefel.attach.proxy.parametrization import Reparametrized
-from stiefel.attach.select import LISTS, Target, layout_of, select
-from stiefel.attach.tagging import tag_weight, untag_weight
-from stiefel.attach.weights import ConstrainedWeight, add_quick_access, bind, bindings_of, constrained_weights, unbind
+from stiefel.attach.select import Target, select
+from stiefel.attach.weights import constrained_weights
 from stiefel.compat.sharding import is_sharded, write
-from stiefel.compat.torch_private import parameters_of
-from stiefel.constraint import ROUNDING, Binding, Constraint, Reparameterization
-from stiefel.errors import LayoutError, OptionError, SelectionError, WeightError
+from stiefel.compat.torch_private import has_hook, remove_hooks
+from stiefel.constraint import ROUNDING, Constraint, Reparameterization
+from stiefel.errors import OptionError, SelectionError, WeightError
 from stiefel.methods import get
 
 
@@ -33,6 +31,8 @@ def constrain(
     layers: str | Iterable[str] | Callable[[str, nn.Module], bool] | None = None,
     exclude: str | Iterable[str] = (),
     axes: str | None = None,
+    blocks: Sequence[int] | None = None,
+    inner: Tensor | None = None,
     **options: Any,
 ) -> nn.Module:
     """Constrain weights of a module, in place, to ``{W : W Wᵀ = scale² I}``.
@@ -41,17 +41,19 @@ def constrain(
 
     A weight of shape (out, in) gets orthonormal rows where out ≤ in and orthonormal columns otherwise; a convolution
     kernel is read as (out, in/groups · k…) per group, packed recurrent and attention weights per gate and per q, k, v.
-    Training starts at the nearest point of the set. If an error is raised, nothing has been changed.
+    Training starts at the nearest point of the set. If an error is raised, nothing has been changed. Lazy layers are
+    constrained when a forward pass gives them a shape.
 
     Args:
-        module: any module.
-        constraint: a name from :func:`stiefel.available`, or a :class:`Constraint`.
-        layers: what to constrain: names of layers (their ``weight``, or all layers below a container), of tensors
+        module, constraint: any module; a name from :func:`stiefel.available`, or a :class:`Constraint`.
+        layers: names of layers (their ``weight``, or all layers below a container), of tensors
             (``"rnn.weight_hh_l0"``), of lists of parameters, or a predicate ``(name, layer) -> bool`` over the Linear
-            and convolution layers. Default: all of these; all members of a ParameterList or ParameterDict.
+            and convolution layers. Default: all of these; all members of a list or dictionary of parameters.
         exclude: names of layers, containers or tensors to leave out.
         axes: how to read a tensor otherwise than its layer would, one letter per dimension: ``o`` outputs, ``i``
             inputs, ``b`` a batch of matrices; ``"ibo"`` for (model, heads, head).
+        blocks: the outputs of each of several matrices that make up the weight, as in ``[16, 16, 24]``.
+        inner: a positive definite B, for ``W B Wᵀ = scale² I`` (``WᵀBW`` where out > in).
         options: the method's options, where ``constraint`` is a name.
 
     Returns:
@@ -60,27 +62,72 @@ def constrain(
     Raises:
         UnknownMethodError, OptionError: no such method or option, a value out of range, or options beside an object.
         SelectionError: nothing selected, an unknown name, or a weight that is constrained already.
-        WeightError: a weight is not a finite tensor of at least two dimensions, in float32 or float64, or in complex64
-            or complex128 where the method holds unitary weights.
+        WeightError: a weight is not finite, has one dimension, or a precision or field that the method cannot hold.
         LayoutError: the set is empty at a weight's shape, for instance a group size that does not divide.
     """
-    if not isinstance(module, nn.Module):
-        raise SelectionError(_no_module(module))
-    method = _method(constraint, options)
-    # All checks run here, before the loop below makes the first change.
-    targets = select(module, layers, exclude)
-    plan = [_planned(target, method, axes) for target in targets]
-    for attach in plan:
+    wish = Wish(_method(constraint, options), axes, check_blocks(blocks), inner)
+    targets = select(_required(module), layers, exclude)
+    # All checks run in the list, before the loop makes the first change.
+    for attach in [wish.planned(target) for target in targets]:
         attach()
     note_names(module, (name for target in targets for name in target.names))
-    if isinstance(method, Reparameterization):
+    if isinstance(wish.method, Reparameterization):
         prefetch_below(module)
     return module
 
 
-def _no_module(given: object) -> str:
-    what = f"a tensor of shape {tuple(given.shape)}" if isinstance(given, torch.Tensor) else type(given).__name__
-    return (
+@dataclass(frozen=True)
+class Wish:
+    """What a weight is to be: held by a method, and read otherwise than its layer would."""
+
+    method: Constraint
+    axes: str | None
+    blocks: tuple[int, ...] | None
+    inner: Tensor | None
+
+    def planned(self, target: Target) -> Callable[[], None]:
+        """Check a target, and return the function that attaches the method, or lets a lazy layer wait."""
+        if is_lazy(target.parameter):
+            return _waiting(target, self)
+        if self.blocks is None and self.inner is None:
+            return planned(target, self.method, self.axes)
+        return planned_assembly(target, self.method, self.axes, self.blocks, self.inner)
+
+
+def _waiting(target: Target, wish: Wish) -> Callable[[], None]:
+    """A function that lets a lazy layer wait for its shape."""
+    if target.ties:
+        raise WeightError(
+            f"weight '{target.name}' has no shape yet (a lazy layer), and other layers share it; run one forward pass "
+            "before constraining it"
+        )
+
+    def wait() -> None:
+        waiting_in(target.owner)[target.tensor] = (target.name, wish)
+        if not has_hook(target.owner, _constrain_shaped):
+            target.owner.register_forward_pre_hook(_constrain_shaped)
+
+    return wait
+
+
+def _constrain_shaped(owner: nn.Module, args: Any) -> None:
+    """Constrain what has got its shape: a forward pre-hook, which runs after the one that gives it."""
+    waiting = waiting_in(owner)
+    for tensor, (name, wish) in list(waiting.items()):
+        target = Target(name, owner, tensor)
+        if not is_lazy(target.parameter):
+            wish.planned(target)()
+            del waiting[tensor]
+            forget_places()
+    if not waiting:
+        remove_hooks(owner, _constrain_shaped)
+
+
+def _required(given: object) -> nn.Module:
+    if isinstance(given, nn.Module):
+        return given
+    what = f"a tensor of shape {tuple(given.shape)}" if isinstance(given, Tensor) else type(given).__name__
+    raise SelectionError(
         f"constrain() takes a module, in which it can replace a weight, and got {what}; put a tensor into one:\n"
         '    w = nn.ParameterDict({"W": tensor})\n'
         '    stiefel.constrain(w, "own")      # from then on w["W"] is the orthogonal weight'
@@ -99,34 +146,18 @@ def _method(constraint: str | Constraint, options: dict[str, Any]) -> Constraint
     return constraint
 
 
-def _planned(target: Target, method: Constraint, axes: str | None) -> Callable[[], None]:
-    """Check a target, and return the function that attaches the method; all errors are raised before any change."""
-    layout = layout_of(target, method, axes)
-    try:
-        method.check(layout)
-    except LayoutError as error:
-        raise LayoutError(f"weight '{target.name}': {error}") from None
-    binding = Binding(method, layout, target.name)
-    if not isinstance(method, Reparameterization):
-        return partial(_attach_in_place, target, binding, binding.nearest(target.parameter))
-    refuse_held(target.name, target.parameter)
-    if any(getattr(place.owner, "sparse", False) is True for place in target.places):
-        raise WeightError(
-            f"weight '{target.name}' is of {type(target.owner).__name__}(sparse=True), whose gradients are sparse, and "
-            f"{method.name!r} computes it from a proxy that needs whole ones; make the layer with sparse=False, or use "
-            "a method on the step, such as 'retraction'"
-        )
-    parametrization = Reparametrized(binding, target.parameter)
-    with torch.no_grad():  # a trial, so that a method that fails here fails before any layer is changed
-        parametrization(parametrization.first)
-    return partial(_attach_forward, target, binding, parametrization)
-
-
 @torch.no_grad()
-def release(module: nn.Module) -> nn.Module:
+def release(module: nn.Module, *, whole: bool = True) -> nn.Module:
     """Take all constraints off a module, in place: ordinary layers and parameters with the current weights remain.
 
     For saving, export and inference. A module without constraints is returned as it is.
+
+    Args:
+        module: a model.
+        whole: put weights of ``blocks`` or ``inner`` together; otherwise their matrices remain, as parameters.
+
+    Returns:
+        ``module``.
 
     Raises:
         WeightError: a weight is computed from a proxy that is sharded.
@@ -142,20 +173,15 @@ def release(module: nn.Module) -> nn.Module:
     values = {id(found.parameter): (found.parameter, found.value.detach().clone()) for found in weights}
     # In reverse: each position was counted after the tensors attached before had left the list of parameters.
     for found in reversed(weights):
-        owner, tensor = found.owner, found.tensor
-        if isinstance(found.binding.constraint, Reparameterization):
-            _give_own_class(owner)
-            parametrize.remove_parametrizations(owner, tensor, leave_parametrized=True)
-            _restore_order(owner, tensor, found.binding.position)
-        untag_weight(found)
-        unbind(owner, tensor)
-        if not bindings_of(owner):
-            remove_weight_hooks(owner)
+        detach(found)
     for each in module.modules():  # each submodule on which constrain was called has hooks of its own
         stop_prefetch(each)
+        stop_waiting(each)
     note_release(module, [(found.owner, found.tensor) for found in weights])
     for parameter, value in values.values():
         write(parameter, value)  # with tied layers, releasing the first has changed what the others compute
+    if whole:
+        release_assembled(module)
     return module
 
 
@@ -203,50 +229,3 @@ def refresh(module: nn.Module) -> nn.Module:
         if isinstance(each, Reparametrized):
             each.cached = None
     return module
-
-
-@torch.no_grad()
-def _attach_forward(target: Target, binding: Binding, parametrization: Reparametrized) -> None:
-    owners = (target, *target.ties)
-    parameter, trained = target.parameter, target.parameter.requires_grad
-    for each in owners:  # tied layers share the parametrization, and with it a learnable scale
-        # Before torch takes the tensor from the module's own parameters.
-        position = list(parameters_of(each.owner)).index(each.tensor)
-        parametrize.register_parametrization(each.owner, each.tensor, parametrization)
-        # On the class that torch has made for this layer alone.
-        add_quick_access(each.owner, each.tensor, prefetch_list if isinstance(each.owner, LISTS) else None)
-        type(each.owner).register_parameter = register_parameter  # type: ignore[method-assign, assignment]
-        bind(each.owner, each.tensor, replace(binding, label=each.name, position=position))
-        add_weight_hooks(each.owner, binding.constraint)
-    parametrization.first = parametrization.cached = None  # from now on right_inverse starts from the assigned weight
-    parameter.requires_grad_(trained)  # torch keeps the Parameter object as the proxy
-    parametrization.requires_grad_(trained)
-    for each in owners:
-        tag_weight(ConstrainedWeight(each.name, each.owner, each.tensor, bindings_of(each.owner)[each.tensor]))
-
-
-@torch.no_grad()
-def _attach_in_place(target: Target, binding: Binding, start: torch.Tensor) -> None:
-    target.parameter.copy_(start)
-    for each in (target, *target.ties):
-        bind(each.owner, each.tensor, binding)
-        tag_weight(ConstrainedWeight(each.name, each.owner, each.tensor, binding))
-        add_weight_hooks(each.owner, binding.constraint)
-
-
-def _give_own_class(owner: nn.Module) -> None:
-    """Give a parametrized module a class of its own, apart from that of its deep copies.
-
-    torch keeps the tensor's property on a class that deep copies share, and removing a parametrization deletes it
-    there: releasing a copy would take the weight away from the original.
-    """
-    shared = type(owner)
-    owner.__class__ = type(shared.__name__, shared.__bases__, dict(shared.__dict__))
-
-
-def _restore_order(owner: nn.Module, tensor: str, position: int) -> None:
-    parameters = parameters_of(owner)
-    names = [name for name in parameters if name != tensor]
-    # Popped and inserted again, an entry is last: first the tensor, then those that come after it.
-    for name in [tensor, *names[position:]]:
-        parameters[name] = parameters.pop(name)

@@ -27,8 +27,13 @@ def add_weight_hooks(owner: nn.Module, method: Constraint) -> None:
         owner.register_load_state_dict_pre_hook(adapt)
     if not has_hook(owner, remember):
         owner.register_forward_pre_hook(remember)
-    recomputed = isinstance(owner, nn.RNNBase) and isinstance(method, Reparameterization)
-    if recomputed and not has_hook(owner, _drop_flat_weights):
+    if isinstance(method, Reparameterization):
+        add_recurrent_hooks(owner)
+
+
+def add_recurrent_hooks(owner: nn.Module) -> None:
+    """Give a recurrent module the hooks that it needs where its weights are computed."""
+    if isinstance(owner, nn.RNNBase) and not has_hook(owner, _drop_flat_weights):
         owner.register_forward_hook(_drop_flat_weights, always_call=True)
         on_conversion(type(owner), _drop_flat_weights)  # torch has given it a class of its own
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable
 from contextlib import suppress
+from typing import Any
 
 import torch
 from torch import nn
@@ -21,6 +22,7 @@ from stiefel.optim.ownership import ownership, quoted, state_of
 # Entries of a module's __dict__, which copies have too.
 _NAMES = "_stiefel_names"
 _RELEASED = "_stiefel_released"
+_WAITING = "_stiefel_waiting"
 
 
 def note_names(root: nn.Module, names: Iterable[str]) -> None:
@@ -50,6 +52,30 @@ def note_release(module: nn.Module, released: Iterable[tuple[nn.Module, str]]) -
             owner.__dict__.setdefault(_RELEASED, []).append(tensor)
 
 
+def waiting_in(owner: nn.Module) -> dict[str, tuple[str, Any]]:
+    """The tensors of a lazy layer that will be constrained when they have a shape: name and wish of each."""
+    return owner.__dict__.setdefault(_WAITING, {})
+
+
+def stop_waiting(owner: nn.Module) -> None:
+    """Let a lazy layer stay free."""
+    owner.__dict__.pop(_WAITING, None)
+
+
+def refuse_waiting(module: nn.Module) -> None:
+    """Refuse what needs all weights where some are not constrained yet, since they have no shape.
+
+    Raises:
+        WeightError: there are such.
+    """
+    names = [name for each in module.modules() for name, _ in each.__dict__.get(_WAITING, {}).values()]
+    if names:
+        raise WeightError(
+            f"weight {quoted(names)} will be constrained when it has a shape (a lazy layer); run one forward pass of "
+            "the model first"
+        )
+
+
 def warn_of_replaced(module: nn.Module) -> None:
     """Warn of layers that have been replaced since they were constrained: the new ones are free."""
     replaced = []
@@ -60,7 +86,12 @@ def warn_of_replaced(module: nn.Module) -> None:
                 owner = root.get_submodule(path)
             except AttributeError:
                 continue  # taken out of the model: nothing trains in its place
-            if tensor not in bindings_of(owner) and tensor not in owner.__dict__.get(_RELEASED, ()):
+            held = (
+                tensor in bindings_of(owner)
+                or tensor in owner.__dict__.get(_WAITING, ())
+                or parametrize.is_parametrized(owner, tensor)
+            )
+            if not held and tensor not in owner.__dict__.get(_RELEASED, ()):
                 replaced.append(f"{prefix}.{name}" if prefix else name)
     if replaced:
         warnings.warn(

@@ -50,6 +50,11 @@ def prefetch_list(owner: nn.Module) -> None:
         offer(_computed(owner))
 
 
+def forget_places() -> None:
+    """Look up anew, in all models, which weights there are: a layer has got some in a forward pass."""
+    _places.clear()
+
+
 def stop_prefetch(root: nn.Module) -> None:
     """Take the hooks off."""
     _places.pop(root, None)

@@ -7,7 +7,6 @@ from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
-from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from stiefel.attach.weights import bindings_of
@@ -95,11 +94,24 @@ def select(module: nn.Module, layers: Layers, exclude: str | Iterable[str]) -> l
 
 
 def layout_of(target: Target, constraint: Constraint, axes: str | None = None) -> Layout:
+    """How a method reads a tensor: :func:`reading_of` it, with the method's groups and scale.
+
+    Raises:
+        LayoutError: ``group_size`` does not fit.
+    """
+    layout = reading_of(target, constraint, axes)
+    try:
+        return replace(layout, group_size=constraint.group_size, scale=constraint.fixed_scale)
+    except LayoutError as error:
+        raise LayoutError(f"weight '{target.name}': {error}") from None
+
+
+def reading_of(target: Target, constraint: Constraint, axes: str | None = None) -> Layout:
     """How a tensor is read: by its axes, where they are given, and otherwise from the kind of module that owns it.
 
     Raises:
         WeightError: not a tensor of at least two dimensions with finite entries, in a precision that the method holds.
-        LayoutError: ``group_size`` does not fit.
+        LayoutError: ``axes`` do not fit, or tied layers read it in different ways.
     """
     _check_weight(target.name, target.parameter, constraint)
     try:
@@ -112,10 +124,7 @@ def layout_of(target: Target, constraint: Constraint, axes: str | None = None) -
                 f"weights '{target.name}' and '{tie.name}' are one tied parameter, but their layers read it "
                 f"as {layouts[0]} and as {layout}; exclude both"
             )
-    try:
-        return replace(layouts[0], group_size=constraint.group_size, scale=constraint.fixed_scale)
-    except LayoutError as error:
-        raise LayoutError(f"weight '{target.name}': {error}") from None
+    return layouts[0]
 
 
 def _read(target: Target) -> Layout:
@@ -249,11 +258,6 @@ def _merge_ties(modules: dict[str, nn.Module], targets: list[Target], left_out: 
 
 
 def _check_weight(name: str, parameter: torch.Tensor, constraint: Constraint) -> None:
-    # In this order: a lazy parameter has no shape to ask for, and one on the meta device no values.
-    if is_lazy(parameter):
-        raise WeightError(
-            f"weight '{name}' has no shape yet (a lazy layer); run one forward pass before constraining it"
-        )
     if parameter.is_meta:
         raise WeightError(f"weight '{name}' is on the meta device and has no values; materialize the model first")
     if hasattr(parameter, "device_mesh"):

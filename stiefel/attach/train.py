@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from stiefel.attach.intact import refuse_taken_over, warn_of_replaced
+from stiefel.attach.intact import refuse_taken_over, refuse_waiting, warn_of_replaced
 from stiefel.attach.parallel import share_work
 from stiefel.attach.tagging import recognize
 from stiefel.attach.weights import ConstrainedWeight, constrained_weights
@@ -52,6 +52,7 @@ def optimizer(
     """
     if not (isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer)):
         raise OptimizerError(f"cls must be an optimizer class such as torch.optim.SGD, got {cls!r}")
+    refuse_waiting(module)
     warn_of_replaced(module)
     found = list(constrained_weights(module))
     for owner in {id(weight.owner): weight.owner for weight in found}.values():

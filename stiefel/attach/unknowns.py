@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from stiefel.attach.intact import refuse_waiting
 from stiefel.attach.weights import ConstrainedWeight, constrained_weights
 from stiefel.compat.sharding import is_sharded
 from stiefel.constraint import Constraint
@@ -44,6 +45,7 @@ class Unknowns:
     """
 
     def __init__(self, module: nn.Module) -> None:
+        refuse_waiting(module)
         weights = [w for w in constrained_weights(module) if w.parameter.requires_grad]
         for w in weights:
             _refuse(w)

@@ -31,6 +31,13 @@ class ConstrainedWeight:
     owner: nn.Module
     tensor: str
     binding: Binding
+    place: str = ""
+    """The owner's name from there."""
+
+    @property
+    def path(self) -> str:
+        """The tensor's name among the parameters of the module searched, once it is released."""
+        return f"{self.place}.{self.tensor}" if self.place else self.tensor
 
     @property
     def value(self) -> Tensor:
@@ -120,6 +127,12 @@ class ConstrainedWeight:
         return bucket.held(bucket.stack(list(map(whole, parametrization.tensors(self.parameter)))))
 
 
+def _called(prefix: str, tensor: str, binding: Binding) -> str:
+    if binding.title:  # a part of a layer's weight, held by the parametrization that puts the weight together
+        prefix, tensor = prefix.rpartition("parametrizations.")[0].rstrip("."), binding.title
+    return f"{prefix}.{tensor}" if prefix else tensor
+
+
 def first_parametrization(
     owner: nn.Module | None, tensor: str, *, only: bool = False
 ) -> tuple[nn.Module | None, Tensor | None]:
@@ -194,7 +207,7 @@ def constrained_weights(module: nn.Module, *, ties: bool = False) -> Iterator[Co
     seen = set()
     for prefix, owner in module.named_modules():
         for tensor, binding in bindings_of(owner).items():
-            found = ConstrainedWeight(f"{prefix}.{tensor}" if prefix else tensor, owner, tensor, binding)
+            found = ConstrainedWeight(_called(prefix, tensor, binding), owner, tensor, binding, prefix)
             if ties or id(found.parameter) not in seen:
                 seen.add(id(found.parameter))
                 yield found

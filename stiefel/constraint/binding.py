@@ -39,6 +39,7 @@ class Binding:
         constraint: the method with its options.
         layout: how the tensor is read.
         label: the tensor's name when it was constrained, for messages.
+        title: what the weight is called, where its name below its layer says little.
         position: the tensor's place among its module's parameters. A reparameterization removes the tensor from there,
             and release puts it back, so that ``parameters()`` has the plain module's order again.
         tally: optimizer steps taken, and how many of them were shortened.
@@ -47,6 +48,7 @@ class Binding:
     constraint: Constraint
     layout: Layout
     label: str
+    title: str = ""
     position: int = 0
     tally: Tally = field(default_factory=Tally)
 

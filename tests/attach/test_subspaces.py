@@ -109,7 +109,7 @@ def test_minimize_finds_the_subspace(method, second_order):
 
 
 def test_second_order_needs_fewer_products_where_the_hessian_would_be_singular():
-    """Along rotations of the rows within their span the loss is constant; how often that costs is the problem's luck."""
+    """Along rotations of the rows within their span the loss is constant; what that costs is the problem's luck."""
     totals = {True: 0, False: 0}
     for seed in range(5):
         a, _ = leading(30, 6, gap=1e-3, seed=seed)

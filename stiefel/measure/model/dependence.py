@@ -128,7 +128,7 @@ class Point:
 
     @torch.no_grad()
     def __init__(self, weight: ConstrainedWeight) -> None:
-        self.name, self.layout = weight.name, weight.binding.layout
+        self.name, self.path, self.layout = weight.name, weight.path, weight.binding.layout
         self.scale = self.layout.scale
         points = in_double(weight.points())
         self.weight = weight.value.detach().clone()
@@ -168,8 +168,8 @@ class PlainCopy:
     def __init__(self, model: nn.Module, points: Sequence[Point], loss: Loss) -> None:
         self.points, self.loss = points, loss
         # Released, a weight is a plain parameter: its gradient is ∂L/∂W, not that of a proxy.
-        self.model = release(copy.deepcopy(model)).requires_grad_(False)
-        self.weights = [self.model.get_parameter(point.name).requires_grad_() for point in points]
+        self.model = release(copy.deepcopy(model), whole=False).requires_grad_(False)
+        self.weights = [self.model.get_parameter(point.path).requires_grad_() for point in points]
 
     def gradients(self) -> list[Tensor | None]:
         """∂L/∂W of each, None where the loss does not depend on it; from the current random state."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from stiefel.attach import constrained_weights
-from stiefel.attach.intact import warn_of_replaced
+from stiefel.attach.intact import refuse_waiting, warn_of_replaced
 from stiefel.errors import SelectionError
 from stiefel.linalg import in_double, one_by_one
 
@@ -103,7 +103,9 @@ def report(module: nn.Module) -> OrthogonalityReport:
 
     Raises:
         SelectionError: nothing in the module is constrained.
+        WeightError: a lazy layer that will be constrained has no shape yet.
     """
+    refuse_waiting(module)
     warn_of_replaced(module)
     rows = []
     for weight in constrained_weights(module):

@@ -1,0 +1,242 @@
+"""A weight put together from constrained matrices, each of which is a weight of its own.
+
+    blocks:  W = (X₁; X₂; …),  Xᵢ Xᵢᵀ = s² I        outputs in groups of unequal sizes
+    inner:   W = X L⁻¹,  B = L Lᵀ                    W B Wᵀ = X Xᵀ = s² I
+
+They are the members of a list of parameters, in torch's parametrization of the layer's weight, so that each method,
+optimizer and checkpoint has only matrices to deal with. Imports ``attaching``, ``select`` and below.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from itertools import accumulate, pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from stiefel.attach.attaching import give_class, planned, restore_order
+from stiefel.attach.checkpoint import KEY, PLAIN, saved_weight
+from stiefel.attach.hooks import add_recurrent_hooks
+from stiefel.attach.parallel import refuse_held
+from stiefel.attach.select import Target, reading_of
+from stiefel.attach.weights import ConstrainedWeight, bindings_of
+from stiefel.compat.sharding import write
+from stiefel.compat.torch_private import has_hook, is_called_by, parameters_of, remove_hooks
+from stiefel.constraint import Constraint
+from stiefel.errors import LayoutError, OptionError
+from stiefel.layout import Layout
+from stiefel.linalg import full_precision, is_traced
+
+
+class Assembled(nn.Module):
+    """torch's parametrization of a weight as a function of a list of matrices.
+
+    Args:
+        layout: how the whole weight is read.
+        sizes: the outputs of each matrix.
+        factor: L, lower triangular; None for the ordinary inner product.
+        weight: where to start.
+    """
+
+    factor: Tensor | None
+
+    def __init__(self, layout: Layout, sizes: Sequence[int], factor: Tensor | None, weight: nn.Parameter) -> None:
+        super().__init__()
+        self.layout, self.ends = layout, (0, *accumulate(sizes))
+        self.register_buffer("factor", factor)
+        parts = self.parts(weight.detach())
+        self.matrices = nn.ParameterList(nn.Parameter(x, requires_grad=weight.requires_grad) for x in parts)
+        self.registered, self.position = False, 0
+
+    def forward(self) -> Tensor:
+        """The weight."""
+        parts = list(self.matrices)
+        if self.factor is not None:
+            # A compiled graph leaves the precision of products, a setting of the process, as it is.
+            with nullcontext() if is_traced() else full_precision(self.factor.device):
+                parts = [_unwhitened(x, self.factor) for x in parts]
+        rows = torch.cat(parts, dim=-2).reshape(-1, self.layout.out, self.layout.fan_in)
+        return self.layout.tensor(rows.mT if self.layout.columns else rows)
+
+    @torch.no_grad()
+    def parts(self, weight: Tensor) -> list[Tensor]:
+        """The matrices of a weight: ``(outputs, inputs)``, of a weight with several blocks a batch of them."""
+        found = self.layout.matrices(weight)
+        rows = found.mT if self.layout.columns else found
+        rows = rows[0] if len(rows) == 1 else rows
+        parts = [rows[..., a:b, :].clone() for a, b in pairwise(self.ends)]
+        if self.factor is None:
+            return parts
+        with full_precision(weight.device):
+            return [_whitened(x, self.factor) for x in parts]
+
+    @torch.no_grad()
+    def right_inverse(self, weight: Tensor) -> tuple[()]:
+        """Start from an assigned weight: each matrix from the nearest of its set."""
+        if self.registered:
+            for found, part in zip(self.weights(), self.parts(weight), strict=True):
+                if found.parametrization is None:
+                    write(found.parameter, found.binding.nearest(part))
+                else:
+                    setattr(found.owner, found.tensor, part)
+        return ()
+
+    def weights(self) -> Iterator[ConstrainedWeight]:
+        """Its matrices as constrained weights."""
+        for tensor, binding in bindings_of(self.matrices).items():
+            yield ConstrainedWeight(binding.label, self.matrices, tensor, binding)
+
+
+def planned_assembly(
+    target: Target, method: Constraint, axes: str | None, blocks: Sequence[int] | None, inner: Tensor | None
+) -> Callable[[], None]:
+    """Check a target, and return the function that attaches the method; all errors are raised before any change."""
+    refuse_held(target.name, target.parameter)
+    layout = reading_of(target, method, axes)
+    sizes = _sizes(target.name, layout, blocks)
+    factor = None if inner is None else _factor(target, layout, sizes, inner)
+    assembled = Assembled(layout, sizes, factor, target.parameter)
+    tensor = target.tensor
+    plans = []
+    for i, (a, b) in enumerate(pairwise(assembled.ends)):
+        title = f"{tensor}[{a}:{b}]" if len(sizes) > 1 else tensor
+        label = f"{target.name.removesuffix(tensor)}{title}"
+        title = title if factor is None else f"{title} (inner)"
+        plans.append(planned(Target(label, assembled.matrices, str(i)), method, title=title))
+
+    def attach() -> None:
+        for plan in plans:
+            plan()
+        for each in target.places:
+            _register(each, assembled)
+        assembled.registered = True
+
+    return attach
+
+
+def _sizes(name: str, layout: Layout, blocks: Sequence[int] | None) -> tuple[int, ...]:
+    if blocks is None:
+        return (layout.out,)
+    if sum(blocks) != layout.out:
+        raise LayoutError(
+            f"weight '{name}': blocks={list(blocks)} add up to {sum(blocks)}, and it has {layout.out} outputs; give "
+            "the number of outputs of each block"
+        )
+    return tuple(blocks)
+
+
+def check_blocks(blocks: Any) -> tuple[int, ...] | None:
+    """Blocks as a tuple.
+
+    Raises:
+        OptionError: they are no positive whole numbers.
+    """
+    if blocks is None:
+        return None
+    alike = isinstance(blocks, (list, tuple)) and all(isinstance(b, int) and not isinstance(b, bool) for b in blocks)
+    if not alike or not blocks or min(blocks) < 1:
+        raise OptionError(f"blocks={blocks!r}: expected the outputs of each block, as in blocks=[16, 16, 24]")
+    return tuple(blocks)
+
+
+def _factor(target: Target, layout: Layout, sizes: Sequence[int], inner: Any) -> Tensor:
+    """L of B = L Lᵀ, in the weight's precision."""
+    name, weight = target.name, target.parameter
+    (longest,) = {max(size, layout.fan_in) for size in sizes} if len(sizes) == 1 else {layout.fan_in}
+    if any(size > longest for size in sizes):
+        raise LayoutError(
+            f"weight '{name}': of blocks={list(sizes)} some have more outputs than the {layout.fan_in} inputs, and "
+            "would need another inner product; use smaller blocks"
+        )
+    if not isinstance(inner, Tensor) or inner.shape != (longest, longest):
+        came = f"shape {tuple(inner.shape)}" if isinstance(inner, Tensor) else type(inner).__name__
+        side = "columns" if sizes[0] > layout.fan_in else "rows"
+        raise LayoutError(
+            f"weight '{name}' has {layout}, whose {side} need an inner product of shape {(longest, longest)}; inner "
+            f"has {came}"
+        )
+    wide = inner.detach().to(weight.device, torch.promote_types(weight.dtype, torch.float64))
+    factor, info = torch.linalg.cholesky_ex(wide)
+    error = torch.linalg.matrix_norm(wide - wide.mH)
+    if info.item() or not error <= 1e-5 * torch.linalg.matrix_norm(wide):
+        raise OptionError("inner: expected a positive definite matrix, equal to its (conjugate) transpose")
+    return factor.to(weight.dtype)
+
+
+def _whitened(x: Tensor, factor: Tensor) -> Tensor:
+    """``X L`` of rows, ``Lᴴ X`` of columns."""
+    return x @ factor if x.shape[-2] <= x.shape[-1] else factor.mH @ x
+
+
+def _unwhitened(x: Tensor, factor: Tensor) -> Tensor:
+    if x.shape[-2] <= x.shape[-1]:
+        return torch.linalg.solve_triangular(factor, x, upper=False, left=False)
+    return torch.linalg.solve_triangular(factor.mH, x, upper=True)
+
+
+def _register(target: Target, assembled: Assembled) -> None:
+    owner, tensor = target.owner, target.tensor
+    assembled.position = list(parameters_of(owner)).index(tensor)
+    parametrize.register_parametrization(owner, tensor, assembled)
+    add_recurrent_hooks(owner)
+    if not has_hook(owner, _split):
+        owner.register_load_state_dict_pre_hook(_split)
+        owner.register_state_dict_post_hook(_join)
+
+
+def assembled_of(owner: nn.Module) -> dict[str, Assembled]:
+    """The assembled tensors of a module, by name."""
+    lists: Any = getattr(owner, "parametrizations", None) or {}
+    return {tensor: found[0] for tensor, found in lists.items() if isinstance(found[0], Assembled)}
+
+
+def _split(owner: nn.Module, state: dict[str, Any], prefix: str, metadata: dict[str, Any], *args: Any) -> None:
+    """Split a whole weight of a state dict, a load-state-dict pre-hook: the matrices' own hooks do the rest."""
+    for tensor, assembled in assembled_of(owner).items():
+        below = f"{prefix}parametrizations.{tensor}.0."
+        if f"{prefix}parametrizations.{tensor}.original" in state:  # of a weight that was one matrix
+            facts = metadata.get(KEY, {}).get(tensor, {})
+            state[prefix + tensor] = saved_weight(state, prefix, tensor, prefix + tensor, facts)
+            for key in [k for k in state if k.startswith(f"{prefix}parametrizations.{tensor}.")]:
+                del state[key]
+        weight = state.get(prefix + tensor)
+        if weight is None or weight.shape != assembled.layout.shape:
+            continue
+        del state[prefix + tensor]
+        factor = assembled.factor
+        state.update({} if factor is None else {f"{below}factor": factor})
+        parts = assembled.parts(weight if factor is None else weight.to(factor))
+        state.update({f"{below}matrices.{i}": part for i, part in enumerate(parts)})
+
+
+def _join(owner: nn.Module, state: dict[str, Any], prefix: str, metadata: dict[str, Any]) -> None:
+    """Join what plain models are to read: a state-dict hook."""
+    if not is_called_by(PLAIN):
+        return
+    for tensor in assembled_of(owner):
+        for key in [k for k in state if k.startswith(f"{prefix}parametrizations.{tensor}.")]:
+            del state[key]
+        with torch.no_grad():
+            state[prefix + tensor] = getattr(owner, tensor).detach()
+
+
+@torch.no_grad()
+def release_assembled(module: nn.Module) -> None:
+    """Put ordinary parameters in place of assembled weights, whose matrices have been released."""
+    made: dict[Assembled, nn.Parameter] = {}  # a tied one is one parameter again
+    for owner in module.modules():
+        for tensor, assembled in reversed(assembled_of(owner).items()):  # as in release()
+            trained = any(p.requires_grad for p in assembled.matrices)
+            if assembled not in made:
+                made[assembled] = nn.Parameter(getattr(owner, tensor).clone(), requires_grad=trained)
+            give_class(owner)
+            parametrize.remove_parametrizations(owner, tensor, leave_parametrized=True)
+            delattr(owner, tensor)
+            owner.register_parameter(tensor, made[assembled])
+            restore_order(owner, tensor, assembled.position)
+        if has_hook(owner, _split) and not assembled_of(owner):
+            remove_hooks(owner, _split, _join)

@@ -1,0 +1,114 @@
+"""A method put on a tensor, and taken off it. Imports ``select``, ``weights``, ``tagging``, ``hooks``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+
+import torch
+from torch import nn
+from torch.nn.utils import parametrize
+
+from stiefel.attach.hooks import add_weight_hooks, remove_weight_hooks
+from stiefel.attach.intact import register_parameter
+from stiefel.attach.parallel import refuse_held
+from stiefel.attach.prefetch import prefetch_list
+from stiefel.attach.proxy.parametrization import Reparametrized
+from stiefel.attach.select import LISTS, Target, layout_of
+from stiefel.attach.tagging import tag_weight, untag_weight
+from stiefel.attach.weights import ConstrainedWeight, add_quick_access, bind, bindings_of, unbind
+from stiefel.compat.torch_private import parameters_of
+from stiefel.constraint import Binding, Constraint, Reparameterization
+from stiefel.errors import LayoutError, WeightError
+
+
+def planned(target: Target, method: Constraint, axes: str | None = None, title: str = "") -> Callable[[], None]:
+    """Check a target, and return the function that attaches the method; all errors are raised before any change.
+
+    Args:
+        target: what to constrain.
+        method: by what.
+        axes: how to read it otherwise than its layer would.
+        title: what to call it in place of its own name below the layer.
+    """
+    layout = layout_of(target, method, axes)
+    try:
+        method.check(layout)
+    except LayoutError as error:
+        raise LayoutError(f"weight '{target.name}': {error}") from None
+    binding = Binding(method, layout, target.name, title=title)
+    if not isinstance(method, Reparameterization):
+        return partial(_attach_in_place, target, binding, binding.nearest(target.parameter))
+    refuse_held(target.name, target.parameter)
+    if any(getattr(place.owner, "sparse", False) is True for place in target.places):
+        raise WeightError(
+            f"weight '{target.name}' is of {type(target.owner).__name__}(sparse=True), whose gradients are sparse, and "
+            f"{method.name!r} computes it from a proxy that needs whole ones; make the layer with sparse=False, or use "
+            "a method on the step, such as 'retraction'"
+        )
+    parametrization = Reparametrized(binding, target.parameter)
+    with torch.no_grad():  # a trial, so that a method that fails here fails before any layer is changed
+        parametrization(parametrization.first)
+    return partial(_attach_forward, target, binding, parametrization)
+
+
+@torch.no_grad()
+def _attach_forward(target: Target, binding: Binding, parametrization: Reparametrized) -> None:
+    owners = (target, *target.ties)
+    parameter, trained = target.parameter, target.parameter.requires_grad
+    for each in owners:  # tied layers share the parametrization, and with it a learnable scale
+        # Before torch takes the tensor from the module's own parameters.
+        position = list(parameters_of(each.owner)).index(each.tensor)
+        parametrize.register_parametrization(each.owner, each.tensor, parametrization)
+        # On the class that torch has made for this layer alone.
+        add_quick_access(each.owner, each.tensor, prefetch_list if isinstance(each.owner, LISTS) else None)
+        type(each.owner).register_parameter = register_parameter  # type: ignore[method-assign, assignment]
+        bind(each.owner, each.tensor, replace(binding, label=each.name, position=position))
+        add_weight_hooks(each.owner, binding.constraint)
+    parametrization.first = parametrization.cached = None  # from now on right_inverse starts from the assigned weight
+    parameter.requires_grad_(trained)  # torch keeps the Parameter object as the proxy
+    parametrization.requires_grad_(trained)
+    for each in owners:
+        tag_weight(ConstrainedWeight(each.name, each.owner, each.tensor, bindings_of(each.owner)[each.tensor]))
+
+
+@torch.no_grad()
+def _attach_in_place(target: Target, binding: Binding, start: torch.Tensor) -> None:
+    target.parameter.copy_(start)
+    for each in (target, *target.ties):
+        bind(each.owner, each.tensor, binding)
+        tag_weight(ConstrainedWeight(each.name, each.owner, each.tensor, binding))
+        add_weight_hooks(each.owner, binding.constraint)
+
+
+def detach(found: ConstrainedWeight) -> None:
+    """Take the method off a weight: an ordinary parameter with some value remains."""
+    owner, tensor = found.owner, found.tensor
+    if isinstance(found.binding.constraint, Reparameterization):
+        give_class(owner)
+        parametrize.remove_parametrizations(owner, tensor, leave_parametrized=True)
+        restore_order(owner, tensor, found.binding.position)
+    untag_weight(found)
+    unbind(owner, tensor)
+    if not bindings_of(owner):
+        remove_weight_hooks(owner)
+
+
+def give_class(owner: nn.Module) -> None:
+    """Give a parametrized module a class of its own, apart from that of its deep copies.
+
+    torch keeps the tensor's property on a class that deep copies share, and removing a parametrization deletes it
+    there: releasing a copy would take the weight away from the original.
+    """
+    shared = type(owner)
+    owner.__class__ = type(shared.__name__, shared.__bases__, dict(shared.__dict__))
+
+
+def restore_order(owner: nn.Module, tensor: str, position: int) -> None:
+    """Put a tensor back to where it was among its module's parameters."""
+    parameters = parameters_of(owner)
+    names = [name for name in parameters if name != tensor]
+    # Popped and inserted again, an entry is last: first the tensor, then those that come after it.
+    for name in [tensor, *names[position:]]:
+        parameters[name] = parameters.pop(name)

@@ -280,8 +280,9 @@ def test_empty_weights(method: str) -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_lazy_layers(method: str) -> None:
-    model = nn.Sequential(nn.Linear(3, 3), nn.LazyLinear(4))
+def test_lazy_layers_that_share_a_weight(method: str) -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.LazyLinear(4), nn.LazyLinear(4))
+    model[2].weight = model[1].weight
     assert_refused(model, stiefel.WeightError, ["'1.weight'", "lazy", "forward pass"], method)
 
 

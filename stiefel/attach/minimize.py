@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from stiefel.attach.constrain import project
 from stiefel.attach.unknowns import Unknowns
 from stiefel.constraint import is_count
-from stiefel.errors import OptionError
+from stiefel.errors import ObjectiveError, OptionError
+from stiefel.optim.solve.blocks import add, norm
 from stiefel.optim.solve.minimum import Minimum
-from stiefel.optim.solve.objective import Objective, Point
+from stiefel.optim.solve.objective import Objective, Point, number
 from stiefel.optim.solve.quasi_newton import quasi_newton
 from stiefel.optim.solve.trust_region import trust_region
 
@@ -93,23 +95,37 @@ def _check(tol: float, max_evaluations: int, history: int) -> None:
             raise OptionError(f"{name}={value!r}: expected a positive whole number")
 
 
-def gradient_norm(module: nn.Module, loss: Callable[[], Tensor]) -> float:
+def gradient_norm(module: nn.Module, loss: Callable[[], Tensor | Iterable[Tensor]]) -> float:
     """``‖P_X(∂L/∂W)‖_F`` over all parameters of a module that require a gradient: 0 at a stationary point.
 
     Of a constrained weight it is the tangent part of the weight's own gradient, whatever method holds it, and not that
-    of its proxy. No ``.grad`` is changed.
+    of its proxy; of a weight that a method keeps on no set, all of the gradient. No ``.grad`` is changed.
 
     Args:
         module: the model.
-        loss: a function without arguments that returns one real number.
+        loss: a function without arguments that returns one real number, or yields several, of which the mean counts,
+            as the losses of all batches; of these one graph is kept at a time.
 
     Raises:
         ObjectiveError: ``loss`` returns no real number, or depends on no parameter.
     """
-    unknowns = Unknowns(module)
-    objective = Objective(loss, unknowns.sets, lambda point: None, unknowns.gradients, 1)
+    unknowns = Unknowns(module, strict=False)
+    total, count = None, 0
     with unknowns.in_place():
-        return objective.evaluate(unknowns.read()).gradient_norm
+        where, found = unknowns.read(), _recorded(loss)
+        for value in [found] if isinstance(found, Tensor) or not isinstance(found, Iterable) else found:
+            with torch.enable_grad():
+                gradient = unknowns.gradients(number(value))
+            total, count = gradient if total is None else add(total, gradient), count + 1
+        if total is None:
+            raise ObjectiveError("the loss function yielded no number")
+        with torch.no_grad():
+            return norm(unknowns.sets.project(where, total)) / count
+
+
+@torch.enable_grad()
+def _recorded(loss: Callable[[], Any]) -> Any:
+    return loss()
 
 
 class _Watch:

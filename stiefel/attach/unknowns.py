@@ -37,16 +37,18 @@ class Unknowns:
 
     Args:
         module: with or without constraints.
+        strict: refuse weights that a method keeps on no set; otherwise what is trained of them is free.
 
     Raises:
-        OptionError: a weight's method holds it on no set.
+        OptionError: a weight's method keeps it on no set.
         WeightError: a parameter is sharded.
         ObjectiveError: nothing requires a gradient.
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, *, strict: bool = True) -> None:
         refuse_waiting(module)
         weights = [w for w in constrained_weights(module) if w.parameter.requires_grad]
+        weights = weights if strict else [w for w in weights if w.binding.constraint.claim is not None]
         for w in weights:
             _refuse(w)
         self.held = [_held(w) for w in weights]

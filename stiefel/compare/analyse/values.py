@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from statistics import median
 from typing import Any
 
 from stiefel.compare.analyse.costs import CostRow
@@ -66,6 +67,12 @@ def _knobs(at: Line) -> str | None:
     return None if at.row.choice is None else ", ".join(f"{key}={value}" for key, value in at.row.choice.knobs)
 
 
+def _gradient_norm(at: Line) -> float | None:
+    """How stationary the median run ended, by its training loss; None where no record says."""
+    known = [r.summary["gradient_norm"] for r in at.row.final if r.summary.get("gradient_norm") is not None]
+    return median(known) if known else None
+
+
 def _where(at: Line) -> dict[str, Any]:
     # One environment stands for the row: of the first run that recorded one, reported runs before tuning runs.
     environment = next((r.environment for r in (*at.row.final, *at.row.tuning) if r.environment), {})
@@ -110,6 +117,7 @@ VALUES: dict[str, Value] = {
     "short_of_target": lambda at: at.row.short,
     "studies_on_edge": lambda at: len(at.row.edges),
     "cost_doubt": _cost(lambda cost: cost.doubt or None),
+    "gradient_norm": _gradient_norm,
 }
 """A function of a line by name. In files ``{metric}`` becomes the metric's name, a dictionary a column per entry."""
 

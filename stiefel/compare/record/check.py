@@ -22,10 +22,11 @@ COUNTS = (
     "best_epoch", "steps", "seconds", "steps_to_target", "seconds_to_target", "compile_seconds", "orthogonality_worst",
     "orthogonality_final", "peak_resident_bytes", "matmul_flops", "factorization_flops", "operators", "gpu_peak_bytes",
     "gpu_reserved_bytes", "gpu_energy_joules", "parameters", "constrained_weights", "test_examples", "default_rate",
+    "gradient_norm",
 )  # fmt: skip
 """Entries of a summary that are numbers from zero on, or null."""
 NUMBERS = ("best_validation", "test_at_best", "final_validation", "target", "constraint_share")
-TEXTS = ("metric", "faults", "gpu_reason", "flops_reason", "cost_doubt")
+TEXTS = ("metric", "faults", "gpu_reason", "flops_reason", "cost_doubt", "gradient_norm_reason")
 FLAGS = ("higher_is_better", "log_scale")
 PLACES = ("commit", "stiefel", "cpu", "gpu", "gpu_reason", "torch")
 """Entries of an environment that are texts, or null; ``cores`` and ``threads`` are numbers."""

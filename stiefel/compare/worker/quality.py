@@ -142,6 +142,15 @@ class QualityRun:
         if error > self.worst[0]:
             self.worst = (error, self.steps)
 
+    def stationarity(self) -> dict[str, Any]:
+        """The gradient's norm where a reported run has ended; None, with a reason, where it cannot be measured."""
+        if self.spec.phase != "final":
+            return {}
+        try:
+            return {"gradient_norm": self.training.gradient_norm(self.data["train"])}
+        except Exception as error:
+            return {"gradient_norm": None, "gradient_norm_reason": f"{type(error).__name__}: {error}"}
+
     def conclude(self) -> dict[str, Any]:
         """The record's ``status``, ``reason`` and ``summary``."""
         outcome = _outcome(self.problem, self.rows, self.diverged)
@@ -155,6 +164,7 @@ class QualityRun:
                 "orthogonality_worst_step": self.worst[1],
                 "orthogonality_moments": self.moments,
                 "test_examples": _examples(self.data["test"]),
+                **self.stationarity(),
                 "steps": self.steps,
                 "seconds": self.seconds,
                 "peak_resident_bytes": peak_resident_bytes(),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,16 @@ import torch
 from torch import Tensor, distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from stiefel.attach import optimizer, release
+from stiefel.attach import gradient_norm, optimizer, penalty, release
 from stiefel.compare.problem.batches import Batch, Batches, examples, seed_everything
 from stiefel.compare.problem.problem import Problem, mean_of
 from stiefel.compare.record.spec import RunSpec
 from stiefel.constraint import control, get
 from stiefel.errors import LayoutError, OptimizerError, OptionError, WeightError
+from stiefel.measure.model.dependence import frozen_random_state
 
+GRADIENT_EXAMPLES, GRADIENT_BATCH = 4096, 256
+"""Training examples by which it is measured how stationary a model is, and how many of them at a time."""
 PARTS = 20
 """Parts of the test set on which reported runs are scored one by one, at least."""
 UNSUPPORTED = (LayoutError, OptimizerError, OptionError, WeightError)
@@ -70,6 +74,25 @@ class Training:
             found = [(examples(batch), problem.evaluate(self.model, batch)) for batch in part.all(size)]
         # The last batch may be smaller: it counts in the mean and is no part.
         return mean_of(found), [measures[problem.metric] for count, measures in found if count == size]
+
+    def gradient_norm(self, part: Batches) -> float:
+        """How stationary the model is: ‖P_X(∂L/∂W)‖_F of training loss and penalties, on a part's first examples.
+
+        In training mode, as gradients of steps are, on a copy, whose batch statistics may change.
+        """
+        model, batches, count = copy.deepcopy(self.model), [], 0
+        for batch in part.all(GRADIENT_BATCH):
+            batches.append(batch)
+            count += examples(batch)
+            if count >= GRADIENT_EXAMPLES:
+                break
+
+        def losses() -> Iterator[Tensor]:
+            for batch in batches:  # the last may be smaller
+                yield (self.problem.loss(model, batch) + penalty(model)) * (examples(batch) * len(batches) / count)
+
+        with frozen_random_state(model):
+            return gradient_norm(model, losses)
 
     @torch.no_grad()
     def keep(self, folder: Path) -> None:

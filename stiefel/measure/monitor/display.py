@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 RESERVED = frozenset({
-    "step", "seconds", "time", "worst", "orthogonality", "shortened", "signal", "peak_resident_bytes",
+    "step", "seconds", "time", "worst", "orthogonality", "shortened", "signal", "gradient_norm", "peak_resident_bytes",
     "gpu_peak_bytes", "gpu_reserved_bytes", "gpu_energy_joules", "gpu_reason", "nonfinite",
 })  # fmt: skip
 """Names of a row that are the monitor's own; all others are the user's."""
@@ -60,6 +60,8 @@ def table(summary: dict[str, Any], *, opening: bool = False) -> str:
         "energy       " + (f"{joules:.4g} J" if joules is not None else f"— ({summary['gpu_reason']})"),
         f"monitoring   {share}",
     ]
+    if summary["gradient_norm"] is not None:
+        lines.append(f"gradient     ‖P(∂L/∂W)‖ {summary['gradient_norm']:.2g}")
     weights = summary["weights"]
     if not weights:
         none = "none is constrained" if summary["steps"] else "not measured yet"

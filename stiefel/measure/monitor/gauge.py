@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from stiefel.attach import ConstrainedWeight, constrained_weights
+from stiefel.attach import ConstrainedWeight, constrained_weights, gradient_norm
 from stiefel.measure.cost.energy import EnergyMeter
 from stiefel.measure.cost.memory import peak_allocated_bytes, peak_reserved_bytes, peak_resident_bytes
 from stiefel.measure.model.orthogonality import errors
@@ -24,13 +24,23 @@ class Gauge:
         model: whose constrained weights are measured.
         device: where it runs.
         energy: whether to read the GPU's energy counter.
+        loss: whose gradient's norm is measured; None for none.
     """
 
-    def __init__(self, model: nn.Module, device: torch.device, *, energy: bool) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        device: torch.device,
+        *,
+        energy: bool,
+        loss: Callable[[], Tensor | Iterable[Tensor]] | None = None,
+    ) -> None:
         self.weights: dict[str, dict[str, Any]] = {}  # by name, the measurements of each so far
         self._model, self._device = weakref.ref(model), device
         self._meter = EnergyMeter(device) if energy else None
         self._joules = 0.0  # until the last measured row
+        self._loss = loss
+        self.gradient_norm: float | None = None  # of the last measured row
 
     @property
     def model(self) -> nn.Module | None:
@@ -52,6 +62,8 @@ class Gauge:
                 found = self._note(weight, layers[weight.name], row["step"])
                 if found["shortened"] is not None:
                     row["shortened"][weight.name] = found["shortened"]
+            if self._loss is not None:
+                row["gradient_norm"] = self.gradient_norm = gradient_norm(model, self._loss)
         if probe is not None:
             seen = probe.layers().items()
             row["signal"] = {name: {"forward": s.forward, "backward": s.backward} for name, s in seen}

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from stiefel.errors import OptionError
 from stiefel.measure.cost.clock import Spread, StepClock
@@ -38,8 +38,8 @@ class Monitor:
     A *row* has the ``step``, its ``seconds``, the ``time`` in seconds since the monitor was made, and what was logged.
     A measured row has besides: ``orthogonality``, ‖XXᵀ − I‖_F/√p of each constrained weight, and the ``worst`` of them;
     ``shortened``, how many steps a method has shortened so far; ``signal`` if asked for; ``peak_resident_bytes``;
-    ``gpu_peak_bytes``, ``gpu_reserved_bytes``, ``gpu_energy_joules`` since the last measured row, and ``gpu_reason``,
-    None or why they are null.
+    ``gradient_norm`` where a ``loss`` was given; ``gpu_peak_bytes``, ``gpu_reserved_bytes``, ``gpu_energy_joules``
+    since the last measured row, and ``gpu_reason``, None or why they are null.
 
     By default the cadence adapts: measured at least 20 times in the first second of training, the denser the earlier,
     then as often as 1 % of the time in steps allows, half of it for measured rows and half for the others. The first
@@ -57,6 +57,8 @@ class Monitor:
         energy: whether to read the GPU's energy counter.
         signal: whether to measure how each layer changes the norm of signals and gradients, in the steps whose row is
             measured; those steps are not timed. It needs the ``with``.
+        loss: a function without arguments that returns the loss, or yields those of several batches: how stationary the
+            model is by it (:func:`stiefel.gradient_norm`) is measured too.
         step: steps taken before, where a training is resumed.
 
     Raises:
@@ -73,6 +75,7 @@ class Monitor:
         device: torch.device | str | None = None,
         energy: bool = True,
         signal: bool = False,
+        loss: Callable[[], Tensor | Iterable[Tensor]] | None = None,
         step: int = 0,
     ) -> None:
         if every is not None and every < 1:
@@ -90,7 +93,7 @@ class Monitor:
         self._clock, self._start = StepClock(self.device), time.perf_counter()
         self._on_host = self.device.type != "cuda"  # durations are known at once
         self._cadence = Cadence(every, step, by_clock=self._live is not None or not self._on_host)
-        self._gauge = Gauge(model, self.device, energy=energy)
+        self._gauge = Gauge(model, self.device, energy=energy, loss=loss)
         self._probe: Probe | None = None
         self._inside = self._used = self._unlogged = False
         self._kept: dict[str, Any] = {}  # logged inside the `with`
@@ -250,7 +253,8 @@ class Monitor:
             ``overhead``, and ``later_overhead``, that after the first second (None in it, and with ``every``), the
             memory fields, ``gpu_energy_joules`` of the whole time, ``gpu_reason``, and ``weights``: by name ``method``,
             ``last`` and ``worst`` ‖XXᵀ − I‖_F/√p of the times it was ``measured``, the steps at which they were taken
-            (``last_step``, ``worst_step``), optimizer ``steps``, how many were ``shortened``.
+            (``last_step``, ``worst_step``), optimizer ``steps``, how many were ``shortened``; the last
+            ``gradient_norm``, None without a ``loss``.
         """
         self._catch_up()
         self._settle()
@@ -263,6 +267,7 @@ class Monitor:
             "later_overhead": self._cadence.later_overhead,
             **self._gauge.costs(),
             "weights": self._gauge.weights,
+            "gradient_norm": self._gauge.gradient_norm,
         }
 
     def __str__(self) -> str:

@@ -83,7 +83,7 @@ class Objective:
                 "nothing to go on from; start elsewhere, or mend the loss"
             )
         with torch.no_grad():
-            again = float(_number(self.loss()))
+            again = float(number(self.loss()))
         self.evaluations += 1
         if abs(again - point.loss) > 1e3 * self.rounding:
             raise ObjectiveError(
@@ -105,7 +105,7 @@ class Objective:
         self.place(where)
         self.evaluations += 1
         with torch.enable_grad():
-            loss = _number(self.loss())
+            loss = number(self.loss())
             self.epsilon = torch.finfo(loss.dtype).eps
             raw = self.gradients(loss)
         value = float(loss.detach())
@@ -117,7 +117,12 @@ class Objective:
         return Point(where, value, raw, gradient, size, noise)
 
 
-def _number(loss: object) -> Tensor:
+def number(loss: object) -> Tensor:
+    """A loss as a scalar tensor.
+
+    Raises:
+        ObjectiveError: it is no tensor of one real number.
+    """
     if not isinstance(loss, Tensor):
         raise ObjectiveError(
             f"the loss function returned {type(loss).__name__}: expected a tensor with one real number, computed from "

@@ -25,7 +25,7 @@ rank rank_at_1e-6 rank_at_1e-3 error_worst error_final feasible_at steps_to_targ
 seconds_to_target seconds_low seconds_high redundancy step_ratio step_seconds constraint_share memory_bytes
 matmul_flops factorization_flops operators gpu_peak_bytes gpu_energy_joules cost_hardware
 default_validation default_lr tuned_validation tuning_runs tuning_failures commit cpu cores threads gpu torch
-short_of_target studies_on_edge cost_doubt
+short_of_target studies_on_edge cost_doubt gradient_norm
 """
 
 

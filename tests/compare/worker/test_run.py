@@ -13,7 +13,7 @@ from stiefel.compare.problem.batches import Batches, seed_everything
 from stiefel.compare.record.run_folder import RunFolder
 from stiefel.compare.worker import cost
 from stiefel.compare.worker.cost import doubt_of, run_cost
-from stiefel.compare.worker.quality import due, run_quality
+from stiefel.compare.worker.quality import QualityRun, due, run_quality
 from stiefel.compare.worker.training import Training
 from stiefel.measure.cost.clock import Spread
 
@@ -159,6 +159,24 @@ def test_orthogonality_is_measured_between_epochs_and_its_moments_are_counted(to
     assert summary["orthogonality_moments"] == problem.epochs + 1 + sum(due(step) for step in range(1, steps + 1))
     assert 0 < summary["orthogonality_worst_step"] <= steps
     assert summary["orthogonality_worst"] >= summary["orthogonality_final"]
+
+
+@pytest.mark.parametrize("method", ["own", "retraction", "soft", "unconstrained"])
+def test_a_reported_run_says_how_stationary_it_ended(toy, tmp_path, method, monkeypatch):
+    """Against the mean over all training examples at once, at the end of the same training, done again."""
+    problem = load_problem(toy)()
+    monkeypatch.setattr("stiefel.compare.worker.training.GRADIENT_BATCH", 10)  # 64 examples: the last batch has 4
+    final = spec(method=method, lr=0.1, phase="final")
+    folder = RunFolder(tmp_path, final)
+    folder.start()
+    run = QualityRun(problem, final, folder)
+    run.train()
+    summary, net = run.conclude()["summary"], run.training.model
+    (batch,) = run.data["train"].all(10_000)
+    expected = stiefel.gradient_norm(net, lambda: problem.loss(net, batch) + stiefel.penalty(net))
+    assert summary["gradient_norm"] == pytest.approx(expected, rel=1e-4)
+    tuned = spec(method=method, lr=0.1)
+    assert QualityRun(problem, tuned, RunFolder(tmp_path, tuned)).stationarity() == {}
 
 
 def test_the_default_is_the_network_as_its_author_made_it(toy):

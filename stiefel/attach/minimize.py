@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Callable, Iterable
@@ -22,6 +23,8 @@ from stiefel.optim.solve.trust_region import trust_region
 
 QUIET, EVERY = 5.0, 2.0
 """Seconds before the first line of progress, and between two."""
+PATIENCE = 100
+"""Steps in which neither the loss nor the gradient's norm has to fall: then both are at their rounding."""
 FAR = 1e9
 """A fall of so many times the loss's size at the start suggests that it has no lower bound."""
 
@@ -135,6 +138,7 @@ class _Watch:
         self.objective, self.tol, self.callback = objective, tol, callback
         self.best: Point | None = None
         self.steps, self.stopped, self.spoke = -1, "", False
+        self.least, self.flattest, self.fell = math.inf, math.inf, 0  # loss, gradient, and when one of them last fell
         self.start, self.told = 0.0, time.monotonic() + QUIET - EVERY
 
     def __call__(self, point: Point) -> bool:
@@ -142,6 +146,9 @@ class _Watch:
         self.start = point.loss if self.steps == 0 else self.start
         if self.best is None or point.loss <= self.best.loss + self.objective.rounding:
             self.best = point  # of equal losses the later: its gradient is smaller
+        if point.loss < self.least - self.objective.rounding or point.gradient_norm < 0.9 * self.flattest:
+            self.fell = self.steps
+        self.least, self.flattest = min(self.least, point.loss), min(self.flattest, point.gradient_norm)
         so_far = self.minimum(point, "")
         self._tell(so_far)
         if self.steps and self.callback is not None and self.callback(so_far) is True:
@@ -150,6 +157,11 @@ class _Watch:
             self.stopped = f"the gradient's norm is at most {self.tol:g}"
         elif point.gradient_norm <= point.noise:
             self.stopped = f"the gradient's norm, {point.gradient_norm:.1e}, is that of its rounding"
+        elif self.steps - self.fell >= PATIENCE:
+            self.stopped = (
+                f"neither the loss nor the gradient's norm, {point.gradient_norm:.1e}, has fallen in {PATIENCE} steps: "
+                "they are at their rounding"
+            )
         elif self.objective.left <= self.objective.evaluations:
             self.stopped = f"{self.objective.evaluations} evaluations have not been enough for a norm of {self.tol:g}"
         return not self.stopped

@@ -11,6 +11,10 @@ from stiefel.optim.solve.blocks import Vector, add, dot, norm, scaled
 from stiefel.optim.solve.objective import Objective, Point
 from stiefel.optim.solve.search import Trial, search
 
+BENDS = 0.01
+"""The least cosine between a step and the change of the gradient. Far from a minimum some are nearly orthogonal, and a
+direction from such a pair is thousands of times too long (a cautious update: Li and Fukushima 2001)."""
+
 
 class QuasiNewton:
     """The inverse Hessian by the last pairs of steps and changes of the gradient (Nocedal 1980).
@@ -28,7 +32,7 @@ class QuasiNewton:
     def learn(self, step: Vector, change: Vector) -> None:
         """Keep a pair, where it says that the loss bends upwards."""
         curvature, lengths = dot(step, change), dot(step, step) * dot(change, change)
-        if curvature > 1e-10 * lengths.sqrt():
+        if curvature > BENDS * lengths.sqrt():
             self.pairs.append((step, change, curvature))
 
     def direction(self, gradient: Vector) -> Vector:
@@ -68,6 +72,7 @@ def quasi_newton(
             direction, slope = scaled(point.gradient, -1), -(point.gradient_norm**2)
         # The first step is as long as a rotation by a small angle; from then on the scale is known.
         first = 1.0 if memory.pairs else min(1.0, 0.1 / point.gradient_norm)
+        first = min(first, objective.sets.reach(point.where, direction))
         found = search(point, slope, first, objective.rounding, _along(objective, point, direction))
         if found is None or norm(add(found.point.where, point.where, -1)) == 0:
             if not memory.pairs:

@@ -121,8 +121,8 @@ class Constraint(ABC):
         for option, lost in (("determinant", "a determinant's sign"), ("subspace", "rows that span a subspace")):
             if getattr(self, option) and self.claim is None:
                 raise OptionError(
-                    f"{self.name!r} does not keep {lost}, since it keeps the weight on no set; leave {option} out, or "
-                    "use a method that does, such as 'own' or 'retraction'"
+                    f"{option}={getattr(self, option)}: {self.name!r} does not keep {lost}, since it keeps the weight "
+                    "on no set; leave it out, or use a method that does, such as 'own' or 'retraction'"
                 )
 
     def require_count(self, option: str) -> None:

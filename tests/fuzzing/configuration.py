@@ -161,6 +161,10 @@ def _values(r: Random, option: Field[Any], hint: Any, tuning: Sequence[Any]) -> 
         return [10 ** r.uniform(-3, 3), 2.0, "relu", "learnable"], [0, -1.0, nan, inf, "gelu", True, None, [1.0]]
     if option.name == "group_size":
         return [1, 1, 2, 3], [0, -1, 1.5, True, 1000, "2"]
+    if option.name == "determinant":  # of square weights, which few are
+        return [None, None, None, None, 1, -1], [0, 2, True, 1.0, "+"]
+    if option.name == "subspace":  # of others, and not of controls
+        return [False, False, False, True], [0, None, "yes"]
     words = [*(v for v in tuning if isinstance(v, str)), *_words(hint)]
     if words:
         return words, wrong

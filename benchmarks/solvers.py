@@ -16,6 +16,7 @@ import warnings
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -69,11 +70,6 @@ def ours(job: Objective, start: Weights, *, second_order: bool = False) -> tuple
     return _values(net), found.evaluations
 
 
-def second_order(job: Objective, start: Weights) -> tuple[Weights, int]:
-    """Its trust region."""
-    return ours(job, start, second_order=True)
-
-
 def torch_lbfgs(job: Objective, start: Weights) -> tuple[Weights, int]:
     """torch's L-BFGS over the proxies of the polar map."""
     net = job.module("own", start)
@@ -100,17 +96,8 @@ def torch_lbfgs(job: Objective, start: Weights) -> tuple[Weights, int]:
     return _values(net), counted.count
 
 
-def pymanopt_cg(job: Objective, start: Weights) -> tuple[Weights, int]:
-    """pymanopt's conjugate gradients."""
-    return _pymanopt(job, start, "ConjugateGradient")
-
-
-def pymanopt_tr(job: Objective, start: Weights) -> tuple[Weights, int]:
-    """pymanopt's trust region."""
-    return _pymanopt(job, start, "TrustRegions")
-
-
-def _pymanopt(job: Objective, start: Weights, solver: str) -> tuple[Weights, int]:
+def pymanopts(job: Objective, start: Weights, *, solver: str) -> tuple[Weights, int]:
+    """One of pymanopt's solvers."""
     import pymanopt
     from pymanopt import manifolds, optimizers
 
@@ -166,10 +153,10 @@ def geoopt_search(job: Objective, start: Weights) -> tuple[Weights, int]:
 
 SOLVERS: dict[str, Callable[[Objective, Weights], tuple[Weights, int]]] = {
     "`minimize`": ours,
-    "`minimize`, second order": second_order,
+    "`minimize`, second order": partial(ours, second_order=True),
     "torch's L-BFGS over `own`": torch_lbfgs,
-    "pymanopt, conjugate gradients": pymanopt_cg,
-    "pymanopt, trust region": pymanopt_tr,
+    "pymanopt, conjugate gradients": partial(pymanopts, solver="ConjugateGradient"),
+    "pymanopt, trust region": partial(pymanopts, solver="TrustRegions"),
     "geoopt, line search": geoopt_search,
 }
 

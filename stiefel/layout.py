@@ -144,10 +144,14 @@ class Layout:
         b, p, n = self.matrix_shape
         return weight.reshape(b, n, p).mT if self.columns else weight.reshape(b, p, n)
 
+    def rows(self, matrices: Float[Tensor, "b p n"]) -> Float[Tensor, "b out fan"]:
+        """Matrices with their outputs as rows, where columns are orthonormal transposed; its own inverse."""
+        return matrices.mT if self.columns else matrices
+
     def tensor(self, matrices: Float[Tensor, "b p n"]) -> Tensor:
         """Inverse of :meth:`matrices`; contiguous, so that the weight is an ordinary one to kernels and exporters."""
         # (b, outputs, inputs), as in the weight
-        rows = (matrices.mT if self.columns else matrices).contiguous()
+        rows = self.rows(matrices).contiguous()
         if self.transposed:
             k = prod(self.shape[2:])
             split = rows.reshape(self.blocks, self.out, self.shape[0] // self.blocks, k)
@@ -168,7 +172,7 @@ class Layout:
 
     def kernels(self, matrices: Float[Tensor, "m p n"]) -> Float[Tensor, "m out fan k"]:
         """Read matrices of this layout as convolution kernels ``(m, out, in, *k)``; of a plain matrix, k = 1."""
-        rows = matrices.mT if self.columns else matrices
+        rows = self.rows(matrices)
         size = self.shape[2:] if len(self.shape) > 2 and not self.batched else (1,)
         return rows.reshape(len(rows), self.out, -1, *size)
 

@@ -18,18 +18,20 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from stiefel.attach.attaching import give_class, planned, restore_order
-from stiefel.attach.checkpoint import KEY, PLAIN, saved_weight
+from stiefel.attach.attaching import give_class, planned, refuse_sparse, restore_order
+from stiefel.attach.checkpoint import KEY, MATRICES, PLAIN, drop_proxy, saved_weight
 from stiefel.attach.hooks import add_recurrent_hooks
 from stiefel.attach.parallel import refuse_held
 from stiefel.attach.select import Target, reading_of
 from stiefel.attach.weights import ConstrainedWeight, bindings_of
-from stiefel.compat.sharding import write
 from stiefel.compat.torch_private import has_hook, is_called_by, parameters_of, remove_hooks
-from stiefel.constraint import Constraint
+from stiefel.constraint import Constraint, is_count
 from stiefel.errors import LayoutError, OptionError
 from stiefel.layout import Layout
 from stiefel.linalg import full_precision, is_traced
+
+_POSITIONS = "_stiefel_positions"
+"""An entry of the owner's ``__dict__``, which copies have too: where the tensors were among its parameters."""
 
 
 class Assembled(nn.Module):
@@ -50,7 +52,7 @@ class Assembled(nn.Module):
         self.register_buffer("factor", factor)
         parts = self.parts(weight.detach())
         self.matrices = nn.ParameterList(nn.Parameter(x, requires_grad=weight.requires_grad) for x in parts)
-        self.registered, self.position = False, 0
+        self.registered = False
 
     def forward(self) -> Tensor:
         """The weight."""
@@ -60,13 +62,12 @@ class Assembled(nn.Module):
             with nullcontext() if is_traced() else full_precision(self.factor.device):
                 parts = [_unwhitened(x, self.factor) for x in parts]
         rows = torch.cat(parts, dim=-2).reshape(-1, self.layout.out, self.layout.fan_in)
-        return self.layout.tensor(rows.mT if self.layout.columns else rows)
+        return self.layout.tensor(self.layout.rows(rows))
 
     @torch.no_grad()
     def parts(self, weight: Tensor) -> list[Tensor]:
         """The matrices of a weight: ``(outputs, inputs)``, of a weight with several blocks a batch of them."""
-        found = self.layout.matrices(weight)
-        rows = found.mT if self.layout.columns else found
+        rows = self.layout.rows(self.layout.matrices(weight))
         rows = rows[0] if len(rows) == 1 else rows
         parts = [rows[..., a:b, :].clone() for a, b in pairwise(self.ends)]
         if self.factor is None:
@@ -79,10 +80,7 @@ class Assembled(nn.Module):
         """Start from an assigned weight: each matrix from the nearest of its set."""
         if self.registered:
             for found, part in zip(self.weights(), self.parts(weight), strict=True):
-                if found.parametrization is None:
-                    write(found.parameter, found.binding.nearest(part))
-                else:
-                    setattr(found.owner, found.tensor, part)
+                found.start_from(part)
         return ()
 
     def weights(self) -> Iterator[ConstrainedWeight]:
@@ -92,10 +90,11 @@ class Assembled(nn.Module):
 
 
 def planned_assembly(
-    target: Target, method: Constraint, axes: str | None, blocks: Sequence[int] | None, inner: Tensor | None
+    target: Target, method: Constraint, axes: str | None, blocks: tuple[int, ...] | None, inner: Tensor | None
 ) -> Callable[[], None]:
     """Check a target, and return the function that attaches the method; all errors are raised before any change."""
     refuse_held(target.name, target.parameter)
+    refuse_sparse(target, method)
     layout = reading_of(target, method, axes)
     sizes = _sizes(target.name, layout, blocks)
     factor = None if inner is None else _factor(target, layout, sizes, inner)
@@ -118,7 +117,7 @@ def planned_assembly(
     return attach
 
 
-def _sizes(name: str, layout: Layout, blocks: Sequence[int] | None) -> tuple[int, ...]:
+def _sizes(name: str, layout: Layout, blocks: tuple[int, ...] | None) -> tuple[int, ...]:
     if blocks is None:
         return (layout.out,)
     if sum(blocks) != layout.out:
@@ -126,7 +125,7 @@ def _sizes(name: str, layout: Layout, blocks: Sequence[int] | None) -> tuple[int
             f"weight '{name}': blocks={list(blocks)} add up to {sum(blocks)}, and it has {layout.out} outputs; give "
             "the number of outputs of each block"
         )
-    return tuple(blocks)
+    return blocks
 
 
 def check_blocks(blocks: Any) -> tuple[int, ...] | None:
@@ -137,8 +136,7 @@ def check_blocks(blocks: Any) -> tuple[int, ...] | None:
     """
     if blocks is None:
         return None
-    alike = isinstance(blocks, (list, tuple)) and all(isinstance(b, int) and not isinstance(b, bool) for b in blocks)
-    if not alike or not blocks or min(blocks) < 1:
+    if not (isinstance(blocks, (list, tuple)) and blocks and all(map(is_count, blocks))):
         raise OptionError(f"blocks={blocks!r}: expected the outputs of each block, as in blocks=[16, 16, 24]")
     return tuple(blocks)
 
@@ -146,8 +144,8 @@ def check_blocks(blocks: Any) -> tuple[int, ...] | None:
 def _factor(target: Target, layout: Layout, sizes: Sequence[int], inner: Any) -> Tensor:
     """L of B = L Lᵀ, in the weight's precision."""
     name, weight = target.name, target.parameter
-    (longest,) = {max(size, layout.fan_in) for size in sizes} if len(sizes) == 1 else {layout.fan_in}
-    if any(size > longest for size in sizes):
+    longest = max(sizes[0], layout.fan_in) if len(sizes) == 1 else layout.fan_in
+    if max(sizes) > longest:
         raise LayoutError(
             f"weight '{name}': of blocks={list(sizes)} some have more outputs than the {layout.fan_in} inputs, and "
             "would need another inner product; use smaller blocks"
@@ -180,7 +178,7 @@ def _unwhitened(x: Tensor, factor: Tensor) -> Tensor:
 
 def _register(target: Target, assembled: Assembled) -> None:
     owner, tensor = target.owner, target.tensor
-    assembled.position = list(parameters_of(owner)).index(tensor)
+    owner.__dict__.setdefault(_POSITIONS, {})[tensor] = list(parameters_of(owner)).index(tensor)
     parametrize.register_parametrization(owner, tensor, assembled)
     add_recurrent_hooks(owner)
     if not has_hook(owner, _split):
@@ -197,20 +195,19 @@ def assembled_of(owner: nn.Module) -> dict[str, Assembled]:
 def _split(owner: nn.Module, state: dict[str, Any], prefix: str, metadata: dict[str, Any], *args: Any) -> None:
     """Split a whole weight of a state dict, a load-state-dict pre-hook: the matrices' own hooks do the rest."""
     for tensor, assembled in assembled_of(owner).items():
-        below = f"{prefix}parametrizations.{tensor}.0."
+        below = f"{prefix}parametrizations.{tensor}"
         if f"{prefix}parametrizations.{tensor}.original" in state:  # of a weight that was one matrix
             facts = metadata.get(KEY, {}).get(tensor, {})
             state[prefix + tensor] = saved_weight(state, prefix, tensor, prefix + tensor, facts)
-            for key in [k for k in state if k.startswith(f"{prefix}parametrizations.{tensor}.")]:
-                del state[key]
+            drop_proxy(state, prefix, tensor)
         weight = state.get(prefix + tensor)
         if weight is None or weight.shape != assembled.layout.shape:
             continue
         del state[prefix + tensor]
         factor = assembled.factor
-        state.update({} if factor is None else {f"{below}factor": factor})
+        state.update({} if factor is None else {f"{below}.0.factor": factor})
         parts = assembled.parts(weight if factor is None else weight.to(factor))
-        state.update({f"{below}matrices.{i}": part for i, part in enumerate(parts)})
+        state.update({f"{below}{MATRICES}{i}": part for i, part in enumerate(parts)})
 
 
 def _join(owner: nn.Module, state: dict[str, Any], prefix: str, metadata: dict[str, Any]) -> None:
@@ -218,16 +215,16 @@ def _join(owner: nn.Module, state: dict[str, Any], prefix: str, metadata: dict[s
     if not is_called_by(PLAIN):
         return
     for tensor in assembled_of(owner):
-        for key in [k for k in state if k.startswith(f"{prefix}parametrizations.{tensor}.")]:
-            del state[key]
+        drop_proxy(state, prefix, tensor)
         with torch.no_grad():
             state[prefix + tensor] = getattr(owner, tensor).detach()
 
 
 @torch.no_grad()
-def release_assembled(module: nn.Module) -> None:
-    """Put ordinary parameters in place of assembled weights, whose matrices have been released."""
+def release_assembled(module: nn.Module) -> list[tuple[nn.Module, str]]:
+    """Put ordinary parameters in place of assembled weights, whose matrices have been released; returns where."""
     made: dict[Assembled, nn.Parameter] = {}  # a tied one is one parameter again
+    places = []
     for owner in module.modules():
         for tensor, assembled in reversed(assembled_of(owner).items()):  # as in release()
             trained = any(p.requires_grad for p in assembled.matrices)
@@ -237,6 +234,9 @@ def release_assembled(module: nn.Module) -> None:
             parametrize.remove_parametrizations(owner, tensor, leave_parametrized=True)
             delattr(owner, tensor)
             owner.register_parameter(tensor, made[assembled])
-            restore_order(owner, tensor, assembled.position)
+            restore_order(owner, tensor, owner.__dict__[_POSITIONS].pop(tensor))
+            places.append((owner, tensor))
         if has_hook(owner, _split) and not assembled_of(owner):
+            del owner.__dict__[_POSITIONS]
             remove_hooks(owner, _split, _join)
+    return places

@@ -41,23 +41,32 @@ def planned(target: Target, method: Constraint, axes: str | None = None, title: 
     if not isinstance(method, Reparameterization):
         return partial(_attach_in_place, target, binding, binding.nearest(target.parameter))
     refuse_held(target.name, target.parameter)
-    if any(getattr(place.owner, "sparse", False) is True for place in target.places):
-        raise WeightError(
-            f"weight '{target.name}' is of {type(target.owner).__name__}(sparse=True), whose gradients are sparse, and "
-            f"{method.name!r} computes it from a proxy that needs whole ones; make the layer with sparse=False, or use "
-            "a method on the step, such as 'retraction'"
-        )
+    refuse_sparse(target, method)
     parametrization = Reparametrized(binding, target.parameter)
     with torch.no_grad():  # a trial, so that a method that fails here fails before any layer is changed
         parametrization(parametrization.first)
     return partial(_attach_forward, target, binding, parametrization)
 
 
+def refuse_sparse(target: Target, method: Constraint) -> None:
+    """Refuse layers with sparse gradients where a weight is computed.
+
+    Raises:
+        WeightError: it is of such a layer.
+    """
+    if any(getattr(place.owner, "sparse", False) is True for place in target.places):
+        what = "a proxy that needs" if isinstance(method, Reparameterization) else "several matrices, which need"
+        raise WeightError(
+            f"weight '{target.name}' is of {type(target.owner).__name__}(sparse=True), whose gradients are sparse, and "
+            f"{method.name!r} computes it from {what} whole ones; make the layer with sparse=False, or use "
+            "a method on the step, such as 'retraction', on the whole weight"
+        )
+
+
 @torch.no_grad()
 def _attach_forward(target: Target, binding: Binding, parametrization: Reparametrized) -> None:
-    owners = (target, *target.ties)
     parameter, trained = target.parameter, target.parameter.requires_grad
-    for each in owners:  # tied layers share the parametrization, and with it a learnable scale
+    for each in target.places:  # tied layers share the parametrization, and with it a learnable scale
         # Before torch takes the tensor from the module's own parameters.
         position = list(parameters_of(each.owner)).index(each.tensor)
         parametrize.register_parametrization(each.owner, each.tensor, parametrization)
@@ -69,14 +78,14 @@ def _attach_forward(target: Target, binding: Binding, parametrization: Reparamet
     parametrization.first = parametrization.cached = None  # from now on right_inverse starts from the assigned weight
     parameter.requires_grad_(trained)  # torch keeps the Parameter object as the proxy
     parametrization.requires_grad_(trained)
-    for each in owners:
+    for each in target.places:
         tag_weight(ConstrainedWeight(each.name, each.owner, each.tensor, bindings_of(each.owner)[each.tensor]))
 
 
 @torch.no_grad()
 def _attach_in_place(target: Target, binding: Binding, start: torch.Tensor) -> None:
     target.parameter.copy_(start)
-    for each in (target, *target.ties):
+    for each in target.places:
         bind(each.owner, each.tensor, binding)
         tag_weight(ConstrainedWeight(each.name, each.owner, each.tensor, binding))
         add_weight_hooks(each.owner, binding.constraint)

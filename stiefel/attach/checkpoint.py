@@ -43,8 +43,7 @@ def describe(owner: nn.Module, state: dict[str, Any], prefix: str, metadata: dic
     if is_called_by(PLAIN):
         for tensor, binding in bindings_of(owner).items():
             if isinstance(binding.constraint, Reparameterization):
-                for key in _keys_of_proxy(state, prefix, tensor):
-                    del state[key]
+                drop_proxy(state, prefix, tensor)
                 with torch.no_grad():
                     state[prefix + tensor] = ConstrainedWeight(binding.label, owner, tensor, binding).value
 
@@ -186,6 +185,12 @@ def _same(facts: dict[str, Any], binding: Binding) -> bool:
     mine = _facts(binding)
     alike = all(facts[name] == mine[name] for name in ("method", "options"))
     return alike and Layout(**facts["layout"]) == binding.layout
+
+
+def drop_proxy(state: dict[str, Any], prefix: str, tensor: str) -> None:
+    """Take out of a state dict what a tensor is computed from."""
+    for key in _keys_of_proxy(state, prefix, tensor):
+        del state[key]
 
 
 def _keys_of_proxy(state: dict[str, Any], prefix: str, tensor: str) -> list[str]:

@@ -120,6 +120,7 @@ def _constrain_shaped(owner: nn.Module, args: Any) -> None:
             del waiting[tensor]
             forget_places()
     if not waiting:
+        stop_waiting(owner)
         remove_hooks(owner, _constrain_shaped)
 
 
@@ -174,14 +175,15 @@ def release(module: nn.Module, *, whole: bool = True) -> nn.Module:
     # In reverse: each position was counted after the tensors attached before had left the list of parameters.
     for found in reversed(weights):
         detach(found)
+    free = [(found.owner, found.tensor) for found in weights]
     for each in module.modules():  # each submodule on which constrain was called has hooks of its own
         stop_prefetch(each)
-        stop_waiting(each)
-    note_release(module, [(found.owner, found.tensor) for found in weights])
+        free += [(each, tensor) for tensor in stop_waiting(each)]
     for parameter, value in values.values():
         write(parameter, value)  # with tied layers, releasing the first has changed what the others compute
     if whole:
-        release_assembled(module)
+        free += release_assembled(module)
+    note_release(module, free)
     return module
 
 

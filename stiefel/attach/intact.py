@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from stiefel.attach.weights import ConstrainedWeight, bindings_of
+from stiefel.attach.weights import ConstrainedWeight, binding_of, bindings_of
 from stiefel.compat.sharding import is_sharded
 from stiefel.compat.torch_private import parameters_of
 from stiefel.constraint import Reparameterization
@@ -57,9 +57,9 @@ def waiting_in(owner: nn.Module) -> dict[str, tuple[str, Any]]:
     return owner.__dict__.setdefault(_WAITING, {})
 
 
-def stop_waiting(owner: nn.Module) -> None:
-    """Let a lazy layer stay free."""
-    owner.__dict__.pop(_WAITING, None)
+def stop_waiting(owner: nn.Module) -> list[str]:
+    """Let no tensor of a lazy layer wait any longer; returns those that did."""
+    return list(owner.__dict__.pop(_WAITING, ()))
 
 
 def refuse_waiting(module: nn.Module) -> None:
@@ -86,12 +86,8 @@ def warn_of_replaced(module: nn.Module) -> None:
                 owner = root.get_submodule(path)
             except AttributeError:
                 continue  # taken out of the model: nothing trains in its place
-            held = (
-                tensor in bindings_of(owner)
-                or tensor in owner.__dict__.get(_WAITING, ())
-                or parametrize.is_parametrized(owner, tensor)
-            )
-            if not held and tensor not in owner.__dict__.get(_RELEASED, ()):
+            told = (*owner.__dict__.get(_WAITING, ()), *owner.__dict__.get(_RELEASED, ()))
+            if binding_of(owner, tensor) is None and tensor not in told:
                 replaced.append(f"{prefix}.{name}" if prefix else name)
     if replaced:
         warnings.warn(

@@ -114,21 +114,15 @@ def gradient_norm(module: nn.Module, loss: Callable[[], Tensor | Iterable[Tensor
     """
     unknowns = Unknowns(module, strict=False)
     total, count = None, 0
-    with unknowns.in_place():
-        where, found = unknowns.read(), _recorded(loss)
-        for value in [found] if isinstance(found, Tensor) or not isinstance(found, Iterable) else found:
-            with torch.enable_grad():
-                gradient = unknowns.gradients(number(value))
+    with unknowns.in_place(), torch.enable_grad():  # also while a generator computes the next loss
+        found = loss()
+        for value in found if isinstance(found, Iterable) and not isinstance(found, Tensor) else [found]:
+            gradient = unknowns.gradients(number(value))
             total, count = gradient if total is None else add(total, gradient), count + 1
         if total is None:
             raise ObjectiveError("the loss function yielded no number")
         with torch.no_grad():
-            return norm(unknowns.sets.project(where, total)) / count
-
-
-@torch.enable_grad()
-def _recorded(loss: Callable[[], Any]) -> Any:
-    return loss()
+            return norm(unknowns.sets.project(unknowns.read(), total)) / count
 
 
 class _Watch:

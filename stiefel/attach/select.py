@@ -9,7 +9,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
-from stiefel.attach.weights import bindings_of
+from stiefel.attach.weights import binding_of
 from stiefel.compat.torch_private import parameters_of
 from stiefel.constraint import Constraint
 from stiefel.errors import LayoutError, SelectionError, WeightError, nearest_names
@@ -215,7 +215,7 @@ def _describe(layers: Layers) -> str:
 
 
 def _check_free(target: Target) -> None:
-    binding = bindings_of(target.owner).get(target.tensor)
+    binding = binding_of(target.owner, target.tensor)
     if binding is not None:
         raise SelectionError(
             f"weight '{target.name}' is constrained already, by {binding.constraint}; leave it out with exclude="

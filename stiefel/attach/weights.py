@@ -109,12 +109,17 @@ class ConstrainedWeight:
     @torch.no_grad()
     def move_to_nearest(self) -> None:
         """Put the weight at the nearest point of its method's set."""
+        self.start_from(self.value)
+
+    @torch.no_grad()
+    def start_from(self, weight: Tensor) -> None:
+        """Put the weight at the point of its method's set that is nearest to a given one."""
         if self.parametrization is None:
-            write(self.parameter, self.binding.nearest(self.value))
+            write(self.parameter, self.binding.nearest(weight))
         elif is_sharded(self.parameter):
-            write(self.parameter, self.parametrization.right_inverse(self.value))
+            write(self.parameter, self.parametrization.right_inverse(weight))
         else:
-            setattr(self.owner, self.tensor, self.value)  # the proxy then starts from the nearest point
+            setattr(self.owner, self.tensor, weight)  # the proxy then starts from the nearest point
 
     def points(self) -> Tensor:
         """The weight as ``(b, p, n)`` in units in which the constraint is X Xᵀ = I."""
@@ -181,6 +186,16 @@ def add_quick_access(owner: nn.Module, tensor: str, together: Callable[[nn.Modul
 def bindings_of(owner: nn.Module) -> dict[str, Binding]:
     """The bindings that this very module carries, by tensor name; empty where it carries none."""
     return owner.__dict__.get(_ATTRIBUTE, {})
+
+
+def binding_of(owner: nn.Module, tensor: str) -> Binding | None:
+    """The binding of a tensor, or of the first of the matrices that it is put together from; None where it is free."""
+    if tensor in bindings_of(owner):
+        return bindings_of(owner)[tensor]
+    if not parametrize.is_parametrized(owner, tensor):
+        return None
+    below = owner.parametrizations[tensor].modules()  # type: ignore[index, union-attr]
+    return next((binding for each in below for binding in bindings_of(each).values()), None)
 
 
 def bind(owner: nn.Module, tensor: str, binding: Binding) -> None:

@@ -14,6 +14,7 @@ from stiefel.linalg import (
     add_product,
     frobenius,
     nearest_orthonormal,
+    project_horizontal,
     readable,
     sym,
 )
@@ -26,12 +27,17 @@ NOISE = 32.0
 """Bound of the computed ‖P_X(SX)‖_F of a normal vector SX of length 1, in epsilons, at an X orthonormal to rounding."""
 
 
-def project_tangent(x: Float[Tensor, "*batch p n"], u: Float[Tensor, "*batch p n"]) -> Float[Tensor, "*batch p n"]:
+def project_tangent(
+    x: Float[Tensor, "*batch p n"], u: Float[Tensor, "*batch p n"], *, horizontal: bool = False
+) -> Float[Tensor, "*batch p n"]:
     """Project U orthogonally onto the tangent space at X: ``U − sym(U Xᵀ) X``.
 
     It is the orthogonal projection in the Euclidean and in the canonical metric alike: normal vectors are S X with S
     symmetric, and both metrics hold them orthogonal to every tangent vector. (Edelman, Arias and Smith 1998, eq. 2.4)
+    With ``horizontal`` the part that turns the rows within their span is taken off too.
     """
+    if horizontal:
+        return project_horizontal(x, u)
     return add_product(u, sym(u @ x.mH), x, alpha=-1)
 
 

@@ -63,7 +63,7 @@ class StiefelWeight(geoopt.Stiefel):
 
     def tangent(self, x: Tensor, u: Tensor) -> Tensor:
         """The part of U along which points are moved from X."""
-        return (project_horizontal if self.subspace else geometry.project_tangent)(x, u)
+        return geometry.project_tangent(x, u, horizontal=self.subspace)
 
     def retract(self, x: Tensor, u: Tensor) -> Tensor:
         """Move from X along the tangent U and stay on the manifold."""

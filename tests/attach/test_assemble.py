@@ -260,5 +260,35 @@ def test_what_does_not_fit_is_refused_by_name_and_changes_nothing():
         assert type(net) is nn.Linear
         assert all(torch.equal(v, before[k]) for k, v in net.state_dict().items())
     stiefel.constrain(net, "own", blocks=[8, 12])
-    with pytest.raises(stiefel.SelectionError, match="already"):
+    with pytest.raises(stiefel.SelectionError, match="is constrained already, by own"):
         stiefel.constrain(net, "own")
+    table = nn.Embedding(20, 32, sparse=True)
+    for method in ("own", "retraction"):
+        with pytest.raises(stiefel.WeightError, match="sparse=True"):
+            stiefel.constrain(table, method, layers=["weight"], blocks=[8, 12])
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_part_that_is_released_by_itself_counts_as_free_on_purpose():
+    model = stiefel.constrain(nn.Sequential(nn.Linear(8, 20), nn.Linear(20, 20)), "own", blocks=[8, 12])
+    stiefel.release(model[0])
+    stiefel.optimizer(model, torch.optim.SGD, lr=0.1)
+
+
+def test_a_layer_put_in_place_of_an_assembled_one_is_told():
+    model = stiefel.constrain(nn.Sequential(nn.Linear(8, 20), nn.Linear(20, 20)), "own", blocks=[8, 12])
+    for new in (nn.Linear(8, 20), nn.utils.parametrizations.weight_norm(nn.Linear(8, 20))):
+        model[0] = new
+        with pytest.warns(UserWarning, match=r"'0\.weight' have been replaced"):
+            stiefel.optimizer(model, torch.optim.SGD, lr=0.1)
+
+
+def test_tied_weights_go_back_to_their_own_places():
+    linear, rnn = nn.Linear(8, 8), nn.RNN(8, 8)
+    rnn.weight_hh_l0 = linear.weight
+    model = nn.ModuleList([rnn, linear])
+    names = [[name for name, _ in each.named_parameters()] for each in model]
+    stiefel.constrain(model, "own", layers=["1"], blocks=[3, 5])
+    stiefel.release(model)
+    assert [[name for name, _ in each.named_parameters()] for each in model] == names
+    assert rnn.weight_hh_l0 is linear.weight

@@ -57,6 +57,14 @@ def test_copies_wait_too_and_released_ones_stay_free():
     assert not free[0]._forward_pre_hooks
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_lazy_layer_released_by_itself_counts_as_free_on_purpose():
+    net = stiefel.constrain(nn.Sequential(nn.LazyLinear(5), nn.Linear(5, 5)), "own")
+    stiefel.release(net[0])
+    net(torch.randn(2, 4))
+    stiefel.optimizer(net, torch.optim.SGD, lr=0.1)
+
+
 def test_wishes_and_their_errors_come_in_the_first_pass():
     net = stiefel.constrain(nn.Sequential(nn.LazyLinear(20)), "own", blocks=[8, 12])
     net(torch.randn(2, 8))

@@ -28,6 +28,8 @@ def test_the_norm_over_batches_is_that_of_their_mean(method):
     batches = stiefel.gradient_norm(net, lambda: (net(x).square().mean() for x in X.split(3)))
     assert whole > 0
     assert batches == pytest.approx(whole, rel=1e-12)
+    with torch.no_grad():
+        assert stiefel.gradient_norm(net, lambda: (net(x).square().mean() for x in X.split(3))) == batches
     assert all(p.grad is None for p in net.parameters())
 
 

@@ -91,8 +91,7 @@ def redundancy(module: nn.Module) -> dict[str, float | None]:
     found: dict[str, float | None] = {}
     for weight in constrained_weights(module):
         layout = weight.binding.layout
-        matrices = layout.matrices(in_double(weight.value))
-        filters = (matrices.mT if layout.columns else matrices).reshape(-1, layout.out, layout.fan_in)
+        filters = layout.rows(layout.matrices(in_double(weight.value))).reshape(-1, layout.out, layout.fan_in)
         if layout.out == 1:
             found[weight.name] = None
             continue

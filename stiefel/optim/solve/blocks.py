@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from stiefel.linalg import full_precision, in_double, project_horizontal
+from stiefel.linalg import full_precision, in_double
 from stiefel.manifold.geometry import project_tangent
 from stiefel.manifold.retractions import retract_polar
 
@@ -39,9 +39,8 @@ class Stiefel:
 
     def project(self, w: Tensor, u: Tensor) -> Tensor:
         """The tangent part of a vector at W."""
-        project = project_horizontal if self.subspace else project_tangent
         with full_precision(w.device):
-            return project(w / self.scale, self.within(u))
+            return project_tangent(w / self.scale, self.within(u), horizontal=self.subspace)
 
     def retract(self, w: Tensor, u: Tensor) -> Tensor:
         """The point of the set nearest to W + U."""

@@ -70,7 +70,8 @@ def quasi_newton(
         if not slope < -1e-12 * norm(direction) * point.gradient_norm:
             memory.pairs.clear()  # no direction of descent: begin anew with the gradient
             direction, slope = scaled(point.gradient, -1), -(point.gradient_norm**2)
-        # The first step is as long as a rotation by a small angle; from then on the scale is known.
+        # The first step is as long as a rotation by a small angle; from then on the scale is known. None is longer than
+        # the set lets a model be believed.
         first = 1.0 if memory.pairs else min(1.0, 0.1 / point.gradient_norm)
         first = min(first, objective.sets.reach(point.where, direction))
         found = search(point, slope, first, objective.rounding, _along(objective, point, direction))

@@ -108,8 +108,8 @@ def test_minimize_finds_the_subspace(method, second_order):
     assert stiefel.gradient_norm(net, lambda: -((net["W"] @ a) * net["W"]).sum()) <= 1e-8
 
 
-def test_second_order_needs_fewer_products_where_the_hessian_would_be_singular():
-    """Along rotations of the rows within their span the loss is constant; what that costs is the problem's luck."""
+def test_second_order_takes_about_as_many_products_with_directions_of_no_curvature_as_without():
+    """Along rotations of the rows within their span the loss is constant, and the Hessian singular."""
     totals = {True: 0, False: 0}
     for seed in range(5):
         a, _ = leading(30, 6, gap=1e-3, seed=seed)
@@ -142,7 +142,7 @@ def test_training_reaches_the_subspace_and_keeps_the_claim(method):
         (-((net["W"] @ a) * net["W"]).sum()).backward()
         optimizer.step()
     assert principal_angles(net["W"].detach().mT, solution.mT).max() < 1e-5
-    assert stiefel.report(net).worst <= 1e-2
+    assert all(w.allows(w.residual()) for w in stiefel.attach.constrained_weights(net))
 
 
 def test_lbfgs_of_torch_takes_horizontal_gradients():

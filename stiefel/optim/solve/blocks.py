@@ -6,7 +6,6 @@ s√p. Imports ``manifold`` and ``linalg``.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -18,9 +17,6 @@ from stiefel.manifold.geometry import project_tangent
 from stiefel.manifold.retractions import retract_polar
 
 Vector = list[Tensor]
-
-REACH = 0.3
-"""How far along a tangent, in lengths of the point, a model of the loss is believed: some 17 degrees."""
 
 
 @dataclass(frozen=True)
@@ -47,10 +43,6 @@ class Stiefel:
         with full_precision(w.device):
             return self.scale * retract_polar(w / self.scale, u / self.scale)
 
-    def reach(self, w: Tensor, u: Tensor) -> float:
-        """How many times U a first step may be long."""
-        return REACH * float(torch.linalg.vector_norm(w)) / max(float(torch.linalg.vector_norm(u)), 1e-30)
-
     def curvature(self, w: Tensor, gradient: Tensor, u: Tensor) -> Tensor:
         """What the set's bending adds to the loss's second derivative along a tangent U: ``−sym(G Xᵀ) U / s``."""
         with full_precision(w.device):
@@ -70,10 +62,6 @@ class Free:
         """The sum."""
         return w + u
 
-    def reach(self, w: Tensor, u: Tensor) -> float:
-        """Any number."""
-        return math.inf
-
     def curvature(self, w: Tensor, gradient: Tensor, u: Tensor) -> Tensor:
         """Nothing."""
         return torch.zeros_like(u)
@@ -92,10 +80,6 @@ class Product:
     def retract(self, point: Vector, vector: Vector) -> Vector:
         """The point reached, block by block."""
         return [b.retract(w, u) for b, w, u in zip(self.blocks, point, vector, strict=True)]
-
-    def reach(self, point: Vector, vector: Vector) -> float:
-        """How many times the vector a first step may be long: the least of all blocks."""
-        return min(b.reach(w, u) for b, w, u in zip(self.blocks, point, vector, strict=True))
 
     def curvature(self, point: Vector, gradient: Vector, vector: Vector) -> Vector:
         """The sets' part of the second derivative, block by block."""

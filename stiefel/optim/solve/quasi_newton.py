@@ -11,9 +11,9 @@ from stiefel.optim.solve.blocks import Vector, add, dot, norm, scaled
 from stiefel.optim.solve.objective import Objective, Point
 from stiefel.optim.solve.search import Trial, search
 
-BENDS = 0.01
-"""The least cosine between a step and the change of the gradient. Far from a minimum some are nearly orthogonal, and a
-direction from such a pair is thousands of times too long (a cautious update: Li and Fukushima 2001)."""
+BENDS = 1e-4
+"""The least cosine between a step and the change of the gradient. Where they are nearly orthogonal the change is mostly
+rounding, and a direction from such a pair far too long (a cautious update: Li and Fukushima 2001)."""
 
 
 class QuasiNewton:
@@ -70,10 +70,9 @@ def quasi_newton(
         if not slope < -1e-12 * norm(direction) * point.gradient_norm:
             memory.pairs.clear()  # no direction of descent: begin anew with the gradient
             direction, slope = scaled(point.gradient, -1), -(point.gradient_norm**2)
-        # The first step is as long as a rotation by a small angle; from then on the scale is known. None is longer than
-        # the set lets a model be believed.
+        # Without a pair a first trial is a rotation by a small angle, from which the search goes on; else the scale is
+        # known.
         first = 1.0 if memory.pairs else min(1.0, 0.1 / point.gradient_norm)
-        first = min(first, objective.sets.reach(point.where, direction))
         found = search(point, slope, first, objective.rounding, _along(objective, point, direction))
         if found is None or norm(add(found.point.where, point.where, -1)) == 0:
             if not memory.pairs:

@@ -51,7 +51,7 @@ def search(
             low, length = trial, _longer(low, trial, high)
         else:
             return trial
-        if high - low.length <= 1e-14 * high or length < 1e-16 * first:
+        if high - low.length <= 1e-14 * low.length or length < 1e-16 * first:
             break
     return low if low.length else None
 

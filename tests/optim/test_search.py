@@ -56,7 +56,7 @@ def test_the_step_falls_enough_and_the_slope_is_spent(shape, width, first):
 @settings(max_examples=60, deadline=None)
 def test_a_step_far_too_short_grows(far):
     """As where the loss bends downwards, so that no pair of the past says how long a step should be."""
-    start, found, trials = run("concave, then up", far, 1.0)
+    _, found, trials = run("concave, then up", far, 1.0)
     assert found.length > far / 2
     assert trials < 4 + math.log2(far)
 

@@ -105,3 +105,19 @@ def add(u: Vector, v: Vector, factor: float | Tensor = 1.0) -> Vector:
 def scaled(u: Vector, factor: float | Tensor) -> Vector:
     """``factor · u``."""
     return [factor * a for a in u]
+
+
+def flat(u: Vector) -> Tensor:
+    """All numbers in one row, complex ones as two."""
+    rows = [(torch.view_as_real(v) if v.is_complex() else v).reshape(-1) for v in u]
+    return torch.cat([r.to(rows[0].device) for r in rows])
+
+
+def unflat(row: Tensor, like: Vector) -> Vector:
+    """The vector of a row, in the shapes of another."""
+    found = []
+    parts = row.split([v.numel() * (1 + v.is_complex()) for v in like])
+    for part, v in zip(parts, like, strict=True):
+        part = part.to(v.device, v.dtype.to_real())
+        found.append(torch.view_as_complex(part.view(*v.shape, 2)) if v.is_complex() else part.view(v.shape))
+    return found

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 
-from stiefel.optim.solve.blocks import Vector, add, dot, norm, scaled
+from stiefel.linalg import in_double
+from stiefel.optim.solve.blocks import Vector, add, dot, flat, norm, scaled, unflat
 from stiefel.optim.solve.objective import Objective, Point
 from stiefel.optim.solve.search import Trial, search
 
@@ -27,26 +29,32 @@ class QuasiNewton:
     """
 
     def __init__(self, history: int) -> None:
-        self.pairs: deque[tuple[Vector, Vector, Tensor]] = deque(maxlen=history)
+        self.pairs: deque[tuple[Tensor, Tensor, Tensor]] = deque(maxlen=history)
 
     def learn(self, step: Vector, change: Vector) -> None:
         """Keep a pair, where it says that the loss bends upwards."""
-        curvature, lengths = dot(step, change), dot(step, step) * dot(change, change)
-        if curvature > BENDS * lengths.sqrt():
-            self.pairs.append((step, change, curvature))
+        s, y = flat(step), flat(change)
+        curvature = inner(s, y)
+        if curvature > BENDS * (inner(s, s) * inner(y, y)).sqrt():
+            self.pairs.append((s, y, curvature))
 
     def direction(self, gradient: Vector) -> Vector:
         """``−H g``."""
-        q, factors = gradient, []
+        q, factors = flat(gradient), []
         for step, change, curvature in reversed(self.pairs):
-            factors.append(dot(step, q) / curvature)
-            q = add(q, change, -factors[-1].to(q[0].dtype.to_real()))
+            factors.append(inner(step, q) / curvature)
+            q = torch.addcmul(q, change, -factors[-1].to(q.dtype))
         if self.pairs:
             _, change, curvature = self.pairs[-1]
-            q = scaled(q, float(curvature / dot(change, change)))
+            q = q * (curvature / inner(change, change)).to(q.dtype)
         for (step, change, curvature), factor in zip(self.pairs, reversed(factors), strict=True):
-            q = add(q, step, float(factor - dot(change, q) / curvature))
-        return scaled(q, -1)
+            q = torch.addcmul(q, step, (factor - inner(change, q) / curvature).to(q.dtype))
+        return unflat(-q, gradient)
+
+
+def inner(u: Tensor, v: Tensor) -> Tensor:
+    """``⟨u, v⟩`` of two rows, summed in double precision."""
+    return torch.dot(in_double(u), in_double(v))
 
 
 def quasi_newton(

@@ -73,7 +73,7 @@ def adapt(owner: nn.Module, state: dict[str, Any], prefix: str, metadata: dict[s
 def _adapt_one(
     found: ConstrainedWeight, state: dict[str, Any], prefix: str, facts: dict[str, Any], assigned: bool
 ) -> None:
-    parametrization, proxied = found.parametrization, _keys_of_proxy(state, prefix, found.tensor)
+    parametrization, proxied = found.parametrization, keys_of_proxy(state, prefix, found.tensor)
     saved = _to_convert(found, state, prefix, facts)
     if is_sharded(found.parameter):
         _refuse_unlike(found, saved is not None)
@@ -100,7 +100,7 @@ def _to_convert(
     found: ConstrainedWeight, state: dict[str, Any], prefix: str, facts: dict[str, Any]
 ) -> Callable[[], Tensor] | None:
     """The weight that a checkpoint has in another form; None where it can be loaded as it is, or is not there."""
-    plain, proxied = prefix + found.tensor, _keys_of_proxy(state, prefix, found.tensor)
+    plain, proxied = prefix + found.tensor, keys_of_proxy(state, prefix, found.tensor)
     if any(key.startswith(f"{prefix}parametrizations.{found.tensor}{MATRICES}") for key in proxied):
         raise WeightError(
             f"weight '{found.binding.label}' was saved as the matrices that it consisted of (blocks= or inner=); load "
@@ -189,11 +189,12 @@ def _same(facts: dict[str, Any], binding: Binding) -> bool:
 
 def drop_proxy(state: dict[str, Any], prefix: str, tensor: str) -> None:
     """Take out of a state dict what a tensor is computed from."""
-    for key in _keys_of_proxy(state, prefix, tensor):
+    for key in keys_of_proxy(state, prefix, tensor):
         del state[key]
 
 
-def _keys_of_proxy(state: dict[str, Any], prefix: str, tensor: str) -> list[str]:
+def keys_of_proxy(state: dict[str, Any], prefix: str, tensor: str) -> list[str]:
+    """Where a state dict has what a tensor is computed from."""
     return [key for key in state if key.startswith(f"{prefix}parametrizations.{tensor}.")]
 
 

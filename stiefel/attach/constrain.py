@@ -12,6 +12,7 @@ from torch.nn.parameter import is_lazy
 
 from stiefel.attach.assemble import check_blocks, planned_assembly, release_assembled
 from stiefel.attach.attaching import detach, planned
+from stiefel.attach.checkpoint import keys_of_proxy
 from stiefel.attach.intact import note_names, note_release, stop_waiting, waiting_in
 from stiefel.attach.prefetch import forget_places, prefetch_below, stop_prefetch
 from stiefel.attach.proxy.parametrization import Reparametrized
@@ -106,6 +107,7 @@ def _waiting(target: Target, wish: Wish) -> Callable[[], None]:
         waiting_in(target.owner)[target.tensor] = (target.name, wish)
         if not has_hook(target.owner, _constrain_shaped):
             target.owner.register_forward_pre_hook(_constrain_shaped)
+            target.owner.register_load_state_dict_pre_hook(_refuse_proxies)
 
     return wait
 
@@ -121,7 +123,17 @@ def _constrain_shaped(owner: nn.Module, args: Any) -> None:
             forget_places()
     if not waiting:
         stop_waiting(owner)
-        remove_hooks(owner, _constrain_shaped)
+        remove_hooks(owner, _constrain_shaped, _refuse_proxies)
+
+
+def _refuse_proxies(owner: nn.Module, state: dict[str, Any], prefix: str, *args: Any) -> None:
+    """Refuse a checkpoint whose weight is a proxy, which a lazy layer has no place for: a load-state-dict pre-hook."""
+    for tensor, (name, _) in waiting_in(owner).items():
+        if keys_of_proxy(state, prefix, tensor):
+            raise WeightError(
+                f"weight '{name}' has no shape yet (a lazy layer), and the checkpoint holds what it is computed from; "
+                "run one forward pass of the model, then load"
+            )
 
 
 def _required(given: object) -> nn.Module:

@@ -90,3 +90,23 @@ def test_lazy_layers_that_share_a_weight_are_refused():
     net[1].weight = net[0].weight
     with pytest.raises(stiefel.WeightError, match="other layers share it"):
         stiefel.constrain(net, "own")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_checkpoints_of_constrained_layers(method):
+    trained = stiefel.constrain(model(), method)
+    trained(X)
+    net = stiefel.constrain(model(), method)
+    if any("parametrizations" in key for key in trained.state_dict()):
+        with pytest.raises(stiefel.WeightError, match=r"'0.weight' has no shape yet .* run one forward pass"):
+            net.load_state_dict(trained.state_dict())
+        net = stiefel.constrain(model(), method)
+        net(X)
+    net.load_state_dict(trained.state_dict())
+    torch.testing.assert_close(net(X), trained(X))
+    plain = stiefel.release(copy.deepcopy(trained)).state_dict()
+    net = stiefel.constrain(model(), method)
+    net.load_state_dict(plain)
+    torch.testing.assert_close(net(X), trained(X), rtol=1e-4, atol=1e-5)
+    assert len(stiefel.report(net).rows) == 3
+    assert not any(hook for layer in net for hook in layer._load_state_dict_pre_hooks.values() if "refuse" in str(hook))

@@ -202,3 +202,19 @@ def test_what_spans_everything_or_nothing_is_refused(method):
 def test_methods_that_hold_no_set_refuse_a_subspace(method):
     with pytest.raises(stiefel.OptionError, match="rows that span a subspace"):
         stiefel.get(method, subspace=True)
+
+
+def test_measures_leave_out_what_turns_within_the_span():
+    net = stiefel.constrain(nn.Linear(9, 3, bias=False).double(), "retraction", subspace=True)
+    target = gaussian(3, 9, seed=1)
+
+    def loss(layer: nn.Module) -> Tensor:
+        return (layer.weight * target).sum() + (layer.weight * target).square().sum()
+
+    x = net.weight.detach().clone().requires_grad_()
+    (g,) = torch.autograd.grad((x * target).sum() + (x * target).square().sum(), x)
+    horizontal = project_horizontal(x.detach()[None], g[None])[0]
+    found = stiefel.measure.dependence(net, loss)
+    torch.testing.assert_close(found.gradient[0], torch.linalg.norm(horizontal) / torch.linalg.norm(x.detach()))
+    (rate,) = stiefel.measure.effective_rates(net, loss).values()
+    assert abs(rate - 1) < 1e-6

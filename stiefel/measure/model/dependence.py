@@ -111,7 +111,7 @@ def dependence(model: nn.Module, loss: Loss, *, length: float = 0.01, most: int 
         with plain.moved(m, x):
             after = plain.tangents({m: x})
         # Onto the tangent space before the step, so that the diagonal is the Riemannian Hessian.
-        after[m] = project_tangent(point.x, after[m])
+        after[m] = point.project(point.x, after[m])
         for n, (a, b) in enumerate(zip(before, after, strict=True)):
             turn[n, m] = _angle(a, b) / length
     gradient = [(torch.linalg.vector_norm(g) / p.norm / p.scale**2).item() for g, p in zip(before, points, strict=True)]
@@ -129,12 +129,16 @@ class Point:
     @torch.no_grad()
     def __init__(self, weight: ConstrainedWeight) -> None:
         self.name, self.path, self.layout = weight.name, weight.path, weight.binding.layout
-        self.scale = self.layout.scale
+        self.scale, self.subspace = self.layout.scale, weight.binding.constraint.subspace
         points = in_double(weight.points())
         self.weight = weight.value.detach().clone()
         self.gains = None if weight.gains is None else in_double(weight.gains.detach()).clone()
         self.x = nearest_orthonormal(points)
         self.norm = torch.linalg.vector_norm(points).item()
+
+    def project(self, x: Float[Tensor, "b p n"], u: Float[Tensor, "b p n"]) -> Float[Tensor, "b p n"]:
+        """The tangent part of U at x; without what turns within the span, where only that matters."""
+        return project_tangent(x, u, horizontal=self.subspace)
 
     def tangent(self, gradient: Tensor | None, x: Float[Tensor, "b p n"] | None = None) -> Float[Tensor, "b p n"]:
         """ξ = P(∂L/∂X) from ∂L/∂W, at X or another x; exactly 0 where that is rounding, or without a gradient."""
@@ -144,7 +148,7 @@ class Point:
         # The chain rule of W = g s X
         found = self.scale * self.layout.matrices(in_double(gradient.detach()))
         found = found if self.gains is None else self.gains * found
-        tangent = project_tangent(x, found)
+        tangent = self.project(x, found)
         # The projection's rounding error in the gradient's precision: a tangent part below it has no direction.
         rounding = 4 * x.shape[-1] * torch.finfo(gradient.dtype).eps * torch.linalg.vector_norm(found)
         return torch.zeros_like(x) if torch.linalg.vector_norm(tangent) <= rounding else tangent

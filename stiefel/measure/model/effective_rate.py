@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from stiefel.attach import ConstrainedWeight, constrained_weights, optimizer
-from stiefel.manifold.geometry import project_tangent
 from stiefel.measure.model.dependence import Loss, PlainCopy, Point, frozen_random_state
 
 
@@ -59,7 +58,7 @@ def effective_rates(model: nn.Module, loss: Loss) -> dict[str, float | None]:
     downhill, uphill = (_after(model, directions, way * size) for way in (1.0, -1.0))
     for weight, point, length, one, other in zip(weights, points, lengths, downhill, uphill, strict=True):
         if length > 0 and weight.parameter.requires_grad and not weight.binding.constraint.step_length:
-            moved = project_tangent(point.x, point.coordinates(one) - point.coordinates(other)) / 2
+            moved = point.project(point.x, point.coordinates(one) - point.coordinates(other)) / 2
             projected = size / steepest * length / point.scale**2  # lr ‖P(G)‖ in X's coordinates
             rates[weight.name] = torch.linalg.vector_norm(moved).item() / projected
     return rates

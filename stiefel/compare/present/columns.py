@@ -152,7 +152,7 @@ RESULTS: tuple[Column[Line], ...] = (
     Column("steps to\ntarget", lambda at: words.steps(at.row.steps_to_target), VALUES["steps_to_target"]),
     Column("seconds to\ntarget", lambda at: words.seconds(at.row.seconds_to_target), VALUES["seconds_to_target"]),
     Column("step\ncost", _step_cost, VALUES["step_ratio"], where=BOTH),
-    valued("gradient\nat the end", VALUES["gradient_norm"], "{:.1e}".format, optional=True),
+    valued("gradient\nat the end", VALUES["gradient_norm"], "{:.2g}".format, optional=True),
     valued("redundancy", VALUES["redundancy"], "{:.3g}".format, optional=True),
     Column("tuning\nruns", lambda at: str(VALUES["tuning_runs"](at))),
     Column("failed,\ntuning", lambda at: str(at.row.tuning_failures)),

@@ -72,7 +72,7 @@ def put_on_set(found: ConstrainedWeight, how: str) -> None:
     Raises:
         WeightError: it has entries that are NaN or infinite: no point of the set is the nearest.
     """
-    if found.binding.constraint.claim is None or not found.may_be_off_set:
+    if found.binding.constraint.claim is None or not found.may_be_off_set or found.parameter.is_meta:
         return
     residual = found.residual()
     if residual != residual:  # NaN

@@ -7,8 +7,8 @@ from torch import Tensor
 
 
 def may_wait(tensor: Tensor) -> bool:
-    """Whether a step may read a tensor's values: on a GPU the host would wait for all the work that is queued there."""
-    return not tensor.is_cuda
+    """Whether a step may read a tensor's values: anywhere but on a CPU the host would wait for all that is queued."""
+    return tensor.device.type == "cpu"
 
 
 def is_capturing(tensor: Tensor) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -69,17 +69,24 @@ def full_precision(device: torch.device) -> Iterator[None]:
     dtype check cannot see it: a product under autocast can come back as float32 with bfloat16 accuracy.
     """
     if torch.compiler.is_compiling():  # traced code cannot write settings of the process
-        with torch.autocast(device.type, enabled=False):
+        with _without_autocast(device):
             yield
         return
     owner, attribute, exact = _setting(device)
     switch = _switches["cpu" if owner is getattr(torch.backends.mkldnn, "matmul", None) else "cuda"]
     switch.enter(owner, attribute, exact)
     try:
-        with torch.autocast(device.type, enabled=False):
+        with _without_autocast(device):
             yield
     finally:
         switch.leave(owner, attribute, exact)
+
+
+def _without_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Turn autocast off on devices that have it."""
+    if torch.amp.is_autocast_available(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
 
 
 def _setting(device: torch.device) -> tuple[Any, str, Any]:

@@ -1,4 +1,4 @@
-"""Whether code runs on ordinary tensors, or is being traced or transformed. Imports ``compat``."""
+"""Whether code runs on ordinary tensors, or is being traced or transformed. Imports ``compat`` and ``devices``."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from stiefel.compat.torch_private import is_functorch_active
+from stiefel.linalg.devices import may_wait
 
 
 def is_traced() -> bool:
@@ -16,4 +17,4 @@ def is_traced() -> bool:
 def readable(tensor: Tensor) -> bool:
     """Whether a tensor's values can be read without waiting for a device."""
     # A FakeTensor reports a device, but has no values.
-    return tensor.device.type == "cpu" and not is_traced() and not hasattr(tensor, "fake_mode")
+    return may_wait(tensor) and not is_traced() and not hasattr(tensor, "fake_mode")

@@ -17,7 +17,7 @@ class _Flag:
     """A flag on its way from a device, true if all values are finite, and the error message for a false one."""
 
     value: Tensor
-    arrived: torch.cuda.Event
+    arrived: torch.Event
     message: Callable[[], str]
 
 
@@ -36,11 +36,13 @@ def raise_later(finite: Tensor, message: Callable[[], str]) -> None:
     Reading a flag at once would make the host wait for all work queued on the device. It is copied asynchronously and
     read before the next step, or one of those after it; the message is made only if it is false.
     """
+    if finite.is_meta:
+        return  # without values
     # Pinned, because a copy to pageable memory would make the host wait after all.
     value = torch.empty((), dtype=torch.bool, pin_memory=True)
     value.copy_(finite, non_blocking=True)
-    arrived = torch.cuda.Event()
-    arrived.record(torch.cuda.current_stream(finite.device))
+    arrived = torch.Event(finite.device)
+    arrived.record(torch.accelerator.current_stream(finite.device))
     _flags.pending.append(_Flag(value, arrived, message))
 
 

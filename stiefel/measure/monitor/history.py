@@ -1,4 +1,4 @@
-"""Every number that a training loop logs, and bounded sequences. Imports ``display``'s names, errors and torch."""
+"""Every number that a training loop logs, and bounded sequences. Imports ``display``'s names, ``linalg``, errors."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from stiefel.errors import OptionError
+from stiefel.linalg import may_wait
 from stiefel.measure.monitor.display import RESERVED
 
 
@@ -76,7 +77,7 @@ def taken(values: dict[str, Any]) -> dict[str, Any]:
 def _taken(name: str, value: Any) -> Any:
     if isinstance(value, Tensor):
         if value.numel() == 1 and not value.is_complex():
-            return value.detach().clone() if value.is_cuda else value.item()
+            return value.item() if may_wait(value) else value.detach().clone()
         came = f"a {value.dtype} tensor of shape {tuple(value.shape)}"
     elif isinstance(value, (int, float)):
         return value

@@ -86,6 +86,7 @@ __all__ = [
     "register",
     "release",
     "report",
+    "use_double",
 ]
 
 _ROOMS = {
@@ -101,6 +102,7 @@ _ROOMS = {
         "refresh",
         "release",
     ),
+    "linalg": ("use_double",),
     "constraint": ("Claim", "Constraint", "ManifoldMethod", "Penalty", "Reparameterization", "StepMethod"),
     "measure": ("Monitor", "OrthogonalityReport", "report"),
     "methods": ("available", "get", "register"),

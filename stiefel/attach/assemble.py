@@ -28,7 +28,7 @@ from stiefel.compat.torch_private import has_hook, is_called_by, parameters_of, 
 from stiefel.constraint import Constraint, is_count
 from stiefel.errors import LayoutError, OptionError
 from stiefel.layout import Layout
-from stiefel.linalg import full_precision, is_traced
+from stiefel.linalg import full_precision, in_double, is_traced
 
 _POSITIONS = "_stiefel_positions"
 """An entry of the owner's ``__dict__``, which copies have too: where the tensors were among its parameters."""
@@ -97,7 +97,7 @@ def planned_assembly(
     refuse_sparse(target, method)
     layout = reading_of(target, method, axes)
     sizes = _sizes(target.name, layout, blocks)
-    factor = None if inner is None else _factor(target, layout, sizes, inner)
+    factor = None if inner is None else _factor(target, layout, sizes, inner, method.group_size is not None)
     assembled = Assembled(layout, sizes, factor, target.parameter)
     tensor = target.tensor
     plans = []
@@ -141,37 +141,40 @@ def check_blocks(blocks: Any) -> tuple[int, ...] | None:
     return tuple(blocks)
 
 
-def _factor(target: Target, layout: Layout, sizes: Sequence[int], inner: Any) -> Tensor:
-    """L of B = L Lᵀ, in the weight's precision."""
+def _factor(target: Target, layout: Layout, sizes: Sequence[int], inner: Any, grouped: bool) -> Tensor:
+    """L of B = L Lᵀ, in the weight's precision; groups of outputs are rows of a tall weight too."""
     name, weight = target.name, target.parameter
-    longest = max(sizes[0], layout.fan_in) if len(sizes) == 1 else layout.fan_in
-    if max(sizes) > longest:
+    tall = layout.columns and not grouped and len(sizes) == 1
+    longest = layout.out if tall else layout.fan_in
+    if not tall and not grouped and max(sizes) > longest:
         raise LayoutError(
             f"weight '{name}': of blocks={list(sizes)} some have more outputs than the {layout.fan_in} inputs, and "
             "would need another inner product; use smaller blocks"
         )
     if not isinstance(inner, Tensor) or inner.shape != (longest, longest):
         came = f"shape {tuple(inner.shape)}" if isinstance(inner, Tensor) else type(inner).__name__
-        side = "columns" if sizes[0] > layout.fan_in else "rows"
+        side = "columns" if tall else "rows"
         raise LayoutError(
             f"weight '{name}' has {layout}, whose {side} need an inner product of shape {(longest, longest)}; inner "
             f"has {came}"
         )
-    wide = inner.detach().to(weight.device, torch.promote_types(weight.dtype, torch.float64))
-    factor, info = torch.linalg.cholesky_ex(wide)
+    if inner.is_complex() and not weight.is_complex():
+        raise OptionError(f"inner is {inner.dtype}, and weight '{name}' {weight.dtype}: expected a real matrix")
+    wide = in_double(inner.detach()).to(torch.promote_types(weight.dtype, torch.float64))
     error = torch.linalg.matrix_norm(wide - wide.mH)
+    factor, info = torch.linalg.cholesky_ex((wide + wide.mH) / 2)
     if info.item() or not error <= 1e-5 * torch.linalg.matrix_norm(wide):
         raise OptionError("inner: expected a positive definite matrix, equal to its (conjugate) transpose")
-    return factor.to(weight.dtype)
+    return factor.to(weight)
 
 
 def _whitened(x: Tensor, factor: Tensor) -> Tensor:
     """``X L`` of rows, ``Lᴴ X`` of columns."""
-    return x @ factor if x.shape[-2] <= x.shape[-1] else factor.mH @ x
+    return x @ factor if len(factor) == x.shape[-1] else factor.mH @ x
 
 
 def _unwhitened(x: Tensor, factor: Tensor) -> Tensor:
-    if x.shape[-2] <= x.shape[-1]:
+    if len(factor) == x.shape[-1]:
         return torch.linalg.solve_triangular(factor, x, upper=False, left=False)
     return torch.linalg.solve_triangular(factor.mH, x, upper=True)
 

@@ -97,6 +97,11 @@ class Wish:
 
 def _waiting(target: Target, wish: Wish) -> Callable[[], None]:
     """A function that lets a lazy layer wait for its shape."""
+    if target.tensor in waiting_in(target.owner):
+        raise SelectionError(
+            f"weight '{target.name}' is constrained already, as soon as it has a shape (a lazy layer); call "
+            "stiefel.release(model) first to constrain it anew"
+        )
     if target.ties:
         raise WeightError(
             f"weight '{target.name}' has no shape yet (a lazy layer), and other layers share it; run one forward pass "

@@ -55,7 +55,8 @@ def minimize(
         max_evaluations: after so many evaluations of the loss it ends.
         history: pairs of steps and gradients that model the curvature.
         second_order: use Hessian-vector products, for losses so ill-conditioned that L-BFGS takes thousands of steps.
-        callback: called with the :class:`Minimum` so far after each step; where it returns True, it ends.
+        callback: called with the :class:`Minimum` so far after each step, with the module at that point; where it
+            returns True, it ends.
 
     Returns:
         Where it ended, and why. An interrupt (Ctrl-C) is raised again, with the best point kept.
@@ -70,7 +71,12 @@ def minimize(
     _check(tol, max_evaluations, history)
     unknowns = Unknowns(project(module))
     objective = Objective(loss, unknowns.sets, unknowns.place, unknowns.gradients, max_evaluations)
-    watch = _Watch(objective, tol, callback)
+
+    def place(point: Point) -> None:
+        unknowns.place(point.where)
+        unknowns.keep()
+
+    watch = _Watch(objective, tol, callback, place)
     try:
         with unknowns.in_place():
             start = objective.first(unknowns.read())
@@ -128,8 +134,15 @@ def gradient_norm(module: nn.Module, loss: Callable[[], Tensor | Iterable[Tensor
 class _Watch:
     """Decides whether to go on, keeps the best point, and tells of progress."""
 
-    def __init__(self, objective: Objective, tol: float, callback: Callable[[Minimum], Any] | None) -> None:
+    def __init__(
+        self,
+        objective: Objective,
+        tol: float,
+        callback: Callable[[Minimum], Any] | None,
+        place: Callable[[Point], None],
+    ) -> None:
         self.objective, self.tol, self.callback = objective, tol, callback
+        self.place = place
         self.best: Point | None = None
         self.steps, self.stopped, self.spoke = -1, "", False
         self.least, self.flattest, self.fell = math.inf, math.inf, 0  # loss, gradient, and when one of them last fell
@@ -138,14 +151,16 @@ class _Watch:
     def __call__(self, point: Point) -> bool:
         self.steps += 1
         self.start = point.loss if self.steps == 0 else self.start
-        if self.best is None or point.loss <= self.best.loss + self.objective.rounding:
+        if self.best is None or point.loss <= self.best.loss + self.best.rounding:
             self.best = point  # of equal losses the later: its gradient is smaller
-        if point.loss < self.least - self.objective.rounding or point.gradient_norm < 0.9 * self.flattest:
-            self.fell = self.steps
-        self.least, self.flattest = min(self.least, point.loss), min(self.flattest, point.gradient_norm)
+        # What is remembered is the last value that counted as lower, so that slow falls add up.
+        if point.loss < self.least - point.rounding:
+            self.least, self.fell = point.loss, self.steps
+        if point.gradient_norm < 0.9 * self.flattest:
+            self.flattest, self.fell = point.gradient_norm, self.steps
         so_far = self.minimum(point, "")
         self._tell(so_far)
-        if self.steps and self.callback is not None and self.callback(so_far) is True:
+        if self.steps and self._called_back(point, so_far):
             self.stopped = "the callback returned True"
         elif so_far.converged:
             self.stopped = f"the gradient's norm is at most {self.tol:g}"
@@ -156,13 +171,19 @@ class _Watch:
                 f"neither the loss nor the gradient's norm, {point.gradient_norm:.1e}, has fallen in {PATIENCE} steps: "
                 "they are at their rounding"
             )
-        elif self.objective.left <= self.objective.evaluations:
-            self.stopped = f"{self.objective.evaluations} evaluations have not been enough for a norm of {self.tol:g}"
-        return not self.stopped
+        return not (self.stopped or self.objective.spent)
+
+    def _called_back(self, point: Point, so_far: Minimum) -> bool:
+        if self.callback is None:
+            return False
+        self.place(point)
+        return bool(self.callback(so_far))
 
     def minimum(self, point: Point, why: str) -> Minimum:
         """The point as it is told."""
         converged, message = point.gradient_norm <= self.tol, self.stopped or why
+        if not message and self.objective.spent:
+            message = f"{self.objective.evaluations} evaluations have not been enough for a norm of {self.tol:g}"
         if message and not converged and point.loss < -FAR * max(1.0, abs(self.start)):
             message += f"; the loss has fallen to {point.loss:.1e}: is it bounded below?"
         return Minimum(point.loss, point.gradient_norm, self.steps, self.objective.evaluations, converged, message)

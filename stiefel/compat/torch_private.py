@@ -7,6 +7,7 @@ names the one that a newer torch lacks. Imports torch alone.
 from __future__ import annotations
 
 import sys
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Self, TypeVar
@@ -79,6 +80,7 @@ PRIVATE_NAMES: dict[str, str] = {
     "torch.nn.Module._parameters": "2.8 to 2.14",
     "torch.nn.Module._state_dict_hooks": "2.8 to 2.14",
     "torch.nn.RNNBase._flat_weights": "2.8 to 2.14",
+    "torch.nn.RNNBase._flat_weight_refs": "2.8 to 2.14",
     "torch.nn.RNNBase._flat_weights_names": "2.8 to 2.14",
     "torch.nn.RNNBase._init_flat_weights": "2.8 to 2.14",
     "torch.Tensor._version": "2.8 to 2.14",
@@ -272,7 +274,10 @@ def drop_flat_weights(recurrent: nn.RNNBase) -> None:
     Does nothing while torch caches parametrized weights, because the module has to find those again.
     """
     if not parametrize._cache_enabled:
-        recurrent._flat_weights = [None] * len(recurrent._flat_weights_names)
+        count = len(recurrent._flat_weights_names)
+        recurrent._flat_weights = [None] * count
+        # It reads them anew where a reference does not lead to the weight that it has now: these lead nowhere.
+        recurrent._flat_weight_refs = [weakref.ref(nn.Parameter())] * count
 
 
 def is_called_by(name: str) -> bool:

@@ -53,7 +53,7 @@ class Centred(Reparameterization):
         # Reflected, a row of mean 0 begins with 0, and the other n − 1 entries are its coordinates. The reflection is
         # its own inverse.
         coordinates = _reflected(in_double(points))[..., 1:]
-        return _reflected(pad(nearest_orthonormal(coordinates), (1, 0))).to(points.dtype)
+        return _reflected(pad(nearest_orthonormal(coordinates), (1, 0))).to(points)
 
     def centred(self, v: Tensor, layout: Layout) -> Tensor:
         """V less its row means, where this method centres a weight of that layout."""

@@ -2,16 +2,16 @@
 
 from stiefel.linalg.cayley import cayley_along, cayley_step, limited
 from stiefel.linalg.determinant import with_determinant
-from stiefel.linalg.devices import is_capturing, may_wait
-from stiefel.linalg.exponential import exponential_step
+from stiefel.linalg.devices import has_double, is_capturing, may_wait, use_double
+from stiefel.linalg.exponential import exponential_step, matrix_exponential
 from stiefel.linalg.householder import householder_rows, householder_vectors
 from stiefel.linalg.iteration import iterated
 from stiefel.linalg.lu import one_by_one
 from stiefel.linalg.lyapunov import lyapunov
 from stiefel.linalg.msign import msign
-from stiefel.linalg.norm import spectral_radius
+from stiefel.linalg.norm import largest_singular_value, spectral_radius
 from stiefel.linalg.polar import polar
-from stiefel.linalg.precision import EXACT_DTYPES, full_precision, in_double, require_exact
+from stiefel.linalg.precision import EXACT_DTYPES, full_precision, in_double, require_exact, widened
 from stiefel.linalg.products import (
     add_product,
     balance,
@@ -42,6 +42,7 @@ __all__ = [
     "frobenius",
     "full_precision",
     "gram_residual",
+    "has_double",
     "householder_rows",
     "householder_vectors",
     "in_double",
@@ -50,8 +51,10 @@ __all__ = [
     "is_short",
     "is_traced",
     "iterated",
+    "largest_singular_value",
     "limited",
     "lyapunov",
+    "matrix_exponential",
     "may_wait",
     "msign",
     "nearest_in_step",
@@ -70,7 +73,9 @@ __all__ = [
     "squared_residual",
     "sym",
     "unit_sized",
+    "use_double",
     "whitened",
+    "widened",
     "with_determinant",
     "with_horizontal_gradient",
 ]

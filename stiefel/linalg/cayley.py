@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from stiefel.linalg.devices import has_double
 from stiefel.linalg.lu import inverse_of, solve, solve_from_the_right
-from stiefel.linalg.precision import in_double
+from stiefel.linalg.precision import widened
 from stiefel.linalg.products import add_product, balance, frobenius, skew, sym
 from stiefel.linalg.tracing import readable
 
@@ -17,8 +18,9 @@ if TYPE_CHECKING:
 
 SHORT = 4.0
 """Largest ‖U‖_F at which N below is well conditioned: its condition number is at most 1 + ¼‖U‖²."""
-LONGEST = 1e8
-"""Largest ‖B‖_F of a transform: beyond it, even double loses all digits of I beside A."""
+LONGEST, LONGEST_ALONE = 1e8, 30.0
+"""Largest ‖B‖_F of a transform: beyond the first, even double loses all digits of I beside A; in float32 alone, where
+the device has no fast double, beyond the second, which turns by 170 degrees, the low-rank form loses too many."""
 
 
 def cayley_step(x: Float[Tensor, "*batch p n"], b: Float[Tensor, "*batch p n"]) -> Float[Tensor, "*batch p n"]:
@@ -47,17 +49,17 @@ def cayley_step(x: Float[Tensor, "*batch p n"], b: Float[Tensor, "*batch p n"]) 
     Source: Wen and Yin (2013), Lemma 4, in rows form.
     """
     p, n = x.shape[-2:]
-    b = limited(b, LONGEST)
+    b = limited(b, LONGEST if has_double(b.device) else LONGEST_ALONE)
     c = balance(b)  # (*batch, 1, 1)
     short = readable(c) and float(c.max() if c.numel() else 0) <= 1
     # The low-rank system is 2p×2p: where 2p ≥ n, A itself (n×n) is no larger.
     if 2 * p >= n:
-        wide = x if short else in_double(x)
+        wide = x if short else widened(x)
         a = 2 * skew(wide.mH @ b.to(wide.dtype))
         # X + XA (I − ½A)⁻¹; the right-hand solve is a solve with the transpose.
         return x + solve_from_the_right(wide @ a, _identity(n, a) - 0.5 * a).to(x.dtype)
     b = b / c
-    xu, zu = low_rank_blocks(x, b) if short else low_rank_blocks(in_double(x), in_double(b))
+    xu, zu = low_rank_blocks(x, b) if short else low_rank_blocks(widened(x), widened(b))
     # w = c XU (I − (c/2)ZU)⁻¹ is (*batch, p, 2p); its halves multiply the two blocks of Z = [B̂; −X].
     w = (c * solve_from_the_right(xu, _identity(2 * p, xu) - (0.5 * c) * zu)).to(x.dtype)
     return x + w[..., :p] @ b - w[..., p:] @ x
@@ -80,8 +82,8 @@ def cayley_along(x: Float[Tensor, "*batch p n"], u: Float[Tensor, "*batch p n"])
     p, n = x.shape[-2:]
     short = readable(u) and (not u.numel() or float(frobenius(u.detach()).max()) <= SHORT)
     if p == n:  # V = 0
-        u = limited(u, LONGEST)
-        wide = x if short else in_double(x)
+        u = limited(u, LONGEST if has_double(u.device) else LONGEST_ALONE)
+        wide = x if short else widened(x)
         # S = UXᴴ, skew by construction: then the result is a rotation of X even if U is tangent only to rounding.
         turn = skew(u.to(wide.dtype) @ wide.mH)
         return x + solve(_identity(p, turn) - 0.5 * turn, turn @ wide).to(x.dtype)

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from stiefel.linalg.cayley import low_rank_blocks
-from stiefel.linalg.precision import in_double
+from stiefel.linalg.devices import may_wait
+from stiefel.linalg.precision import widened
 from stiefel.linalg.products import balance, is_short, skew
+from stiefel.linalg.tracing import is_traced
 
 if TYPE_CHECKING:
     from jaxtyping import Float
+
+TERMS, HALVED = 16, 0.5
+"""Terms of the exponential's series, and the length that matrices are halved to: the rest is below 1e-18."""
+SQUARINGS = 26
+"""Squarings where none is counted: enough for matrices of a length of 1e7."""
 
 
 def exponential_step(x: Float[Tensor, "*batch p n"], b: Float[Tensor, "*batch p n"]) -> Float[Tensor, "*batch p n"]:
@@ -34,14 +42,39 @@ def exponential_step(x: Float[Tensor, "*batch p n"], b: Float[Tensor, "*batch p 
     Source: Higham, Functions of Matrices (2008), Theorem 1.35 and Corollary 1.34.
     """
     p, n = x.shape[-2:]
-    if not is_short(b) and x.dtype != in_double(x).dtype:
-        return exponential_step(in_double(x), in_double(b)).to(x.dtype)
+    if not is_short(b) and x.dtype != widened(x).dtype:
+        return exponential_step(widened(x), widened(b)).to(x.dtype)
     if 2 * p >= n:  # A = XᴴB − BᴴX itself
-        return x @ torch.linalg.matrix_exp(2 * skew(x.mH @ b))
+        return x @ matrix_exponential(2 * skew(x.mH @ b))
     c = balance(b)
     b = b / c
     _, zu = low_rank_blocks(x, b)
     # The last p rows of expm(c ZU) − I, (*batch, p, 2p). I is subtracted before Z is applied: the step is then added
     # to X, whose own digits are not rounded again.
-    turned = torch.linalg.matrix_exp(c * zu)[..., p:, :] - torch.eye(2 * p, dtype=x.dtype, device=x.device)[p:]
+    turned = matrix_exponential(c * zu)[..., p:, :] - torch.eye(2 * p, dtype=x.dtype, device=x.device)[p:]
     return x - turned[..., :p] @ b + turned[..., p:] @ x
+
+
+def matrix_exponential(a: Float[Tensor, "*batch p p"]) -> Float[Tensor, "*batch p p"]:
+    """``expm(A)`` by torch, and on other devices than a CPU by as many squarings as the longest A would need.
+
+    torch chooses the series by norms that it reads on the host. Here each matrix is halved k times, so that its length
+    is at most ½, and squared k times: all are squared, and what is past its k keeps its value.
+
+    Source: Higham, Functions of Matrices (2008), section 10.3; Paterson and Stockmeyer (1973) for the series.
+    """
+    if may_wait(a) or is_traced():
+        return torch.linalg.matrix_exp(a)
+    length = torch.linalg.matrix_norm(a.detach(), keepdim=True)
+    k = (length / HALVED).clamp_min(1).log2().ceil()
+    a = a * torch.exp2(-k)
+    square = a @ a
+    powers = [torch.eye(a.shape[-1], dtype=a.dtype, device=a.device), a, square, square @ a]
+    fourth, x = square @ square, torch.zeros_like(a)
+    for low in range(TERMS - 4, -1, -4):  # Horner's form in A⁴
+        x = x @ fourth
+        for i, power in enumerate(powers):
+            x = torch.add(x, power, alpha=1 / math.factorial(low + i))
+    for i in range(SQUARINGS):
+        x = torch.where(i < k, x @ x, x)
+    return x

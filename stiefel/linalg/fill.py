@@ -1,4 +1,4 @@
-"""A fixed matrix in general position, whose rows complete a matrix that lacks some. Imports only torch."""
+"""A fixed matrix in general position, whose rows complete a matrix that lacks some. Imports ``devices``."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+from stiefel.linalg.devices import has_double
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -21,5 +23,6 @@ def fill_like(x: Float[Tensor, "*batch p n"]) -> Float[Tensor, "p n"]:
     """
     p, n = x.shape[-2:]
     # In double: √2 k² exceeds 2²⁴ from about k = 3400 on, where float32 has no digits after the point.
-    k = torch.arange(1, p * n + 1, dtype=torch.float64, device=x.device)
-    return ((2 / n) ** 0.5 * torch.cos(2**0.5 * k.square())).reshape(p, n).to(x.dtype)
+    device = x.device if has_double(x.device) else torch.device("cpu")
+    k = torch.arange(1, p * n + 1, dtype=torch.float64, device=device)
+    return ((2 / n) ** 0.5 * torch.cos(2**0.5 * k.square())).reshape(p, n).to(x.dtype).to(x.device, non_blocking=True)

@@ -18,7 +18,9 @@ SMALLEST = 1e-3
 """Singular values above this share of the Frobenius norm reach 1 at the fastest possible rate."""
 
 
-def msign(m: Float[Tensor, "*batch p n"], steps: int = 12) -> Float[Tensor, "*batch p n"]:
+def msign(
+    m: Float[Tensor, "*batch p n"], steps: int = 12, smallest: float = SMALLEST, safety: float = 1.0
+) -> Float[Tensor, "*batch p n"]:
     """Polar factor by ``steps`` odd quintics, each the best possible after those before it: no factorization.
 
         X₀ = M / (1.01 ‖M‖_F),   X ← aX + b(XXᴴ)X + c(XXᴴ)²X
@@ -30,12 +32,14 @@ def msign(m: Float[Tensor, "*batch p n"], steps: int = 12) -> Float[Tensor, "*ba
         m: p ≤ n, float32 or wider: in bfloat16 the result is off by 0.02.
         steps: 8 converge where the smallest singular value is at least 1e-3 ‖M‖_F, 12 where it is 1e-4 ‖M‖_F; in
             float32 the result then is off by epsilon times the condition number.
+        smallest: singular values above this share of ‖M‖_F reach 1 at the fastest possible rate.
+        safety: as in :func:`quintics`; 1.01 where ``smallest`` is so small that rounding would leave an interval.
 
     Source: Amsel, Persson, Musco and Gower, The Polar Express, 2025 (arXiv 2505.16932), Algorithm 1.
     """
     # balance(M)·√p is ‖M‖_F, or √p for M = 0; 1.01 leaves room for rounding, since the first interval ends at 1.
     x = (m / (1.01 * m.shape[-2] ** 0.5 * balance(m))).reshape(-1, *m.shape[-2:])
-    for a, b, c in quintics(steps, SMALLEST):
+    for a, b, c in quintics(steps, smallest, safety):
         gram = x @ x.mH
         # (bG + cG²)X + aX with G = XXᴴ, in two fused products
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
@@ -43,19 +47,23 @@ def msign(m: Float[Tensor, "*batch p n"], steps: int = 12) -> Float[Tensor, "*ba
 
 
 @cache
-def quintics(steps: int, smallest: float) -> tuple[tuple[float, float, float], ...]:
+def quintics(steps: int, smallest: float, safety: float = 1.0) -> tuple[tuple[float, float, float], ...]:
     """The polynomial of each step: the minimax quintic on the interval that then holds the singular values.
 
     Args:
         steps: how many.
         smallest: lower end of the first interval, whose upper end is 1.
+        safety: by how much each step but the last shortens its argument: beyond its interval a step that raises small
+            values quickly sends large ones to infinity.
     """
     low, high, found = smallest, 1.0, []
     for _ in range(steps):
         coefficients, error = _minimax_quintic(low, high)
-        found.append(coefficients)
+        short = safety if len(found) < steps - 1 else 1.0
+        a, b, c = coefficients
+        found.append((a / short, b / short**3, c / short**5))
         # The step maps [low, high] into this interval, for which the next polynomial is made.
-        low, high = 1 - error, 1 + error
+        low, high = (1 - error) / short, 1 + error
     return tuple(found)
 
 

@@ -1,4 +1,4 @@
-"""The largest eigenvalue in magnitude of a Hermitian matrix, by products with a vector. Imports ``fill``."""
+"""Largest eigenvalues and singular values, by products. Imports ``fill``, ``tracing``, ``devices``."""
 
 from __future__ import annotations
 
@@ -7,10 +7,15 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from stiefel.linalg.devices import may_wait
 from stiefel.linalg.fill import fill_like
+from stiefel.linalg.tracing import is_traced
 
 if TYPE_CHECKING:
     from jaxtyping import Float
+
+SQUARINGS = 22
+"""After these a singular value that is smaller by 1e-6 counts for nothing."""
 
 
 def spectral_radius(h: Float[Tensor, "*batch p p"], iterations: int = 40) -> Float[Tensor, "*batch"]:
@@ -31,6 +36,56 @@ def spectral_radius(h: Float[Tensor, "*batch p p"], iterations: int = 40) -> Flo
         derivative is that of the iteration.
     """
     return _SpectralRadius.apply(h, iterations)
+
+
+def largest_singular_value(v: Float[Tensor, "*batch p n"]) -> Float[Tensor, "*batch"]:
+    """``‖V‖₂``; where several singular values share it, its gradient is the mean of theirs.
+
+    On a CPU by an SVD. Elsewhere, where that would make the host wait, by the projection onto the leading eigenvectors
+    of M = V Vᴴ, which 22 squarings ``P ← P²/tr P²`` from M have found to rounding: ``‖V‖₂² = tr(P M)``.
+
+    Args:
+        v: p ≤ n, with entries whose fourth powers are in range.
+    """
+    if may_wait(v) or is_traced():
+        return _of_svd(v)
+    return _Largest.apply(v)[0]
+
+
+def _of_svd(v: Tensor) -> Tensor:
+    sigma = torch.linalg.svd(v, full_matrices=False).S
+    # Values that are equal to rounding count as tied.
+    leads = sigma >= sigma[..., :1] * (1 - 1e3 * torch.finfo(sigma.dtype).eps)
+    return (sigma * leads).sum(-1) / leads.sum(-1)
+
+
+class _Largest(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(v: Tensor) -> tuple[Tensor, Tensor]:
+        gram = v @ v.mH
+        p = _of_unit_trace(gram)
+        for _ in range(SQUARINGS):
+            p = _of_unit_trace(p @ p)
+        return (p * gram.mT).sum((-2, -1)).real.sqrt(), p
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor], output: tuple[Tensor, Tensor]) -> None:
+        ctx.mark_non_differentiable(output[1])
+        ctx.save_for_backward(*inputs, *output)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        v, sigma, p = ctx.saved_tensors
+        if torch.is_grad_enabled():  # a second derivative is that of the singular values
+            return torch.autograd.grad(_of_svd(v), v, gradients[0], create_graph=True)[0]
+        return (gradients[0] / sigma)[..., None, None] * (p @ v)
+
+
+def _of_unit_trace(a: Tensor) -> Tensor:
+    trace = a.diagonal(dim1=-2, dim2=-1).real.sum(-1)[..., None, None]
+    return a / torch.where(trace > 0, trace, 1)
 
 
 def _leading(h: Tensor, iterations: int) -> Tensor:

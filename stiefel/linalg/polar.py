@@ -10,11 +10,13 @@ from torch import Tensor
 
 from stiefel.compat.torch_private import is_batched_gradient
 from stiefel.linalg.devices import may_wait
-from stiefel.linalg.inverse_root import inverse_root, inverse_root_by_iteration
+from stiefel.linalg.inverse_root import inverse_root
 from stiefel.linalg.lu import solve
-from stiefel.linalg.lyapunov import lyapunov, lyapunov_by_doubling, lyapunov_by_products
-from stiefel.linalg.precision import full_precision, in_double, real_dtype
+from stiefel.linalg.lyapunov import lyapunov, lyapunov_by_products
+from stiefel.linalg.precision import full_precision, in_double, real_dtype, widened
 from stiefel.linalg.products import newton_schulz
+from stiefel.linalg.rational import lyapunov_by_shifts, polar_by_resolvents
+from stiefel.linalg.single import polar_in_single
 from stiefel.linalg.tracing import is_traced, readable
 
 if TYPE_CHECKING:
@@ -50,8 +52,9 @@ def polar(
             ``"eigen"``: float64 by SVD, anything narrower by the eigenvalues of its Gram matrix in float64 (accurate to
             1e-8 for condition numbers up to 1e4, where a float32 Gram matrix loses everything). ``"products"``: float32
             on a CPU, :func:`inverse_root` and conjugate gradients, and ``"eigen"`` where V is ill-conditioned.
-            ``"iteration"``: float32 on a GPU, the same in double by a fixed number of products that the host need not
-            wait for, for condition numbers up to 1e4, without ``eps``.
+            ``"iteration"``: float32 on a GPU, a fixed number of products and inverses that the host need not wait for,
+            for condition numbers up to 1e4, without ``eps``: in double (:func:`polar_by_resolvents`), or in
+            float32 alone where double is slow or missing (:func:`polar_in_single`).
 
     Returns:
         X in the dtype of ``v``. Autocast and TF32 are off inside.
@@ -83,14 +86,26 @@ def _by_products(v: Tensor, eps: float) -> Tensor:
     batch = v.reshape(-1, *v.shape[-2:])
     with full_precision(v.device):
         root = inverse_root(batch.detach())
-    return _by_eigenvalues(v, eps) if root is None else _PolarOfRoot.apply(batch, *root, eps, True).reshape(v.shape)
+        if root is None:
+            return _by_eigenvalues(v, eps)
+        z, h = root
+        return _PolarOfRoot.apply(batch, torch.bmm(z, batch.detach()), z, h, eps, True).reshape(v.shape)
 
 
 def _by_iteration(v: Tensor, eps: float) -> Tensor:
     batch = v.reshape(-1, *v.shape[-2:])
-    with full_precision(v.device):
-        root = inverse_root_by_iteration(batch.detach())
-    return _PolarOfRoot.apply(batch, *root, eps, False).reshape(v.shape)
+    with full_precision(v.device), torch.no_grad():
+        wide = widened(batch)
+        if wide.dtype == batch.dtype:
+            x, h, z = polar_in_single(batch)
+        else:
+            square = torch.linalg.matrix_norm(wide, keepdim=True).square()
+            x, z, gram = polar_by_resolvents(wide, torch.where(square > 0, square, 1))
+            # H and Z of V = 0 count as I.
+            eye = torch.eye(z.shape[-1], dtype=z.dtype, device=z.device)
+            z, h = torch.where(square > 0, z, eye), torch.where(square > 0, torch.bmm(gram, z), eye)
+            x = x.to(v.dtype)
+    return _PolarOfRoot.apply(batch, x, z, h, eps, False).reshape(v.shape)
 
 
 SOLVERS: dict[str, Callable[[Tensor, float], Tensor]] = {
@@ -103,7 +118,7 @@ _DOUBLE = (torch.float64, torch.complex128)
 
 def _decompose(v: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """Polar factor X, left singular vectors D and floored singular values s of V, in double precision."""
-    wide = in_double(v)
+    wide = in_double(v)  # on the CPU where the device has no double: second derivatives alone come here then
     if v.dtype not in _DOUBLE:
         # Faster than an SVD; a Gram matrix squares the condition number, so the SVD takes over below ILL.
         values, d = torch.linalg.eigh(wide @ wide.mH)
@@ -158,37 +173,36 @@ class _Polar(torch.autograd.Function):
 
 
 class _PolarOfRoot(torch.autograd.Function):
-    """``X = Z V`` with Z = (VVᴴ)^{-1/2} and H = (VVᴴ)^{1/2} given; five products of p×n, and some of p×p.
+    """X, the polar factor of V, from which the gradient follows with Z = (VVᴴ)^{-1/2} and H = (VVᴴ)^{1/2}.
 
-    They are computed in the precision of Z and H. ``waits``: whether the host may read numbers back from the device.
+    It takes five products of p×n, and some of p×p, in the precision of Z and H. ``waits``: whether the host may read
+    numbers back from the device.
     """
 
     @staticmethod
-    def forward(ctx: Any, v: Tensor, z: Tensor, h: Tensor, eps: float, waits: bool) -> Tensor:
-        with full_precision(v.device):
-            x = (z @ v.to(z.dtype)).to(v.dtype)
+    def forward(ctx: Any, v: Tensor, x: Tensor, z: Tensor, h: Tensor, eps: float, waits: bool) -> Tensor:
         ctx.eps, ctx.waits = eps, waits
         ctx.save_for_backward(v, z, h, x)
-        return x
+        return x.view_as(x)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         v, z, h, x = ctx.saved_tensors
         if torch.is_grad_enabled():
-            return _gradient_by_eigenvalues(v, grads[0].to(v.dtype), ctx.eps), None, None, None, None
+            return _gradient_by_eigenvalues(v, grads[0].to(v.dtype), ctx.eps), *5 * [None]
         with full_precision(v.device):
             g, x = grads[0].to(z.dtype), x.to(z.dtype)
             a = g @ x.mH
             c = a - a.mH  # HΩ + ΩH = C
             # A batch of gradients (is_grads_batched) has no single number to read.
             waits = ctx.waits and not is_traced() and not is_batched_gradient(g)
-            omega = lyapunov_by_products(h, c) if waits else lyapunov_by_doubling(h, z, c)
+            omega = lyapunov_by_products(h, c) if waits else lyapunov_by_shifts(h, z, c)
             if v.shape[-2] == v.shape[-1]:  # then I − XᴴX = 0
                 gradient = torch.bmm(omega, x)
             else:
                 # Ω X + Z G (I − XᴴX) = Z G + (Ω − Z A) X
                 gradient = torch.baddbmm(z @ g, torch.baddbmm(omega, z, a, alpha=-1), x)
-        return gradient.to(v.dtype), None, None, None, None
+        return gradient.to(v.dtype), *5 * [None]
 
 
 def _gradient_by_eigenvalues(v: Tensor, g: Tensor, eps: float) -> Tensor:

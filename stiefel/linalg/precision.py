@@ -1,4 +1,4 @@
-"""The context in which a constraint computes: no autocast, no reduced-precision products. Imports torch, errors."""
+"""The context in which a constraint computes: no autocast, no reduced-precision products. Imports ``devices``."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from stiefel.errors import WeightError
+from stiefel.linalg.devices import has_double
 
 EXACT_DTYPES = (torch.float32, torch.float64, torch.complex64, torch.complex128)
 """The precisions in which a weight can be held on its set; bfloat16 leaves a residual of about 0.02."""
@@ -31,8 +32,17 @@ def real_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def in_double(x: Tensor) -> Tensor:
-    """``x`` in float64, or complex128 where it is complex."""
-    return x.to(torch.promote_types(x.dtype, torch.float64))
+    """``x`` in float64, or complex128 where it is complex; on the CPU where its device has none, or a slow one.
+
+    For what is done once: starts, reports. Steps use :func:`widened`.
+    """
+    device = x.device if has_double(x.device) else "cpu"
+    return x.to(device, torch.promote_types(x.dtype, torch.float64))
+
+
+def widened(x: Tensor) -> Tensor:
+    """``x`` in float64, or complex128, where its device computes in these as fast as steps need; else as it is."""
+    return x.to(torch.promote_types(x.dtype, torch.float64)) if has_double(x.device) else x
 
 
 class _Switch:

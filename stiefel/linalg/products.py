@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from stiefel.linalg.precision import full_precision
+from stiefel.linalg.precision import full_precision, widened
 from stiefel.linalg.tracing import readable
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def _squared_lengths(x: Tensor) -> Tensor:
     whole = x.shape[-1] - x.shape[-1] % BLOCK
     blocks = torch.linalg.vector_norm(x[..., :whole].unflatten(-1, (whole // BLOCK, BLOCK)), dim=-1)
     rest = torch.linalg.vector_norm(x[..., whole:], dim=-1)
-    return blocks.double().square().sum(-1) + rest.double().square()
+    return widened(blocks).square().sum(-1) + widened(rest).square()
 
 
 def _set_diagonal(a: Tensor, values: Tensor) -> Tensor:

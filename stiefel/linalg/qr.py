@@ -9,7 +9,7 @@ from torch import Tensor
 
 from stiefel.linalg.devices import may_wait
 from stiefel.linalg.fill import fill_like
-from stiefel.linalg.precision import in_double
+from stiefel.linalg.precision import widened
 from stiefel.linalg.products import add_product, gram_matrix
 from stiefel.linalg.tracing import is_traced, readable
 
@@ -20,10 +20,10 @@ WELL_CONDITIONED = 16.0
 """κ² up to which one Cholesky pass leaves no more than rounding."""
 MOST = 1e3
 """‖L‖_F² ‖L⁻¹‖_F²/p² up to which a second pass removes the error that the first one leaves."""
-FILL = 2.0**14
-"""δ of :func:`_without_waiting`, in units of the dtype's epsilon."""
-SHIFTED = {32: 1, 64: 4}
-"""Shifted passes that make δ times a singular value of 1e-6 large enough for the last one, by bits of a real number."""
+FILL, FILL_ALONE = 2.0**14, 8.0
+"""δ of :func:`_without_waiting`, in units of A's epsilon: in double for a float32 A, and in A's own precision."""
+SHIFTED, SHIFTED_ALONE = 1, 6
+"""Shifted passes that make δ times a singular value of 1e-6 large enough for the last one, likewise."""
 
 
 def qf(a: Float[Tensor, "*batch p n"]) -> Float[Tensor, "*batch p n"]:
@@ -34,7 +34,7 @@ def qf(a: Float[Tensor, "*batch p n"]) -> Float[Tensor, "*batch p n"]:
     Near orthonormal rows, where retractions work, ``L Lᴴ = A Aᴴ`` by Cholesky (or by a series, nearer still) and
     ``Q = L⁻¹ A`` is as accurate as Householder reflections and several times faster; a second pass on Q removes the
     error at condition numbers up to 30 (CholeskyQR2). Everything else goes to LAPACK. On a GPU the choice would make
-    the host wait: there, passes are in float64, with a shift that keeps them from breaking down.
+    the host wait: there, passes are in float64 if it is fast, with a shift that keeps them from breaking down.
 
     Args:
         a: p ≤ n, real or complex (L's diagonal is positive, Q is unitary). Where a row depends on those above it, Q is
@@ -109,20 +109,21 @@ def _inverse(factor: Tensor) -> Tensor:
 
 
 def _without_waiting(a: Tensor) -> Tensor:
-    """Cholesky passes in double, all but the last with a shift; rows that the first has left out are filled in.
+    """Cholesky passes, in double if it is fast, all but the last with a shift; rows that the first lacks are filled in.
 
     With ``L Lᴴ = AAᴴ + sI`` the rows of ``Q₁ = L⁻¹A`` are orthonormal where A's are independent, and lack
     ``I − Q₁Q₁ᴴ = s L⁻¹L⁻ᴴ``. To Q₁ is added δ times this matrix times F of :func:`fill_like`, δ small: that changes
     ``A = LQ`` by δ√s at most, less than rounding, and gives every row a direction. Each further pass with a shift s
     makes short directions 1/√s, or 1e5, times as long, until they are orthonormal.
     """
-    wide = in_double(a)
+    wide = widened(a)
     lengths = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
     wide = wide / torch.where(lengths > 0, lengths, 1)  # Q does not depend on the lengths of rows
     inverse, shift = _shifted(wide)
     lacking = shift * (inverse @ inverse.mH)
-    q = inverse @ wide + FILL * torch.finfo(a.dtype).eps * (lacking @ fill_like(wide))
-    for _ in range(SHIFTED[torch.finfo(a.dtype).bits]):
+    alone = wide.dtype == a.dtype
+    q = inverse @ wide + (FILL_ALONE if alone else FILL) * torch.finfo(a.dtype).eps * (lacking @ fill_like(wide))
+    for _ in range(SHIFTED_ALONE if alone else SHIFTED):
         q = _shifted(q)[0] @ q
     return _pass(q).to(a.dtype)
 

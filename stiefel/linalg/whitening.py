@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from stiefel.linalg.precision import full_precision, in_double
+from stiefel.linalg.precision import full_precision, widened
 from stiefel.linalg.products import newton_schulz, sym
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ class _Whitened(torch.autograd.Function):
     @staticmethod
     def forward(v: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         with full_precision(v.device):
-            d, s, x = torch.linalg.svd(in_double(v), full_matrices=False)
+            d, s, x = torch.linalg.svd(widened(v), full_matrices=False)
             # torch's singular values descend; PCA's eigenvalues ascend here, as eigh returns them.
             d, s, x = d.flip(-1), s.flip(-1), x.flip(-2)
             # The sign of each column's entry of largest size, (*batch, 1, p).
@@ -58,14 +58,17 @@ class _Whitened(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         x, d, s, v = ctx.saved_tensors
-        return _Once.apply(_gradient(x, d, s, gradients[0].detach(), ctx.eps).to(v.dtype), v, gradients[0]), None
+        return once(_gradient(x, d, s, gradients[0].detach(), ctx.eps).to(v.dtype), v, gradients[0]), None
+
+
+def once(gradient: Tensor, v: Tensor, incoming: Tensor) -> Tensor:
+    """A gradient with respect to V that raises an error wherever it would be differentiated again."""
+    return _Once.apply(gradient, v, incoming)
 
 
 class _Once(torch.autograd.Function):
-    """A gradient that raises an error wherever it would be differentiated again.
-
-    torch's own ``once_differentiable`` leaves no edge to V in the graph: where V has another path, a second derivative
-    would silently lack this term.
+    """torch's own ``once_differentiable`` leaves no edge to V in the graph: where V has another path, a second
+    derivative would silently lack this term.
     """
 
     generate_vmap_rule = True
@@ -81,8 +84,8 @@ class _Once(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         raise RuntimeError(
-            "PCA whitening is differentiable once: its second derivative is unbounded where eigenvalues meet; avoid "
-            "create_graph=True, or use another method"
+            "singular vectors (PCA whitening, a determinant that is asked for) are differentiable once: their second "
+            "derivative is unbounded where singular values meet; avoid create_graph=True, or use another method"
         )
 
 

@@ -12,14 +12,16 @@ from stiefel.linalg import (
     balance,
     cayley_along,
     exponential_step,
-    in_double,
     is_traced,
     limited,
+    matrix_exponential,
+    may_wait,
     nearest_in_step,
     newton_schulz,
     polar,
     qf,
     skew,
+    widened,
 )
 
 if TYPE_CHECKING:
@@ -81,8 +83,8 @@ def exp_euclidean(x: Float[Tensor, "*batch p n"], u: Float[Tensor, "*batch p n"]
     eye = torch.eye(p, dtype=x.dtype, device=x.device)
     # [I, 0] keeps the top p rows of the 2p×2p exponential.
     block = torch.cat([torch.cat([a, c * eye], -1), torch.cat([-s, a], -1)], -2)
-    top = torch.linalg.matrix_exp(block)[..., :p, :]
-    turned = torch.linalg.matrix_exp(-a) @ top
+    top = matrix_exponential(block)[..., :p, :]
+    turned = matrix_exponential(-a) @ top
     # turned is p×2p and multiplies [X; U/c] block by block.
     return turned[..., :p] @ x + (turned[..., p:] / c) @ u
 
@@ -105,11 +107,18 @@ def retract_exp_euclidean(
     Exponentials lose digits in proportion to the length of the step: so it is computed in double, cut to
     ``LONGEST_GEODESIC`` where it is longer, and its end is projected onto the set.
     """
-    return polar(exp_euclidean(in_double(x), limited(in_double(u), LONGEST_GEODESIC))).to(x.dtype)
+    return _projected(exp_euclidean(widened(x), limited(widened(u), LONGEST_GEODESIC)), x.dtype)
 
 
 def retract_exp_canonical(
     x: Float[Tensor, "*batch p n"], u: Float[Tensor, "*batch p n"]
 ) -> Float[Tensor, "*batch p n"]:
     """:func:`exp_canonical` as a retraction, as :func:`retract_exp_euclidean`."""
-    return polar(exp_canonical(in_double(x), limited(in_double(u), LONGEST_GEODESIC))).to(x.dtype)
+    return _projected(exp_canonical(widened(x), limited(widened(u), LONGEST_GEODESIC)), x.dtype)
+
+
+def _projected(end: Tensor, dtype: torch.dtype) -> Tensor:
+    """The nearest point to a curve's end; where the host may not wait, of the end as it will be held."""
+    if may_wait(end) or (torch.is_grad_enabled() and end.requires_grad):
+        return polar(end).to(dtype)
+    return nearest_in_step(end.to(dtype))

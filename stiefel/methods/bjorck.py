@@ -11,7 +11,7 @@ from torch import Tensor
 from stiefel.constraint import Claim, Reparameterization, is_count, register
 from stiefel.errors import OptionError
 from stiefel.layout import Layout
-from stiefel.linalg import iterated, unit_sized
+from stiefel.linalg import iterated, polar, unit_sized
 
 SERIES = (1 / 2, 3 / 8, 5 / 16, 35 / 128)
 """Coefficients of (1 − q)^{-1/2} = 1 + q/2 + 3q²/8 + …"""
@@ -26,9 +26,9 @@ class Bjorck(Reparameterization):
     iterations: at an orthonormal 100×100 start it is about 8.
 
     Args:
-        iterations: a number, or ``"auto"``: until the rows are orthonormal to rounding, so that V's condition number
-            determines it (:func:`stiefel.linalg.iterated`, also for the fixed number on GPUs, up to condition 1e5). A
-            given number guarantees nothing; 20 suffice at condition numbers below about 30 (order 1).
+        iterations: a number, which guarantees nothing: 20 suffice at condition numbers below about 30 (order 1). Or
+            ``"auto"``: the limit, which is the polar factor whatever the order and the divisor, with its gradient,
+            computed as OWN's (:func:`stiefel.linalg.polar`).
         order: terms of the series, 1 to 4.
 
     Source: Björck and Bowie (1971); Anil, Lucas and Grosse, Sorting out Lipschitz function approximation, ICML 2019.
@@ -38,7 +38,7 @@ class Bjorck(Reparameterization):
     order: int = 1
 
     name = "bjorck"
-    summary = "Björck iterations of a proxy, until they converge"
+    summary = "Björck iterations of a proxy, or their limit"
     reference = "Anil et al., ICML 2019"
     decay = "rescales"
     tuning: ClassVar = {"iterations": (10, "auto"), "order": (1, 2)}
@@ -74,10 +74,12 @@ class Bjorck(Reparameterization):
     def forward(self, proxy: Tensor, layout: Layout) -> Tensor:
         """Bound the proxy's singular values, then iterate."""
         v = unit_sized(proxy)
-        sizes = (v if self.count is not None else v.detach()).abs()  # the limit does not depend on the bound
+        if self.count is None:
+            return polar(v)
+        sizes = v.abs()
         # ‖V‖₂² ≤ ‖V‖₁ ‖V‖_∞, the largest column sum times the largest row sum
         bound = (sizes.sum(-1).amax(-1) * sizes.sum(-2).amax(-1)).sqrt()[..., None, None]
-        return iterated(self.factor, self.count, v / bound, self.growth)
+        return iterated(self.factor, self.count, v / bound)
 
     def factor(self, gram: Tensor) -> Tensor:
         """A step as a factor: the truncated series of ``(X Xᵀ)^{-1/2}``, in Horner's form."""

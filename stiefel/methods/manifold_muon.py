@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from stiefel.constraint import Claim, StepMethod, register
-from stiefel.linalg import balance, msign, nearest_in_step, sym
+from stiefel.linalg import balance, largest_singular_value, msign, nearest_in_step, sym
 from stiefel.manifold.geometry import project_tangent, tangent_direction
 
 
@@ -67,4 +67,4 @@ class ManifoldMuon(StepMethod):
             if t >= self.iterations // 2:
                 mean += a
         a = project_tangent(x, mean / (self.iterations - self.iterations // 2))
-        return a / torch.linalg.matrix_norm(a, ord=2, keepdim=True).clamp_min(1)
+        return a / largest_singular_value(a)[..., None, None].clamp_min(1)

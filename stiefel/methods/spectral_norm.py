@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from stiefel.constraint import Reparameterization, register
 from stiefel.layout import Layout
-from stiefel.linalg import unit_sized
+from stiefel.linalg import largest_singular_value, unit_sized
 
 
 @register
@@ -31,7 +30,4 @@ class SpectralNorm(Reparameterization):
     def forward(self, proxy: Tensor, layout: Layout) -> Tensor:
         """Divide by the largest singular value."""
         v = unit_sized(proxy)
-        sigma = torch.linalg.svd(v, full_matrices=False).S
-        # Values that are equal to rounding count as tied.
-        leads = sigma >= sigma[..., :1] * (1 - 1e3 * torch.finfo(sigma.dtype).eps)
-        return v / ((sigma * leads).sum(-1) / leads.sum(-1))[..., None, None]
+        return v / largest_singular_value(v)[..., None, None]

@@ -13,7 +13,7 @@ from torch.nn.utils.parametrizations import orthogonal
 
 from stiefel.constraint import Claim, Reparameterization, register
 from stiefel.layout import Layout
-from stiefel.linalg import in_double, is_short, limited, newton_schulz, one_by_one
+from stiefel.linalg import is_short, limited, newton_schulz, one_by_one, widened
 from stiefel.manifold.retractions import LONGEST_GEODESIC
 
 MAPS = ("matrix_exp", "cayley", "householder")
@@ -73,7 +73,7 @@ class TorchOrthogonal(Reparameterization):
         """Hand the transposed proxy to torch, with the diagonal that stands for no sign change."""
         dtype = proxy.dtype
         if not is_short(proxy):  # an exponential loses digits in proportion to the rotation
-            proxy, base = in_double(proxy), in_double(base)
+            proxy, base = widened(proxy), widened(base)
         v = limited(proxy, LONGEST_GEODESIC).mT.tril(-1)  # beyond, rounding decides the angles, and entries overflow
         # torch multiplies the product of reflections by this diagonal: at V = 0 the product is −I, and −1 makes it I.
         # For the skew maps it cancels in V − Vᵀ.

@@ -235,6 +235,24 @@ def test_dependence_and_other_measures_take_the_parts_as_layers():
     assert set(stiefel.measure.redundancy(model)) == set(found.layers)
 
 
+def test_groups_of_outputs_are_rows_in_the_inner_product_also_of_tall_weights():
+    net = nn.Linear(4, 8, dtype=DOUBLE)
+    with pytest.raises(stiefel.LayoutError, match=r"rows need an inner product of shape \(4, 4\)"):
+        stiefel.constrain(net, "own", group_size=2, inner=product(8), center=False)
+    b = product(4)
+    stiefel.constrain(net, "own", group_size=2, inner=b, center=False)
+    for rows in net.weight.split(2):
+        torch.testing.assert_close(rows @ b @ rows.T, torch.eye(2, dtype=DOUBLE))
+    assert stiefel.release(net).weight.shape == (8, 4)
+
+
+def test_what_is_symmetric_to_rounding_is_taken_as_its_symmetric_part():
+    b, off = product(8), 1e-7 * gaussian(8, 8, seed=5)
+    net = stiefel.constrain(nn.Linear(8, 4, dtype=DOUBLE), "own", inner=b + off, center=False)
+    part = (b + off + (b + off).T) / 2
+    torch.testing.assert_close(net.weight @ part @ net.weight.T, torch.eye(4, dtype=DOUBLE), rtol=0, atol=1e-12)
+
+
 def test_what_does_not_fit_is_refused_by_name_and_changes_nothing():
     net = nn.Linear(8, 20, dtype=DOUBLE)
     before = copy.deepcopy(net.state_dict())
@@ -249,6 +267,7 @@ def test_what_does_not_fit_is_refused_by_name_and_changes_nothing():
             {"inner": product(8)},
         ),
         (stiefel.LayoutError, "inner has list", {"inner": [[1.0]]}),
+        (stiefel.OptionError, "expected a real matrix", {"inner": product(20).to(torch.complex128)}),
         (stiefel.OptionError, "positive definite", {"inner": -product(20)}),
         (stiefel.OptionError, "positive definite", {"inner": gaussian(20, 20) + 20 * torch.eye(20, dtype=DOUBLE)}),
         (stiefel.LayoutError, "use smaller blocks", {"inner": product(8), "blocks": [4, 16]}),

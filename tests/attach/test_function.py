@@ -88,3 +88,44 @@ def test_complex_matrices_are_unitary():
 def test_what_is_wrong_is_told(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+@pytest.mark.parametrize(
+    "values", [[3.0, 2.0, 1.0], [2.0, 2.0, 1.0], [1.0, 1.0, 1e-3], [1.0, 1e-8, 1e-9], [1.0, 0.5, 0.0]]
+)
+@pytest.mark.parametrize("size", [1e-170, 1.0, 1e160])
+def test_the_nearest_rotation_of_any_size_and_condition(values, size):
+    u, w = (torch.linalg.qr(gaussian(3, 3, seed=s))[0] for s in (1, 2))
+    u, w = (q * torch.linalg.det(q) for q in (u, w))
+    flip = torch.diag(torch.tensor([1.0, 1.0, -1.0], dtype=torch.float64))
+    for sign in (1, -1):
+        expected = u @ (w if sign > 0 else flip @ w)
+        for v in (u @ torch.diag(torch.tensor(values, dtype=torch.float64)) @ flip @ w,):
+            x = stiefel.orthogonalize(size * v, determinant=sign)
+            assert torch.linalg.det(x) == pytest.approx(sign)
+            if values[-1] > 0:
+                assert (x - expected).abs().max() < 1e-12 / min(values)
+
+
+def test_the_gradient_of_a_reflected_polar_factor_needs_no_gap_but_the_smallest():
+    v = torch.diag(torch.tensor([-1.0, 2.0, 2.0], dtype=torch.float64)).requires_grad_()
+    assert torch.autograd.gradcheck(lambda v: stiefel.orthogonalize(v, determinant=1), (v,), eps=1e-7, atol=1e-6)
+    v = (gaussian(4, 4, 4) - 3 * torch.eye(4, dtype=torch.float64)).requires_grad_()
+    assert torch.autograd.gradcheck(lambda v: stiefel.orthogonalize(v, determinant=1), (v,), eps=1e-7, atol=1e-5)
+
+
+def test_transforms_of_an_orthogonal_matrix_have_finite_gradients():
+    eye = torch.eye(4, dtype=torch.float64)
+    a = gaussian(4, 4)
+
+    def loss(v: torch.Tensor) -> torch.Tensor:
+        return (stiefel.orthogonalize(v, determinant=1) * a).sum()
+
+    found = torch.func.grad(loss)(eye)
+    leaf = eye.clone().requires_grad_()
+    loss(leaf).backward()
+    torch.testing.assert_close(found, leaf.grad)
+    batch = torch.stack([eye, -eye, eye.flip(0)])
+    each = torch.func.vmap(torch.func.grad(loss))(batch)
+    assert each.isfinite().all()
+    torch.testing.assert_close(each[0], leaf.grad)

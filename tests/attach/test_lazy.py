@@ -110,3 +110,11 @@ def test_checkpoints_of_constrained_layers(method):
     torch.testing.assert_close(net(X), trained(X), rtol=1e-4, atol=1e-5)
     assert len(stiefel.report(net).rows) == 3
     assert not any(hook for layer in net for hook in layer._load_state_dict_pre_hooks.values() if "refuse" in str(hook))
+
+
+def test_a_lazy_layer_is_constrained_once():
+    net = stiefel.constrain(nn.Sequential(nn.LazyLinear(4)), "own")
+    with pytest.raises(stiefel.SelectionError, match="constrained already"):
+        stiefel.constrain(net, "retraction", scale=2.0)
+    net(torch.randn(2, 4))
+    assert stiefel.report(net).rows[0].method == "own"

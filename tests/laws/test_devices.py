@@ -166,7 +166,7 @@ def test_claims_hold(method: Constraint, shape: tuple[int, int], dtype: torch.dt
     test_claims.check(method, shape, dtype, ["momentum", "AdamW"], 15, "cuda")
 
 
-def hard(kind: str, p: int, n: int, dtype: torch.dtype) -> Tensor:
+def hard(kind: str, p: int, n: int, dtype: torch.dtype, device: str = "cuda") -> Tensor:
     """A matrix without full rank, or nearly so."""
     wide = torch.promote_types(dtype, torch.float64)
     a = torch.randn(3, p, n, generator=torch.Generator().manual_seed(0), dtype=wide)
@@ -179,7 +179,7 @@ def hard(kind: str, p: int, n: int, dtype: torch.dtype) -> Tensor:
     else:
         u, s, vh = torch.linalg.svd(a, full_matrices=False)
         a = (u * torch.logspace(0, -float(kind), s.shape[-1], dtype=s.dtype)) @ vh
-    return a.to(dtype).to("cuda")
+    return a.to(dtype).to(device)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.complex64], ids=str)

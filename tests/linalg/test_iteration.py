@@ -1,4 +1,4 @@
-"""Iterations to an orthonormal matrix: as many steps as it takes, against the polar factor and its derivatives."""
+"""Iterations towards an orthonormal matrix: a number of steps is that many, on X or on its Gram matrix."""
 
 import math
 import sys
@@ -9,7 +9,7 @@ from common import gaussian
 from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 
-from stiefel.linalg import gram_residual, iterated, iteration, polar, spectral_map
+from stiefel.linalg import gram_residual, iterated, polar, spectral_map
 
 DTYPES = [torch.float32, torch.float64, torch.complex64, torch.complex128]
 SHAPES = [(1, 4), (5, 5), (20, 40), (40, 900), (190, 190)]
@@ -45,30 +45,16 @@ def distance(x: Tensor, y: Tensor) -> float:
     return (torch.linalg.matrix_norm(x.to(y.dtype) - y) / torch.linalg.matrix_norm(y)).max().item()
 
 
-@pytest.fixture(params=[False, True], ids=["counted", "unread"])
-def _unread(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a GPU, where no number is read."""
-    if request.param:
-        monkeypatch.setattr(iteration, "readable", lambda _: False)
-
-
-@pytest.mark.usefixtures("_unread")
 @every_step
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(
-    ("p", "n", "condition"),
-    [
-        pytest.param(p, n, c, marks=[pytest.mark.slow] if p > 20 and c in (1, 10, 1e2) else [])
-        for p, n in SHAPES
-        for c in (1, 1.5, 10, 1e2, 1e4, 1e5)
-    ],
-)
-def test_the_limit_is_the_polar_factor_with_its_gradient(step, p, n, condition, dtype):
+@pytest.mark.parametrize(("p", "n"), SHAPES)
+@pytest.mark.parametrize("condition", [1, 10, 1e3])
+def test_many_steps_come_to_the_polar_factor_with_its_gradient(step, p, n, condition, dtype):
     """What rounding a V of that condition number moves them by, is the most that can be asked for."""
     wide, eps = torch.promote_types(dtype, torch.float64), torch.finfo(dtype).eps
     v, g = spread(p, n, condition, dtype), gaussian(2, p, n, dtype=dtype, seed=2)
     leaf, reference = v.clone().requires_grad_(), v.to(wide).clone().requires_grad_()
-    x, exact = iterated(step, None, leaf), polar(reference)
+    x, exact = iterated(step, 24, leaf), polar(reference)
     x.backward(g)
     exact.backward(g.to(wide))
     assert torch.linalg.matrix_norm(gram_residual(x.detach().to(wide))).max() <= 16 * eps * p**0.5
@@ -79,29 +65,22 @@ def test_the_limit_is_the_polar_factor_with_its_gradient(step, p, n, condition, 
 @every_step
 @pytest.mark.parametrize("dtype", [torch.float64, torch.complex128], ids=str)
 @pytest.mark.parametrize("small", [True, False])
-@pytest.mark.parametrize(
-    "values",
-    [[1.0, 1.0, 1.0], [0.7, 0.7, 0.2], [1.0, 0.5, 1e-2], [1.0, 1.0, 1e-3]],
-    ids=["orthonormal", "repeated", "ill-conditioned", "ill-conditioned and repeated"],
-)
-@pytest.mark.parametrize("n", [3, 8])
-def test_derivatives_of_the_limit(monkeypatch, step, n, values, small, dtype):
+@pytest.mark.parametrize("values", [[1.0, 1.0, 1.0], [0.7, 0.7, 0.2], [1.0, 0.5, 1e-2]], ids=str)
+@pytest.mark.parametrize(("count", "n"), [(1, 3), (4, 3), (4, 8)])
+def test_derivatives(monkeypatch, step, count, n, values, small, dtype):
     if not small:
         monkeypatch.setattr(sys.modules[spectral_map.__module__], "SMALL", 0)
     v = with_singular_values(3, n, torch.tensor(values, dtype=torch.float64), dtype)[:1].requires_grad_()
-    fast = dtype.is_complex or values[-1] < 0.1
-    scale = min(values)  # derivatives grow with the condition number, and differences lose as much
-    f = lambda v: scale * iterated(step, None, v)  # noqa: E731
-    assert gradcheck(f, (v,), eps=1e-6 * scale, atol=1e-5, fast_mode=fast)
-    if min(values) > 0.1:
-        assert gradgradcheck(f, (v,), fast_mode=fast)
+    f = lambda v: iterated(step, count, v)  # noqa: E731
+    assert gradcheck(f, (v,), fast_mode=dtype.is_complex)
+    assert gradgradcheck(f, (v,), fast_mode=dtype.is_complex)
 
 
 def test_forward_mode_and_functional_transforms():
     v, t = spread(3, 7, 5, torch.float64), gaussian(2, 3, 7, dtype=torch.float64, seed=3)
 
     def f(v: Tensor) -> Tensor:
-        return iterated(newton, None, v)
+        return iterated(newton, 30, v)
 
     reference = torch.autograd.functional.jvp(polar, v, t)[1]
     assert torch.allclose(torch.func.jvp(f, (v,), (t,))[1], reference, rtol=0, atol=1e-12)
@@ -109,19 +88,6 @@ def test_forward_mode_and_functional_transforms():
         dual = f(torch.autograd.forward_ad.make_dual(v, t))
         assert torch.allclose(torch.autograd.forward_ad.unpack_dual(dual).tangent, reference, rtol=0, atol=1e-12)
     assert torch.allclose(torch.func.vmap(f)(v), polar(v), rtol=0, atol=1e-13)
-
-
-@pytest.mark.parametrize(("p", "n"), SHAPES[1:])
-@pytest.mark.parametrize(("condition", "most"), [(1, 3), (2, 8), (10, 12), (1e4, 30), (1e6, 42)])
-def test_the_condition_number_says_how_many_steps(p, n, condition, most):
-    calls = []
-
-    def counted(gram: Tensor) -> Tensor:
-        calls.append(gram.shape[-1])
-        return newton(gram)
-
-    iterated(counted, None, spread(p, n, condition, torch.float32))
-    assert 2 <= calls.count(p) <= most
 
 
 @pytest.mark.parametrize(("p", "n"), SHAPES)
@@ -134,31 +100,11 @@ def test_a_number_of_steps_is_that_many(p, n):
         assert torch.allclose(iterated(newton, count, v.float()).double(), expected, rtol=0, atol=1e-5)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("p", "n"), SHAPES[1:])
-def test_what_lacks_a_rank_is_completed_and_its_gradient_is_finite(p, n, dtype):
-    v = with_singular_values(p, n, torch.tensor([0.0] + (p - 1) * [0.5], dtype=torch.float64), dtype)
-    v[0, 0] = v[0, -1]  # exactly
-    v.requires_grad_()
-    x = iterated(newton, None, v)
-    x.sum().abs().backward()
-    wide = torch.promote_types(dtype, torch.float64)
-    assert torch.linalg.matrix_norm(gram_residual(x.detach().to(wide))).max() <= 16 * torch.finfo(dtype).eps * p**0.5
-    assert v.grad.abs().max() < 1e12
-
-
 @pytest.mark.parametrize(("p", "n"), SHAPES)
 def test_nan_is_handed_on(p, n):
     v = torch.full((1, p, n), math.nan)
-    assert iterated(newton, None, v).isnan().any()
-
-
-def test_an_ill_conditioned_matrix_does_not_spoil_its_neighbours():
-    good, bad = spread(40, 900, 3, torch.float32), spread(40, 900, 1e7, torch.float32)
-    x = iterated(newton, None, torch.cat([good, bad]))
-    assert distance(x[:2], polar(good.double())) <= 1e-6
-    assert torch.linalg.matrix_norm(gram_residual(x.double())).max() <= 1e-5
+    assert iterated(newton, 3, v).isnan().any()
 
 
 def test_empty_batches():
-    assert iterated(newton, None, torch.zeros(0, 3, 5)).shape == (0, 3, 5)
+    assert iterated(newton, 3, torch.zeros(0, 3, 5)).shape == (0, 3, 5)

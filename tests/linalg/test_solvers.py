@@ -12,7 +12,8 @@ from torch import Tensor
 
 from stiefel.linalg import gram_residual, nearest_in_step, nearest_orthonormal, polar, qf, squared_residual, svd
 from stiefel.linalg.inverse_root import SPREAD, inverse_root
-from stiefel.linalg.lyapunov import lyapunov_by_doubling, lyapunov_by_products
+from stiefel.linalg.lyapunov import lyapunov_by_products
+from stiefel.linalg.rational import lyapunov_by_shifts
 from stiefel.linalg.polar import SOLVERS
 from stiefel.linalg.qr import _by_reflections, _without_waiting
 
@@ -153,7 +154,7 @@ def test_lyapunov_without_eigenvalues_against_scipy(condition: float) -> None:
     c = torch.randn(3, 30, 30, dtype=torch.float64, generator=torch.Generator().manual_seed(12))
     c = c - c.mT
     c[1] = 0  # its direction vanishes while others go on
-    solutions = [lyapunov_by_doubling(h, torch.linalg.inv(h), c)]
+    solutions = [lyapunov_by_shifts(h, torch.linalg.inv(h), c)]
     if condition <= 100:  # it is for those
         solutions.append(lyapunov_by_products(h, c, tolerance=1e-12))
     for k in range(3):

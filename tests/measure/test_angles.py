@@ -40,3 +40,11 @@ def test_equal_subspaces_have_none_and_stacks_are_taken_one_by_one():
 def test_different_spaces_are_refused():
     with pytest.raises(stiefel.LayoutError, match="dimensions 9 and 8"):
         principal_angles(gaussian(3, 9), gaussian(3, 8))
+
+
+def test_what_spans_less_than_it_seems_is_refused():
+    a = torch.eye(3, dtype=torch.float64)
+    with pytest.raises(stiefel.LayoutError, match="linearly dependent"):
+        principal_angles(a[[0, 0]], a[[0, 2]])
+    with pytest.raises(stiefel.LayoutError, match=r"a vector is x\[None\]"):
+        principal_angles(a[0], a[1])

@@ -8,6 +8,7 @@ and what is computed from these alone, are on the host.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -20,6 +21,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from stiefel.optim import divergence
 
 aten = torch.ops.aten
 
@@ -71,24 +74,38 @@ class Counts:
     doubles: int = 0
     waits: list[str] = field(default_factory=list)
     calls: Counter[str] = field(default_factory=Counter)
+    on_host: bool = False
 
 
 @contextmanager
-def elsewhere(kind: str = "cuda", *, double: bool = True, waits: bool = False) -> Iterator[Counts]:
+def elsewhere(kind: str = "cuda", *, double: str = "fast", waits: bool = False) -> Iterator[Counts]:
     """Everything that exists is on a device of this kind.
 
     Args:
         kind: what tensors say: ``"cuda"``, ``"xpu"``, ``"mps"``.
-        double: whether it has float64; otherwise its use raises :class:`NoDouble`.
+        double: ``"fast"``, ``"slow"``, or ``"none"``, where the use of float64 raises :class:`NoDouble`.
         waits: list what the host waits for; otherwise it raises :class:`HostWait`.
     """
     counts = Counts()
     with ExitStack() as stack:
-        for name, stand_in in _patches(kind).items():
+        for name, stand_in in _patches(double).items():
             stack.enter_context(mock.patch(name, stand_in))
+        stack.callback(divergence._flags.pending.clear)  # what is told later belongs to this device
         stack.enter_context(_Counting(counts, double, waits))
-        stack.enter_context(_Answering(kind, counts, waits))
+        answering = stack.enter_context(_Answering(kind, counts, waits))
+        stack.enter_context(mock.patch("torch.autograd.function.BackwardCFunction.apply", _within(answering)))
         yield counts
+
+
+def _within(answering: _Answering) -> Any:
+    """A function's backward pass under the mode, which torch's engine leaves."""
+    apply = torch.autograd.function.BackwardCFunction.apply
+
+    def applied(self: Any, *args: Any) -> Any:
+        with answering:
+            return apply(self, *args)
+
+    return applied
 
 
 class _Answering(TorchFunctionMode):
@@ -98,15 +115,12 @@ class _Answering(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
+        if func is torch.device:
+            return func(*args, **kwargs)
         if func in _KINDS:
             return _KINDS[func] == ("cpu" if _on_host(args[0]) else self.kind)
         if func == Tensor.device.__get__:  # type: ignore[attr-defined]
             return torch.device("cpu") if _on_host(args[0]) else self.there
-        if func is Tensor.backward:
-            with self:  # the engine runs what the library computes there
-                given = dict(zip(("grad_tensors", "retain_graph", "create_graph", "inputs"), args[1:], strict=False))
-                kwargs["grad_tensors"] = kwargs.pop("gradient", None)
-                return torch.autograd.backward(args[0], **{**kwargs, **given})
         if func in READS and not _on_host(args[0]):
             self._wait(func.__name__)
         tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
@@ -116,7 +130,10 @@ class _Answering(TorchFunctionMode):
             goes = "cpu" if _on_host(args[1]) else self.kind
         args, kwargs = _on_cpu(args), _on_cpu(kwargs)
         pinned = bool(kwargs.pop("pin_memory", False))
+        here = all(map(_on_host, tensors)) and goes in (None, "cpu")
+        self.counts.on_host = here or (func is Tensor.to and (goes == "cpu" or _on_host(args[0])))
         found = func(*args, **kwargs)
+        self.counts.on_host = False
         if goes is None:
             host = all(map(_on_host, tensors)) if tensors else func in FACTORIES or pinned
         else:
@@ -140,7 +157,7 @@ class _Answering(TorchFunctionMode):
 
 
 class _Counting(TorchDispatchMode):
-    def __init__(self, counts: Counts, double: bool, waits: bool) -> None:
+    def __init__(self, counts: Counts, double: str, waits: bool) -> None:
         super().__init__()
         self.counts, self.double, self.waits = counts, double, waits
 
@@ -148,17 +165,17 @@ class _Counting(TorchDispatchMode):
         packet = func.overloadpacket
         found = func(*args, **(kwargs or {}))
         tensors = [leaf for leaf in tree_leaves((args, kwargs, found)) if isinstance(leaf, Tensor)]
-        if packet in VIEWS or not tensors or all(map(_on_host, tensors)) or all(t.ndim == 0 for t in tensors):
+        if packet in VIEWS or self.counts.on_host or not tensors or all(map(_on_host, tensors)):
             return found
         self.counts.launches += 1
         self.counts.calls[packet.__name__] += 1
         if any(t.dtype in DOUBLE for t in tensors):
             self.counts.doubles += 1
-            if not self.double:
+            if self.double == "none":
                 raise NoDouble(f"{packet.__name__}: the device has no float64")
         if packet in WAITING:
             if not self.waits:
-                raise HostWait(f"torch's own {packet.__name__} makes the host wait for the device")
+                raise HostWait(f"{packet.__name__} makes the host wait for the device")
             self.counts.waits.append(packet.__name__)
         return found
 
@@ -189,6 +206,16 @@ def _on_cpu(given: Any) -> Any:
     return {k: _on_cpu(v) for k, v in given.items()} if isinstance(given, dict) else given
 
 
+class _Generator(torch.Generator):
+    def __new__(cls, device: Any = "cpu") -> _Generator:
+        return super().__new__(cls, "cpu")
+
+
+class _Autocast(torch.autocast):
+    def __init__(self, device_type: str, *args: Any, **kwargs: Any) -> None:
+        super().__init__("cpu", *args, **kwargs)
+
+
 class _Event:
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         pass
@@ -200,15 +227,15 @@ class _Event:
         return True
 
 
-def _patches(kind: str) -> dict[str, Any]:
+def _patches(double: str) -> dict[str, Any]:
     """What of torch does not dispatch on tensors, and would look for the device."""
-    generator, autocast = torch.Generator, torch.autocast
     return {
+        "stiefel.linalg.devices._ratio": lambda *args: 1.0 if double == "fast" else math.inf,
         "torch.Event": _Event,
         "torch.cuda.Event": _Event,
         "torch.cuda.current_stream": lambda *args: None,
         "torch.cuda.is_current_stream_capturing": lambda: False,
         "torch.accelerator.current_stream": lambda *args: None,
-        "torch.Generator": lambda device="cpu": generator("cpu"),
-        "torch.autocast": lambda device_type, *args, **kwargs: autocast("cpu", *args, **kwargs),
+        "torch.Generator": _Generator,
+        "torch.autocast": _Autocast,
     }

@@ -74,14 +74,14 @@ class Bucket:
             parts = dict(zip(names, stacked[len(stacked) - len(names) :], strict=True))
             try:
                 x = method.forward(stacked[0], self.layouts[0], **parts)
+                if method.determinant is not None:
+                    return with_determinant(x, stacked[0], method.determinant)
             except torch.linalg.LinAlgError as error:
                 labels = ", ".join(f"'{f.binding.label}'" for f in self.formulas)
                 raise DivergenceError(
                     f"no weight can be computed from the proxy of {labels}: {error} Its entries are NaN, infinite or "
                     "too large; lower the learning rate"
                 ) from error
-            if method.determinant is not None:
-                return with_determinant(x, stacked[0], method.determinant)
             return with_horizontal_gradient(x) if method.subspace else x
 
     def weights(self, tensors: Sequence[Tensor]) -> list[Tensor]:

@@ -23,7 +23,7 @@ def principal_angles(a: Tensor, b: Tensor) -> Tensor:
         ``(…, min(p, q))`` in float64.
 
     Raises:
-        LayoutError: the ambient dimensions differ.
+        LayoutError: the ambient dimensions differ, one is no matrix, or its vectors are linearly dependent.
 
     Source: Björck and Golub (1973); Knyazev and Argentati (2002), algorithm 3.1.
     """
@@ -42,6 +42,14 @@ def principal_angles(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _basis(x: Tensor) -> Tensor:
+    if x.ndim < 2:
+        raise LayoutError(f"a subspace of shape {tuple(x.shape)}: expected (…, p, n); a vector is x[None]")
+    rounding = torch.finfo(x.dtype).eps
     x = in_double(x.detach())
     rows = x if x.shape[-2] <= x.shape[-1] else x.mT
-    return torch.linalg.qr(rows.mH)[0].mH
+    left, s, right = torch.linalg.svd(rows, full_matrices=False)
+    if bool((s[..., -1:] <= max(rows.shape[-2:]) * rounding * s[..., :1]).any()):
+        raise LayoutError(
+            f"a subspace is given by {rows.shape[-2]} vectors that are linearly dependent: expected independent ones"
+        )
+    return left @ right

@@ -6,6 +6,7 @@ s√p. Imports ``manifold`` and ``linalg``.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -43,6 +44,10 @@ class Stiefel:
         with full_precision(w.device):
             return self.scale * retract_polar(w / self.scale, u / self.scale)
 
+    def size(self, w: Tensor) -> float:
+        """How far the set reaches: ``s √(b p)``."""
+        return norm([w])
+
     def curvature(self, w: Tensor, gradient: Tensor, u: Tensor) -> Tensor:
         """What the set's bending adds to the loss's second derivative along a tangent U: ``−sym(G Xᵀ) U / s``."""
         with full_precision(w.device):
@@ -62,6 +67,10 @@ class Free:
         """The sum."""
         return w + u
 
+    def size(self, w: Tensor) -> float:
+        """Without end."""
+        return math.inf
+
     def curvature(self, w: Tensor, gradient: Tensor, u: Tensor) -> Tensor:
         """Nothing."""
         return torch.zeros_like(u)
@@ -80,6 +89,15 @@ class Product:
     def retract(self, point: Vector, vector: Vector) -> Vector:
         """The point reached, block by block."""
         return [b.retract(w, u) for b, w, u in zip(self.blocks, point, vector, strict=True)]
+
+    @property
+    def flat(self) -> bool:
+        """Whether no set bends."""
+        return all(isinstance(b, Free) for b in self.blocks)
+
+    def size(self, point: Vector) -> float:
+        """How far all reach together."""
+        return math.hypot(*(b.size(w) for b, w in zip(self.blocks, point, strict=True)))
 
     def curvature(self, point: Vector, gradient: Vector, vector: Vector) -> Vector:
         """The sets' part of the second derivative, block by block."""
@@ -119,5 +137,6 @@ def unflat(row: Tensor, like: Vector) -> Vector:
     parts = row.split([v.numel() * (1 + v.is_complex()) for v in like])
     for part, v in zip(parts, like, strict=True):
         part = part.to(v.device, v.dtype.to_real())
-        found.append(torch.view_as_complex(part.view(*v.shape, 2)) if v.is_complex() else part.view(v.shape))
+        # A copy, since complex numbers must begin at an even place.
+        found.append(torch.view_as_complex(part.clone().view(*v.shape, 2)) if v.is_complex() else part.view(v.shape))
     return found

@@ -17,7 +17,9 @@ from stiefel.manifold.geometry import NOISE
 from stiefel.optim.solve.blocks import Product, Vector, norm
 
 ROUNDINGS = 10
-"""Roundings of the largest |loss| seen by which two values of a loss may differ and still count as equal."""
+"""Roundings of a loss by which two of its values may differ and still count as equal."""
+REPEATED = 100
+"""The same for two values at one point, of which the order of sums alone makes two."""
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,8 @@ class Point:
         gradient: its tangent part.
         gradient_norm: ‖gradient‖_F.
         noise: how large the tangent part of the rounding of ``raw`` may be.
+        rounding: by how much another value may differ through rounding alone. A loss that falls to 0 by cancellation is
+            rounded as its terms are, which show in ‖raw‖ times the length of the point.
     """
 
     where: Vector
@@ -39,6 +43,7 @@ class Point:
     gradient: Vector
     gradient_norm: float
     noise: float
+    rounding: float
 
 
 class Objective:
@@ -61,13 +66,12 @@ class Objective:
         most: int,
     ) -> None:
         self.loss, self.sets, self.place, self.gradients = loss, sets, place, gradients
-        self.left, self.evaluations, self.largest = most, 0, 0.0
-        self.epsilon = torch.finfo(torch.float64).eps
+        self.most, self.evaluations = most, 0
 
     @property
-    def rounding(self) -> float:
-        """By how much two values may differ through rounding alone."""
-        return ROUNDINGS * self.epsilon * self.largest
+    def spent(self) -> bool:
+        """Whether there may be no more evaluations."""
+        return self.evaluations >= self.most
 
     def first(self, where: Vector) -> Point:
         """The start, where a loss must be a finite real number that has a gradient, and the same twice.
@@ -82,10 +86,13 @@ class Objective:
                 f"the loss is {point.loss} and its gradient's norm {point.gradient_norm} at the start: there is "
                 "nothing to go on from; start elsewhere, or mend the loss"
             )
-        with torch.no_grad():
-            again = float(number(self.loss()))
+        if self.spent:
+            return point
         self.evaluations += 1
-        if abs(again - point.loss) > 1e3 * self.rounding:
+        with torch.enable_grad():  # it may itself differentiate
+            loss = number(self.loss())
+        again = float(loss.detach())
+        if abs(again - point.loss) > REPEATED * torch.finfo(loss.dtype).eps * abs(point.loss):
             raise ObjectiveError(
                 f"the loss was {point.loss:.9g}, and {again:.9g} at the same point: it is drawn at random, or changes "
                 "with each call (dropout, a new batch, batch normalization in train()); minimize() needs a function "
@@ -95,7 +102,7 @@ class Objective:
 
     def at(self, where: Vector) -> Point | None:
         """The loss at a trial point; None where it is NaN or infinite, or where evaluations have run out."""
-        if self.left <= self.evaluations:
+        if self.spent:
             return None
         point = self.evaluate(where)
         return point if math.isfinite(point.loss) and math.isfinite(point.gradient_norm) else None
@@ -106,15 +113,15 @@ class Objective:
         self.evaluations += 1
         with torch.enable_grad():
             loss = number(self.loss())
-            self.epsilon = torch.finfo(loss.dtype).eps
             raw = self.gradients(loss)
         value = float(loss.detach())
         with torch.no_grad():
             gradient = self.sets.project(where, raw)
-            size, noise = norm(gradient), NOISE * self.epsilon * norm(raw)
-        if math.isfinite(value):
-            self.largest = max(self.largest, abs(value))
-        return Point(where, value, raw, gradient, size, noise)
+            slope = norm(raw)
+        # A weight in float32 makes a loss of float32 accuracy, whatever computes it.
+        epsilon = max(torch.finfo(t.dtype).eps for t in (loss, *where))
+        rounding = ROUNDINGS * epsilon * max(abs(value), slope * norm(where))
+        return Point(where, value, raw, gradient, norm(gradient), NOISE * epsilon * slope, rounding)
 
 
 def number(loss: object) -> Tensor:

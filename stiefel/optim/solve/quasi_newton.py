@@ -69,10 +69,11 @@ def quasi_newton(
         goes_on: called with each new point; False ends it.
 
     Returns:
-        The last point, and why it ended; empty where ``goes_on`` said so.
+        The last point, and why it ended; empty where ``goes_on`` said so, or evaluations ran out.
     """
     point, memory = start, QuasiNewton(history)
-    while goes_on(point):
+    going = goes_on(point)
+    while going:
         direction = objective.sets.project(point.where, memory.direction(point.gradient))
         slope = float(dot(point.gradient, direction))
         if not slope < -1e-12 * norm(direction) * point.gradient_norm:
@@ -81,15 +82,17 @@ def quasi_newton(
         # Without a pair a first trial is a rotation by a small angle, from which the search goes on; else the scale is
         # known.
         first = 1.0 if memory.pairs else min(1.0, 0.1 / point.gradient_norm)
-        found = search(point, slope, first, objective.rounding, _along(objective, point, direction))
+        found = search(point, slope, first, point.rounding, _along(objective, point, direction))
         if found is None or norm(add(found.point.where, point.where, -1)) == 0:
+            if objective.spent:
+                return point, ""
             if not memory.pairs:
                 return point, "no step lowers the loss by more than its rounding"
             memory.pairs.clear()
             continue
         new = found.point
         memory.learn(add(new.where, point.where, -1), add(new.gradient, point.gradient, -1))
-        point = new
+        point, going = new, goes_on(new)
     return point, ""
 
 

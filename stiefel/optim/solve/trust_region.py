@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
@@ -44,31 +44,31 @@ def trust_region(
         goes_on: called with each new point; False ends it.
 
     Returns:
-        The last point, and why it ended; empty where ``goes_on`` said so.
+        The last point, and why it ended; empty where ``goes_on`` said so, or evaluations ran out.
     """
     point = start
-    longest = sum(math.sqrt(w.numel()) for w in point.where)
-    radius = longest / 8
-    while goes_on(point):
+    longest = objective.sets.size(point.where)
+    radius = first = max(1.0, norm(point.where)) / 8
+    going = goes_on(point)
+    while going:
         hessian = _hessian(objective, parameters, point)
         step, predicted, at_boundary = _steihaug(objective, hessian, point, radius)
         length = norm(step)
         if length <= torch.finfo(torch.float64).eps * norm(point.where):
             return point, "no step lowers the loss by more than its rounding"
         new = objective.at(objective.sets.retract(point.where, step))
-        if new is None and objective.left <= objective.evaluations:
-            goes_on(point)
+        if new is None and objective.spent:
             return point, ""
         # Where both falls are rounding, their ratio is: both are given the rounding of the loss.
-        rounding = objective.rounding
+        rounding = point.rounding
         ratio = -math.inf if new is None else (point.loss - new.loss + rounding) / (predicted + rounding)
         if ratio < 0.25:
             radius = length / 4
         elif ratio > GOOD and at_boundary:
             radius = min(2 * radius, longest)
         if new is not None and ratio > ACCEPT:
-            point = new
-        elif radius <= 1e-14 * longest:
+            point, going = new, goes_on(new)
+        elif radius <= 1e-14 * first:
             return point, "no step lowers the loss by more than its rounding"
     return point, ""
 
@@ -76,26 +76,29 @@ def trust_region(
 def _hessian(objective: Objective, parameters: Parameters, point: Point) -> Callable[[Vector], Vector]:
     """``U ↦ P(∂²L[U] − sym(G Xᵀ) U / s)``, the Riemannian Hessian (Absil, Mahony and Sepulchre 2008, 5.3)."""
     parameters.place(point.where)
+    objective.evaluations += 1
     with torch.enable_grad():
         value = objective.loss()
         gradient = parameters.gradients(value, twice=True)
-    if not any(g.requires_grad for g in gradient):
+    bent = [g for g in gradient if g.requires_grad]
+    if not bent and objective.sets.flat:
         raise ObjectiveError(
-            "second_order=True needs a loss that is differentiable twice; the gradient of this one is constant, or was "
-            "computed by an operation without a second derivative"
+            "second_order=True needs a loss that is differentiable twice, or weights on a set that bends; the gradient "
+            "of this one is constant, or was computed by an operation without a second derivative"
         )
 
     def product(u: Vector) -> Vector:
         objective.evaluations += 1
+        found: Sequence[Tensor | None] = [None] * len(parameters.leaves)
         with torch.enable_grad():
-            terms = [(g * v.conj()).real.sum() for g, v in zip(gradient, u, strict=True) if g.requires_grad]
-            found = torch.autograd.grad(
-                sum(terms[1:], terms[0]), parameters.leaves, retain_graph=True, allow_unused=True
-            )
+            if bent:
+                terms = [(g * v.conj()).real.sum() for g, v in zip(gradient, u, strict=True) if g.requires_grad]
+                total = sum(terms[1:], terms[0])
+                found = torch.autograd.grad(total, parameters.leaves, retain_graph=True, allow_unused=True)
         second = [torch.zeros_like(p) if h is None else h for h, p in zip(found, parameters.leaves, strict=True)]
         with torch.no_grad():
-            bent = objective.sets.curvature(point.where, point.raw, u)
-            return objective.sets.project(point.where, add(parameters.stacked(second), bent))
+            of_sets = objective.sets.curvature(point.where, point.raw, u)
+            return objective.sets.project(point.where, add(parameters.stacked(second), of_sets))
 
     return product
 
@@ -126,7 +129,7 @@ def _steihaug(
         step, image = add(step, direction, length), add(image, product, length)
         residual = objective.sets.project(point.where, add(residual, product, length))
         previous, square = square, float(dot(residual, residual))
-        if math.sqrt(square) <= enough or objective.evaluations >= objective.left:
+        if math.sqrt(square) <= enough or objective.spent:
             break
         direction = add(scaled(residual, -1), direction, square / previous)
     return step, _fall(g, step, image), False

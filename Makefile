@@ -23,6 +23,7 @@ reproduce: .venv/.installed
 	$(BIN)/python benchmarks/publish/published.py run omdsm $(ARGS)
 
 cost: .venv/.installed
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/budget.py
 	$(BIN)/python benchmarks/cost.py $(COST) $(ARGS)
 
 test: .venv/.installed

@@ -56,7 +56,8 @@ def quintics(steps: int, smallest: float, safety: float = 1.0) -> tuple[tuple[fl
         safety: by how much each step but the last shortens its argument: beyond its interval a step that raises small
             values quickly sends large ones to infinity.
     """
-    low, high, found = smallest, 1.0, []
+    low, high = smallest, 1.0
+    found: list[tuple[float, float, float]] = []
     for _ in range(steps):
         coefficients, error = _minimax_quintic(low, high)
         short = safety if len(found) < steps - 1 else 1.0

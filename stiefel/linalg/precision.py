@@ -37,12 +37,17 @@ def in_double(x: Tensor) -> Tensor:
     For what is done once: starts, reports. Steps use :func:`widened`.
     """
     device = x.device if has_double(x.device) else "cpu"
-    return x.to(device, torch.promote_types(x.dtype, torch.float64))
+    return x.to(device, wide_dtype(x))
 
 
 def widened(x: Tensor) -> Tensor:
     """``x`` in float64, or complex128, where its device computes in these as fast as steps need; else as it is."""
-    return x.to(torch.promote_types(x.dtype, torch.float64)) if has_double(x.device) else x
+    return x.to(wide_dtype(x)) if has_double(x.device) else x
+
+
+def wide_dtype(x: Tensor) -> torch.dtype:
+    """float64, or complex128 for complex numbers."""
+    return torch.promote_types(x.dtype, torch.float64)
 
 
 class _Switch:

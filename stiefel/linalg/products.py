@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from stiefel.linalg.precision import full_precision, widened
+from stiefel.linalg.devices import has_double, may_wait
+from stiefel.linalg.precision import full_precision, real_dtype, wide_dtype, widened
 from stiefel.linalg.tracing import readable
 
 if TYPE_CHECKING:
@@ -48,6 +49,8 @@ def gram_matrix(x: Float[Tensor, "*batch p n"]) -> Float[Tensor, "*batch p p"]:
 
 def _squared_lengths(x: Tensor) -> Tensor:
     """``‖xᵢ‖²`` of each row in double, added up block by block."""
+    if not may_wait(x) and has_double(x.device):  # one operation that adds in double; on a CPU blocks are quicker
+        return torch.linalg.vector_norm(x, dim=-1, dtype=wide_dtype(x)).square()
     # Blocks are (*batch, p, whole // BLOCK, BLOCK); the last n % BLOCK entries are a shorter block.
     whole = x.shape[-1] - x.shape[-1] % BLOCK
     blocks = torch.linalg.vector_norm(x[..., :whole].unflatten(-1, (whole // BLOCK, BLOCK)), dim=-1)
@@ -130,6 +133,8 @@ def frobenius(b: Float[Tensor, "*batch p n"]) -> Float[Tensor, "*batch 1 1"]:
         smallest, largest = plain.detach().aminmax()
         if smallest > PLAIN[0] and largest < PLAIN[1]:  # one pass, and no tensor of B's size
             return plain
+    if not may_wait(b) and has_double(b.device):
+        return torch.linalg.vector_norm(b, dim=(-2, -1), keepdim=True, dtype=wide_dtype(b)).to(real_dtype(b.dtype))
     # Divided by the largest entry, so that no square overflows; by absolute values, since a division of complex numbers
     # is inaccurate at the ends of the range.
     sizes = b.abs()
@@ -140,7 +145,7 @@ def frobenius(b: Float[Tensor, "*batch p n"]) -> Float[Tensor, "*batch 1 1"]:
 def balance(b: Float[Tensor, "*batch p n"]) -> Float[Tensor, "*batch 1 1"]:
     """The constant ``‖B‖_F/√p`` that makes B's rows as long as those of an orthonormal matrix; 1 where B = 0."""
     c = frobenius(b.detach()) / b.shape[-2] ** 0.5
-    return torch.where(c > 0, c, 1.0)
+    return c + (c == 0)
 
 
 def is_short(b: Float[Tensor, "*batch p n"]) -> bool:

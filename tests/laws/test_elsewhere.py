@@ -13,7 +13,7 @@ import scipy.linalg
 import test_claims
 import torch
 from common import forms, gaussian
-from elsewhere import HostWait, NoDouble, elsewhere
+from costs.elsewhere import HostWait, NoDouble, elsewhere
 from test_devices import DRAWING, TURNING, Training, hard, net
 from torch import Tensor
 from torch.optim import SGD, Adam

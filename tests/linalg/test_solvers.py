@@ -13,9 +13,9 @@ from torch import Tensor
 from stiefel.linalg import gram_residual, nearest_in_step, nearest_orthonormal, polar, qf, squared_residual, svd
 from stiefel.linalg.inverse_root import SPREAD, inverse_root
 from stiefel.linalg.lyapunov import lyapunov_by_products
-from stiefel.linalg.rational import lyapunov_by_shifts
 from stiefel.linalg.polar import SOLVERS
 from stiefel.linalg.qr import _by_reflections, _without_waiting
+from stiefel.linalg.rational import lyapunov_by_shifts
 
 SHAPES = [(3, 1, 5), (2, 16, 144), (3, 64, 64), (2, 64, 576), (2, 128, 128)]
 KINDS = ["even", "few_large", "few_small"]

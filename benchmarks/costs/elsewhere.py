@@ -18,6 +18,7 @@ from unittest import mock
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -48,6 +49,7 @@ VIEWS = {
     aten.empty_like, aten.empty_strided, aten.new_empty, aten.new_empty_strided,
 }  # fmt: skip
 """Operations that launch nothing."""
+PRODUCTS = {aten.mm, aten.bmm, aten.addmm, aten.baddbmm}
 DOUBLE = {torch.float64, torch.complex128}
 
 
@@ -68,13 +70,25 @@ class Counts:
         doubles: those with float64.
         waits: what the host waited for.
         calls: by operation.
+        flops: of products of matrices.
+        peak: the most bytes that tensors made meanwhile held at one time.
     """
 
     launches: int = 0
     doubles: int = 0
     waits: list[str] = field(default_factory=list)
     calls: Counter[str] = field(default_factory=Counter)
+    flops: int = 0
+    peak: int = 0
     on_host: bool = False
+    alive: dict[StorageWeakRef, int] = field(default_factory=dict)
+
+    def clear(self) -> None:
+        """Count from here on."""
+        self.launches = self.doubles = self.flops = self.peak = 0
+        self.waits.clear()
+        self.calls.clear()
+        self.alive.clear()
 
 
 @contextmanager
@@ -167,6 +181,10 @@ class _Counting(TorchDispatchMode):
         tensors = [leaf for leaf in tree_leaves((args, kwargs, found)) if isinstance(leaf, Tensor)]
         if packet in VIEWS or self.counts.on_host or not tensors or all(map(_on_host, tensors)):
             return found
+        self._weigh(args, found)
+        if packet in PRODUCTS:
+            a, b = _factors(args)
+            self.counts.flops += 2 * a.numel() * b.shape[-1]
         self.counts.launches += 1
         self.counts.calls[packet.__name__] += 1
         if any(t.dtype in DOUBLE for t in tensors):
@@ -178,6 +196,21 @@ class _Counting(TorchDispatchMode):
                 raise HostWait(f"{packet.__name__} makes the host wait for the device")
             self.counts.waits.append(packet.__name__)
         return found
+
+    def _weigh(self, args: Any, found: Any) -> None:
+        """Note the memory of what was made."""
+        alive = {ref: size for ref, size in self.counts.alive.items() if not ref.expired()}
+        given = {StorageWeakRef(t.untyped_storage()) for t in tree_leaves(args) if isinstance(t, Tensor)}
+        for t in tree_leaves(found):
+            if isinstance(t, Tensor) and (ref := StorageWeakRef(t.untyped_storage())) not in given:
+                alive.setdefault(ref, t.untyped_storage().nbytes())
+        self.counts.alive = alive
+        self.counts.peak = max(self.counts.peak, sum(alive.values()))
+
+
+def _factors(args: Any) -> list[Tensor]:
+    """The two matrices of a product, of which fused ones have a summand before them."""
+    return [t for t in args if isinstance(t, Tensor)][-2:]
 
 
 _KINDS = {
@@ -208,7 +241,7 @@ def _on_cpu(given: Any) -> Any:
 
 class _Generator(torch.Generator):
     def __new__(cls, device: Any = "cpu") -> _Generator:
-        return super().__new__(cls, "cpu")
+        return super().__new__(cls, "cpu")  # type: ignore[call-arg]
 
 
 class _Autocast(torch.autocast):

@@ -23,13 +23,17 @@ from costs.picture import draw
 from costs.sections import FORMS, SECTIONS, Bench, Record
 from costs.tables import markdown
 
+from stiefel.errors import OptionError
+from stiefel.measure.cost.accelerator import device_of
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Measure, and write what was measured."""
     options = _parser().parse_args(arguments)
-    device = torch.device(options.device)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        print("no CUDA device: torch.cuda.is_available() is False on this machine", file=sys.stderr)
+    try:
+        device = device_of(options.device)
+    except OptionError as error:
+        print(error, file=sys.stderr)
         return 2
     if options.threads:
         torch.set_num_threads(options.threads)
@@ -69,7 +73,7 @@ def _parser() -> argparse.ArgumentParser:
         form.add_argument(f"--{name}", dest="form", action="store_const", const=name, help=f"the {name} form")
     parser.set_defaults(form="short")
     parser.add_argument("--sections", nargs="+", choices=list(SECTIONS), default=list(SECTIONS), help="default: all")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, xpu, mps, or auto")
     parser.add_argument("--dtype", choices=("float32", "float64"), default="float32")
     parser.add_argument("--threads", type=int, help="of torch; default: its own choice")
     parser.add_argument("--out", type=Path, default=Path("runs/cost"), help="folder to write to (default: %(default)s)")

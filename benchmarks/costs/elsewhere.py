@@ -133,7 +133,7 @@ class _Answering(TorchFunctionMode):
             return func(*args, **kwargs)
         if func in _KINDS:
             return _KINDS[func] == ("cpu" if _on_host(args[0]) else self.kind)
-        if func == Tensor.device.__get__:  # type: ignore[attr-defined]
+        if func == Tensor.device.__get__:
             return torch.device("cpu") if _on_host(args[0]) else self.there
         if func in READS and not _on_host(args[0]):
             self._wait(func.__name__)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from costs.cases import Work
+from stiefel.measure.cost.accelerator import is_accelerator, memory, synchronize
 from stiefel.measure.cost.clock import Spread, StepClock
 from stiefel.measure.cost.step import gpu_cost
 
@@ -86,8 +87,8 @@ def wall(call: Callable[[], Any], device: torch.device) -> float:
     """Seconds until a call has ended on the device too."""
     start = time.perf_counter()
     call()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    if is_accelerator(device):
+        synchronize(device)
     return time.perf_counter() - start
 
 
@@ -106,7 +107,7 @@ def _warm(work: Work, device: torch.device, effort: Effort) -> float:
 
 def gpu_fields(work: Work, device: torch.device, effort: Effort) -> dict[str, Any]:
     """Memory that a call takes on a GPU beyond what was there, and its energy; nulls with the reason."""
-    before = torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+    before = memory(device, "memory_allocated") or 0
     fields = gpu_cost(device, work.call, seconds=effort.energy)
     peak = fields.pop("gpu_peak_bytes")
     if fields["gpu_reason"] is None and not effort.energy:

@@ -1,5 +1,5 @@
 """Binding methods to modules: ``constrain``, ``optimizer``, ``penalty``, ``project``, ``refresh``, ``release``,
-``orthogonalize``, ``minimize``, ``gradient_norm``.
+``orthogonalize``, ``minimize``, ``gradient_norm``, ``use_double``.
 
 The only package that knows the insides of torch.nn. Imports ``methods``, ``optim``, ``layout`` and below.
 """
@@ -10,6 +10,7 @@ from stiefel.attach.proxy.function import orthogonalize
 from stiefel.attach.train import optimizer, penalty
 from stiefel.attach.weights import ConstrainedWeight, constrained_weights
 from stiefel.constraint.binding import Binding
+from stiefel.linalg import use_double
 from stiefel.optim.solve.minimum import Minimum
 
 __all__ = [
@@ -26,4 +27,5 @@ __all__ = [
     "project",
     "refresh",
     "release",
+    "use_double",
 ]

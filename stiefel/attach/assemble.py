@@ -100,12 +100,13 @@ def planned_assembly(
     factor = None if inner is None else _factor(target, layout, sizes, inner, method.group_size is not None)
     assembled = Assembled(layout, sizes, factor, target.parameter)
     tensor = target.tensor
-    plans = []
+    parts, titles = [], []
     for i, (a, b) in enumerate(pairwise(assembled.ends)):
         title = f"{tensor}[{a}:{b}]" if len(sizes) > 1 else tensor
         label = f"{target.name.removesuffix(tensor)}{title}"
-        title = title if factor is None else f"{title} (inner)"
-        plans.append(planned(Target(label, assembled.matrices, str(i)), method, title=title))
+        titles.append(title if factor is None else f"{title} (inner)")
+        parts.append(Target(label, assembled.matrices, str(i)))
+    plans = planned(parts, method, titles=titles)
 
     def attach() -> None:
         for plan in plans:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -18,33 +18,66 @@ from stiefel.attach.proxy.parametrization import Reparametrized
 from stiefel.attach.select import LISTS, Target, layout_of
 from stiefel.attach.tagging import tag_weight, untag_weight
 from stiefel.attach.weights import ConstrainedWeight, add_quick_access, bind, bindings_of, unbind
+from stiefel.compat.sharding import is_sharded
 from stiefel.compat.torch_private import parameters_of
 from stiefel.constraint import Binding, Constraint, Reparameterization
 from stiefel.errors import LayoutError, WeightError
+from stiefel.layout import Layout
+from stiefel.optim.buckets import bucket
 
 
-def planned(target: Target, method: Constraint, axes: str | None = None, title: str = "") -> Callable[[], None]:
-    """Check a target, and return the function that attaches the method; all errors are raised before any change.
+def planned(
+    targets: Sequence[Target], method: Constraint, axes: str | None = None, titles: Sequence[str] = ()
+) -> list[Callable[[], None]]:
+    """Check targets, and return the functions that attach the method; all errors are raised before any change.
 
     Args:
-        target: what to constrain.
+        targets: what to constrain; starts of equal layout are computed together.
         method: by what.
-        axes: how to read it otherwise than its layer would.
-        title: what to call it in place of its own name below the layer.
+        axes: how to read them otherwise than their layers would.
+        titles: what to call each in place of its own name below the layer.
     """
+    layouts = [_checked(target, method, axes) for target in targets]
+    plans: list[Callable[[], None] | None] = [None] * len(targets)
+    for group in bucket(range(len(targets)), lambda i: _start_together(targets[i].parameter, layouts[i])):
+        layout = layouts[group[0]]
+        with torch.no_grad():
+            points = [layout.points(targets[i].parameter) for i in group]
+            # As it is, to the bit, where a method starts anywhere: dividing by the scale would round.
+            starts = (
+                method.closest(torch.cat(points), layout).split(len(points[0])) if method.orthogonal_start else points
+            )
+        for i, start in zip(group, starts, strict=True):
+            binding = Binding(method, layout, targets[i].name, title=titles[i] if titles else "")
+            plans[i] = _planned(targets[i], binding, start, trial=i == group[0])
+    return [plan for plan in plans if plan is not None]
+
+
+def _start_together(parameter: torch.Tensor, layout: Layout) -> Hashable:
+    # A sharded weight is put together by all processes, one after the other.
+    return id(parameter) if is_sharded(parameter) else (layout, parameter.dtype, parameter.device)
+
+
+def _checked(target: Target, method: Constraint, axes: str | None) -> Layout:
     layout = layout_of(target, method, axes)
     try:
         method.check(layout)
     except LayoutError as error:
         raise LayoutError(f"weight '{target.name}': {error}") from None
-    binding = Binding(method, layout, target.name, title=title)
-    if not isinstance(method, Reparameterization):
-        return partial(_attach_in_place, target, binding, binding.nearest(target.parameter))
-    refuse_held(target.name, target.parameter)
-    refuse_sparse(target, method)
-    parametrization = Reparametrized(binding, target.parameter)
-    with torch.no_grad():  # a trial, so that a method that fails here fails before any layer is changed
-        parametrization(parametrization.first)
+    if isinstance(method, Reparameterization):
+        refuse_held(target.name, target.parameter)
+        refuse_sparse(target, method)
+    return layout
+
+
+def _planned(target: Target, binding: Binding, start: torch.Tensor, trial: bool) -> Callable[[], None]:
+    if not isinstance(binding.constraint, Reparameterization):
+        weight = binding.layout.weight(start) if binding.constraint.orthogonal_start else target.parameter
+        return partial(_attach_in_place, target, binding, weight)
+    parametrization = Reparametrized(binding, target.parameter, start)
+    if trial:  # so that a method that fails here fails before any layer is changed
+        with torch.no_grad():
+            parametrization(parametrization.first)
     return partial(_attach_forward, target, binding, parametrization)
 
 
@@ -69,7 +102,8 @@ def _attach_forward(target: Target, binding: Binding, parametrization: Reparamet
     for each in target.places:  # tied layers share the parametrization, and with it a learnable scale
         # Before torch takes the tensor from the module's own parameters.
         position = list(parameters_of(each.owner)).index(each.tensor)
-        parametrize.register_parametrization(each.owner, each.tensor, parametrization)
+        # Unsafe: without a pass of its own to see whether the shape is right, which the trial has seen.
+        parametrize.register_parametrization(each.owner, each.tensor, parametrization, unsafe=True)
         # On the class that torch has made for this layer alone.
         add_quick_access(each.owner, each.tensor, prefetch_list if isinstance(each.owner, LISTS) else None)
         type(each.owner).register_parameter = register_parameter  # type: ignore[method-assign, assignment]

@@ -69,7 +69,7 @@ def constrain(
     wish = Wish(_method(constraint, options), axes, check_blocks(blocks), inner)
     targets = select(_required(module), layers, exclude)
     # All checks run in the list, before the loop makes the first change.
-    for attach in [wish.planned(target) for target in targets]:
+    for attach in wish.planned(targets):
         attach()
     note_names(module, (name for target in targets for name in target.names))
     if isinstance(wish.method, Reparameterization):
@@ -86,13 +86,14 @@ class Wish:
     blocks: tuple[int, ...] | None
     inner: Tensor | None
 
-    def planned(self, target: Target) -> Callable[[], None]:
-        """Check a target, and return the function that attaches the method, or lets a lazy layer wait."""
-        if is_lazy(target.parameter):
-            return _waiting(target, self)
+    def planned(self, targets: Sequence[Target]) -> list[Callable[[], None]]:
+        """Check targets, and return the functions that attach the method, or let lazy layers wait."""
+        here = [target for target in targets if not is_lazy(target.parameter)]
+        waiting = [_waiting(target, self) for target in targets if is_lazy(target.parameter)]
         if self.blocks is None and self.inner is None:
-            return planned(target, self.method, self.axes)
-        return planned_assembly(target, self.method, self.axes, self.blocks, self.inner)
+            return planned(here, self.method, self.axes) + waiting
+        assembled = [planned_assembly(target, self.method, self.axes, self.blocks, self.inner) for target in here]
+        return assembled + waiting
 
 
 def _waiting(target: Target, wish: Wish) -> Callable[[], None]:
@@ -123,7 +124,8 @@ def _constrain_shaped(owner: nn.Module, args: Any) -> None:
     for tensor, (name, wish) in list(waiting.items()):
         target = Target(name, owner, tensor)
         if not is_lazy(target.parameter):
-            wish.planned(target)()
+            for attach in wish.planned([target]):
+                attach()
             del waiting[tensor]
             forget_places()
     if not waiting:

@@ -71,18 +71,12 @@ def minimize(
     _check(tol, max_evaluations, history)
     unknowns = Unknowns(project(module))
     objective = Objective(loss, unknowns.sets, unknowns.place, unknowns.gradients, max_evaluations)
-
-    def place(point: Point) -> None:
-        unknowns.place(point.where)
-        unknowns.keep()
-
-    watch = _Watch(objective, tol, callback, place)
+    watch = _Watch(objective, tol, callback, unknowns)
     try:
         with unknowns.in_place():
             start = objective.first(unknowns.read())
-            if second_order:
-                return watch.minimum(*trust_region(objective, unknowns, start, watch))
-            return watch.minimum(*quasi_newton(objective, start, history, watch))
+            newton = second_order and trust_region(objective, unknowns, start, watch)
+            return watch.minimum(*(newton or quasi_newton(objective, start, history, watch)))
     finally:
         _leave(unknowns, watch)
 
@@ -139,10 +133,10 @@ class _Watch:
         objective: Objective,
         tol: float,
         callback: Callable[[Minimum], Any] | None,
-        place: Callable[[Point], None],
+        unknowns: Unknowns,
     ) -> None:
         self.objective, self.tol, self.callback = objective, tol, callback
-        self.place = place
+        self.unknowns = unknowns
         self.best: Point | None = None
         self.steps, self.stopped, self.spoke = -1, "", False
         self.least, self.flattest, self.fell = math.inf, math.inf, 0  # loss, gradient, and when one of them last fell
@@ -176,7 +170,8 @@ class _Watch:
     def _called_back(self, point: Point, so_far: Minimum) -> bool:
         if self.callback is None:
             return False
-        self.place(point)
+        self.unknowns.place(point.where)
+        self.unknowns.keep()
         return bool(self.callback(so_far))
 
     def minimum(self, point: Point, why: str) -> Minimum:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from stiefel.compat.torch_private import parameters_of, submodules_of
 from stiefel.constraint import Binding, Reparameterization, residual_of
 from stiefel.linalg import in_double, is_traced
 from stiefel.optim import Mark
+from stiefel.optim.buckets import bucket
 
 # Entries of the owner's __dict__, which copies and pickles of the module have too.
 _ATTRIBUTE = "_stiefel"
@@ -126,10 +127,39 @@ class ConstrainedWeight:
         parametrization = self.parametrization
         if parametrization is None or parametrization.gain is None:
             return self.binding.layout.points(self.value)
-        bucket = Bucket(
-            [parametrization.formula]
-        )  # before the gain: a weight cannot be divided by a gain that has become 0
-        return bucket.held(bucket.stack(list(map(whole, parametrization.tensors(self.parameter)))))
+        # Before the gain: a weight cannot be divided by a gain that has become 0.
+        together = Bucket([parametrization.formula])
+        return together.held(together.stack(list(map(whole, parametrization.tensors(self.parameter)))))
+
+    @property
+    def alone(self) -> bool:
+        """Whether the weight is a proxy's function and nothing else: no other parametrization, no part elsewhere."""
+        parametrization = self.parametrization
+        if parametrization is None or parametrization.held is not None:
+            return False
+        whole_list: Any = self.owner.parametrizations[self.tensor]  # type: ignore[index]
+        return len(whole_list) == 1 and not any(map(is_sharded, parametrization.tensors(self.parameter)))
+
+
+@torch.no_grad()
+def points_of(weights: Sequence[ConstrainedWeight]) -> list[Tensor]:
+    """:meth:`ConstrainedWeight.points` of each, computed anew; those of equal layout as one batch."""
+    found: list[Tensor | None] = [None if weight.alone else weight.points() for weight in weights]
+    missing = [i for i, points in enumerate(found) if points is None]
+    for group in bucket(missing, lambda i: _computed_together(weights[i])):
+        members = [(w.parametrization, w.parameter) for w in (weights[i] for i in group)]
+        together = Bucket([m.formula for m, _ in members if m is not None])
+        x = together.held(together.stack([t for m, proxy in members if m is not None for t in m.tensors(proxy)]))
+        for i, points in zip(group, x.split([layout.matrix_shape[0] for layout in together.layouts]), strict=True):
+            found[i] = points
+    return [points for points in found if points is not None]
+
+
+def _computed_together(weight: ConstrainedWeight) -> Hashable:
+    parametrization, proxy = weight.parametrization, weight.parameter
+    assert parametrization is not None
+    binding, count = parametrization.binding, len(parametrization.tensors(proxy))
+    return id(binding.constraint), binding.layout, proxy.dtype, proxy.device, count
 
 
 def _called(prefix: str, tensor: str, binding: Binding) -> str:

@@ -14,14 +14,13 @@ from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from stiefel.compare.driver.comparison import ExecutionOptions
 from stiefel.compare.driver.executors import EXECUTORS, engine
 from stiefel.compare.driver.runner import available_cores, threads_for
 from stiefel.compare.plan.plan import Plan
 from stiefel.compare.plan.variants import literal, parse_variants
 from stiefel.errors import OptionError, ProblemError, StiefelError
+from stiefel.measure.cost.accelerator import count_of, device_of, is_accelerator
 
 STUDIES = 10
 """Replicates of a comparison where nothing else is asked for."""
@@ -59,16 +58,15 @@ def plan_of(args: argparse.Namespace, problem: Any, settings: Mapping[str, Any])
         studies=0 if args.seeds else args.studies or STUDIES,
         tuning_seeds=args.tuning_seeds,
         trials=args.trials or (None if args.lr else len(rates) + MORE),
-        device=args.device,
+        device=device_of(args.device, here=engine(args.executor).here).type,
         higher_is_better=first.higher_is_better,
     )
 
 
 def execution_of(args: argparse.Namespace) -> ExecutionOptions:
     """Where and how the options ask for the runs."""
-    if args.device == "cuda" and not torch.cuda.is_available() and engine(args.executor).here:
-        raise OptionError("--device cuda: there is no CUDA device on this machine; use --device cpu")
-    jobs = args.jobs or (max(1, torch.cuda.device_count()) if args.device == "cuda" else available_cores())
+    device = device_of(args.device, here=engine(args.executor).here)
+    jobs = args.jobs or (max(1, count_of(device)) if is_accelerator(device) else available_cores())
     return ExecutionOptions(
         file=str(Path(args.file).resolve()),
         root=args.out.resolve(),
@@ -146,7 +144,9 @@ def _protocol(parser: argparse.ArgumentParser) -> None:
 def _where(parser: argparse.ArgumentParser) -> None:
     where = parser.add_argument_group("where and how it runs")
     where.add_argument("--out", type=Path, default=Path("runs"), help="folder for the records (default runs/)")
-    where.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="what the runs train on (default cpu)")
+    where.add_argument(
+        "--device", default="cpu", help="what the runs train on: cpu, cuda, xpu, mps, or auto (default cpu)"
+    )
     where.add_argument("--jobs", type=_count, help="runs at a time (default: one per core, or per GPU)")
     where.add_argument("--processes", type=_count, default=1, help="per run, under torchrun (default 1: without it)")
     _limits(where)

@@ -158,7 +158,7 @@ def test_a_slow_fall_is_no_standstill(monkeypatch):
     class Spare:
         spent, evaluations = False, 0
 
-    watch = _Watch(Spare(), 0.0, None, lambda point: None)
+    watch = _Watch(Spare(), 0.0, None, None)
     for k in range(1000):
         assert watch(Point([], 1.0, [], [], 0.98**k, 0.0, 1e-15)), watch.stopped
 

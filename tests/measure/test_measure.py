@@ -583,7 +583,7 @@ class _FakeGpu:
         nvml.nvmlDeviceGetTotalEnergyConsumption = self.energy  # type: ignore[attr-defined]
         monkeypatch.setitem(sys.modules, "pynvml", nvml)
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-        monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: None)
+        monkeypatch.setattr(torch.accelerator, "synchronize", lambda device=None: None)
         monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: setattr(self, "peak", 0))
         monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: self.peak)
         monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda device: 2 * self.peak)

@@ -922,7 +922,7 @@ class FakeEvent:
 
     made, reached = 0, 0
 
-    def __init__(self, enable_timing: bool = False) -> None:
+    def __init__(self, device: torch.device, enable_timing: bool = False) -> None:
         FakeEvent.made += 1
         self.number = FakeEvent.made
 
@@ -938,10 +938,10 @@ class FakeEvent:
 
 def test_on_a_gpu_a_row_waits_for_the_device_and_the_loop_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
     FakeEvent.made = FakeEvent.reached = 0
-    monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
+    monkeypatch.setattr(torch, "Event", FakeEvent)
+    monkeypatch.setattr(torch.accelerator, "current_stream", lambda device: None)
     synchronized = []
-    monkeypatch.setattr(torch.cuda, "synchronize", synchronized.append)
+    monkeypatch.setattr(torch.accelerator, "synchronize", synchronized.append)
     monkeypatch.setattr(gauge_module, "peak_allocated_bytes", lambda device: 7)
     monkeypatch.setattr(gauge_module, "peak_reserved_bytes", lambda device: 8)
     model = network()
@@ -969,7 +969,7 @@ class Far(Tensor):
     """A number on a GPU, of which nothing may be asked before it has arrived."""
 
     __torch_function__ = torch._C._disabled_torch_function_impl
-    is_cuda = True
+    device = torch.device("cuda", 0)
 
     def item(self) -> Any:
         raise AssertionError("the host would wait here")
@@ -979,9 +979,9 @@ class Far(Tensor):
 
 def test_numbers_on_a_gpu_are_all_kept_and_none_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     FakeEvent.made = FakeEvent.reached = 0
-    monkeypatch.setattr(torch.cuda, "Event", FakeEvent)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(torch, "Event", FakeEvent)
+    monkeypatch.setattr(torch.accelerator, "current_stream", lambda device: None)
+    monkeypatch.setattr(torch.accelerator, "synchronize", lambda device: None)
     monkeypatch.setattr(gauge_module, "peak_allocated_bytes", lambda device: 7)
     monkeypatch.setattr(gauge_module, "peak_reserved_bytes", lambda device: 8)
     empty = torch.empty

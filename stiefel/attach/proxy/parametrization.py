@@ -42,7 +42,7 @@ class Reparametrized(Convertible):
     held: Tensor | None = None
     """What the layer uses instead of a function of the proxy, while a loss is minimized over the weight itself."""
 
-    def __init__(self, binding: Binding, weight: Tensor) -> None:
+    def __init__(self, binding: Binding, weight: Tensor, start: Tensor) -> None:
         super().__init__()
         self.binding = binding
         self.parts = nn.Module()
@@ -50,7 +50,11 @@ class Reparametrized(Convertible):
         if binding.constraint.scale == "learnable":
             b, p, _ = binding.layout.matrix_shape
             self.gain = nn.Parameter(torch.ones(b * p, dtype=weight.dtype.to_real(), device=weight.device))
-        proxy, parts = self._start(weight)
+        method = binding.constraint
+        assert isinstance(method, Reparameterization)
+        with torch.no_grad():
+            first, parts = method.start(start, binding.layout)
+            proxy = binding.layout.weight(first)
         self.names = tuple(parts)  # a replica of a module (DataParallel) has no dictionary of its parameters
         for name, part in parts.items():
             # A bucket concatenates the parts of several weights along that dimension.

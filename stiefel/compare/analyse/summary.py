@@ -122,7 +122,7 @@ class Summary:
         """The problem, and what its costs were measured on."""
         # Cost runs may have had another machine than the training runs: where there are any, theirs is named.
         measured = [r for r in self.records if r.spec.kind == "cost"] or list(self.records)
-        return f"{self.problem} · {'GPU' if self.device == 'cuda' else 'CPU'} cost, {hardware(measured)}"
+        return f"{self.problem} · {'CPU' if self.device == 'cpu' else 'GPU'} cost, {hardware(measured)}"
 
     @cached_property
     def hardware(self) -> str:

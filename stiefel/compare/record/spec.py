@@ -28,7 +28,7 @@ class RunSpec:
         knobs: options of the method's tuning space that the comparison chose, in place of its defaults.
         study: the replicate that it belongs to: a tuning of its own and a run at what that chose; None where one
             tuning serves all reported runs.
-        device: ``"cpu"`` or ``"cuda"``.
+        device: ``"cpu"``, ``"cuda"`` or another kind of accelerator.
         dtype: of the weights.
     """
 

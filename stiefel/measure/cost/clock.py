@@ -1,4 +1,4 @@
-"""How long steps take, on the CPU and on a GPU. Imports torch alone."""
+"""How long steps take, on the CPU and on a GPU. Imports ``accelerator``."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 
 import torch
+
+from stiefel.measure.cost.accelerator import is_accelerator, recorded, synchronize
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,7 @@ class Spread:
 
 
 class StepClock:
-    """Times steps on a device: an event pair per step on CUDA, read once at the end; ``perf_counter`` on the CPU.
+    """Times steps on a device: two events per step on an accelerator, read at the end; ``perf_counter`` on the CPU.
 
     with clock:
         one_step()
@@ -36,33 +38,32 @@ class StepClock:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._cpu: list[float] = []
-        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self._there = is_accelerator(device)
+        self._events: list[list[torch.Event]] = []
 
     def __enter__(self) -> StepClock:
-        if self.device.type == "cuda":
-            pair = (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
+        if self._there:
             # The stream records the time when it gets there, so the host need not wait for the step to end.
-            pair[0].record(torch.cuda.current_stream(self.device))
-            self._events.append(pair)
+            self._events.append([recorded(self.device, timing=True)])
         else:
             self._cpu.append(-time.perf_counter())  # __exit__ adds the end
         return self
 
     def __exit__(self, *error: object) -> None:
-        if self.device.type == "cuda":
-            self._events[-1][1].record(torch.cuda.current_stream(self.device))
+        if self._there:
+            self._events[-1].append(recorded(self.device, timing=True))
         else:
             self._cpu[-1] += time.perf_counter()
 
     def seconds(self) -> list[float]:
         """Duration of each step so far."""
-        if self.device.type != "cuda":
+        if not self._there:
             return list(self._cpu)
-        torch.cuda.synchronize(self.device)
+        synchronize(self.device)
         return [_elapsed(pair) for pair in self._events]
 
     def total(self) -> float:
-        """Seconds over all steps so far; synchronizes a CUDA device."""
+        """Seconds over all steps so far; synchronizes an accelerator."""
         return sum(self.seconds())
 
     def drain(self, *, wait: bool = False) -> list[float]:
@@ -71,11 +72,11 @@ class StepClock:
         Args:
             wait: whether to wait for the device, so that no step is left.
         """
-        if self.device.type != "cuda":
+        if not self._there:
             ended, self._cpu = self._cpu, []
             return ended
         if wait:
-            torch.cuda.synchronize(self.device)
+            synchronize(self.device)
         ready = 0  # events are reached in their order
         while ready < len(self._events) and self._events[ready][1].query():
             ready += 1
@@ -88,10 +89,10 @@ class StepClock:
 
     def discard(self) -> None:
         """Forget the last step."""
-        (self._events if self.device.type == "cuda" else self._cpu).pop()
+        (self._events if self._there else self._cpu).pop()
 
 
-def _elapsed(pair: tuple[torch.cuda.Event, torch.cuda.Event]) -> float:
+def _elapsed(pair: list[torch.Event]) -> float:
     return pair[0].elapsed_time(pair[1]) / 1e3  # milliseconds
 
 

@@ -1,4 +1,4 @@
-"""What a measurement ran on: code, libraries, hardware, threads. Imports torch alone."""
+"""What a measurement ran on: code, libraries, hardware, threads. Imports ``accelerator``."""
 
 from __future__ import annotations
 
@@ -13,9 +13,13 @@ from typing import Any
 
 import torch
 
+from stiefel.measure.cost.accelerator import is_accelerator, name_of
+
 
 def no_gpu_reason(device: torch.device) -> str:
     """Why GPU fields are null for a run on ``device``."""
+    if is_accelerator(device):
+        return f"memory is not told by torch, or energy not by NVML, of {device.type} devices"
     if not torch.cuda.is_available():
         return "no CUDA device: torch.cuda.is_available() is False on this machine"
     return f"the run was on {device.type}, not on this machine's GPU; choose the device cuda to measure it"
@@ -23,7 +27,7 @@ def no_gpu_reason(device: torch.device) -> str:
 
 def environment(device: torch.device) -> dict[str, Any]:
     """What a record needs to say about where it ran: code, libraries, hardware, threads."""
-    gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    gpu = name_of(device)
     return {
         "stiefel": _version("stiefel"),
         "commit": _commit(),

@@ -1,10 +1,12 @@
-"""How much memory a process has needed. Imports torch alone."""
+"""How much memory a process has needed. Imports ``accelerator``."""
 
 from __future__ import annotations
 
 import sys
 
 import torch
+
+from stiefel.measure.cost.accelerator import memory
 
 try:
     import resource
@@ -22,10 +24,10 @@ def peak_resident_bytes() -> int | None:
 
 
 def peak_allocated_bytes(device: torch.device) -> int | None:
-    """Peak memory allocated on a GPU by this process; None for other devices."""
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+    """Peak memory allocated on a GPU by this process; None where torch does not say."""
+    return memory(device, "max_memory_allocated")
 
 
 def peak_reserved_bytes(device: torch.device) -> int | None:
-    """Peak memory that torch reserved on a GPU for this process, and that must fit there; None for other devices."""
-    return torch.cuda.max_memory_reserved(device) if device.type == "cuda" else None
+    """Peak memory that torch reserved there for this process, and that must fit; None where torch does not say."""
+    return memory(device, "max_memory_reserved")

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from stiefel.errors import UncountedOperatorError
+from stiefel.measure.cost.accelerator import is_accelerator, reset_peaks, synchronize
 from stiefel.measure.cost.clock import interleaved
 from stiefel.measure.cost.energy import EnergyMeter
 from stiefel.measure.cost.environment import no_gpu_reason
@@ -30,25 +31,25 @@ def gpu_cost(device: torch.device, step: Callable[[], object], *, seconds: float
         or why a field is null.
     """
     fields: dict[str, Any] = {"gpu_peak_bytes": None, "gpu_reserved_bytes": None, "gpu_energy_joules": None}
-    if device.type != "cuda":
+    if not is_accelerator(device):
         return fields | {"gpu_reason": no_gpu_reason(device)}
     step()  # allocates the optimizer's state and workspaces
-    torch.cuda.synchronize(device)
-    torch.cuda.reset_peak_memory_stats(device)  # so that the peak is that of a later step
+    synchronize(device)
+    reset_peaks(device)  # so that the peak is that of a later step
     step()
-    torch.cuda.synchronize(device)
+    synchronize(device)
     fields["gpu_peak_bytes"] = peak_allocated_bytes(device)
     fields["gpu_reserved_bytes"] = peak_reserved_bytes(device)
     meter, steps, start = EnergyMeter(device), 0, time.perf_counter()
     while meter.reason is None and time.perf_counter() - start < seconds:
         step()
         # Otherwise the host would run ahead, and count steps whose energy is not yet spent.
-        torch.cuda.synchronize(device)
+        synchronize(device)
         steps += 1
     joules = meter.joules()
     return fields | {
         "gpu_energy_joules": joules / steps if joules is not None and steps else None,
-        "gpu_reason": meter.reason,
+        "gpu_reason": meter.reason or (no_gpu_reason(device) if fields["gpu_peak_bytes"] is None else None),
     }
 
 

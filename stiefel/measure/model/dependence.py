@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,7 @@ from stiefel.errors import OptionError
 from stiefel.linalg import in_double, nearest_orthonormal
 from stiefel.manifold.geometry import project_tangent
 from stiefel.manifold.retractions import retract_polar
+from stiefel.measure.cost.accelerator import is_accelerator
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -209,9 +210,15 @@ class PlainCopy:
 
 
 def frozen_random_state(model: nn.Module) -> Any:
-    """A context that leaves torch's generators, of the CPU and of the model's GPUs, as it finds them."""
-    devices = {p.device.index for p in model.parameters() if p.device.type == "cuda"}
-    return torch.random.fork_rng(devices=sorted(devices))
+    """A context that leaves torch's generators, of the CPU and of the model's devices, as it finds them."""
+    kinds: dict[str, set[int]] = {"cuda": set()}
+    for p in model.parameters():
+        if is_accelerator(p.device):
+            kinds.setdefault(p.device.type, set()).add(p.device.index or 0)
+    stack = ExitStack()
+    for kind, devices in kinds.items():
+        stack.enter_context(torch.random.fork_rng(devices=sorted(devices), device_type=kind))
+    return stack
 
 
 def _spread(weights: list[ConstrainedWeight], most: int | None) -> list[ConstrainedWeight]:

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from stiefel.attach import constrained_weights
+from stiefel.attach import ConstrainedWeight, constrained_weights
 from stiefel.attach.intact import refuse_waiting, warn_of_replaced
+from stiefel.attach.weights import points_of
+from stiefel.constraint import residual_of
 from stiefel.errors import SelectionError
-from stiefel.linalg import in_double, one_by_one
+from stiefel.linalg import gram_residual, in_double, one_by_one
 
 
 @dataclass(frozen=True)
@@ -85,16 +88,8 @@ def errors(module: nn.Module) -> dict[str, float]:
 
     Cheaper than :func:`report`, which also decomposes.
     """
-    return {w.name: w.residual() for w in constrained_weights(module)}
-
-
-def _determinant(x: Tensor) -> int | None:
-    if x.shape[-2] != x.shape[-1] or x.is_complex():
-        return None
-    signs = one_by_one(torch.linalg.det, x).sign()  # one for each matrix
-    if not bool((signs.abs() == 1).all()):  # singular, or NaN: there is no sign
-        return None
-    return int(signs[0]) if (signs == signs[0]).all() else 0
+    weights = list(constrained_weights(module))
+    return {w.name: residual_of(x) for w, x in zip(weights, points_of(weights), strict=True)}
 
 
 @torch.no_grad()
@@ -107,34 +102,66 @@ def report(module: nn.Module) -> OrthogonalityReport:
     """
     refuse_waiting(module)
     warn_of_replaced(module)
-    rows = []
-    for weight in constrained_weights(module):
-        x = in_double(weight.points())
-        relative = weight.residual()
-        # A matrix with NaN (the only number unequal to itself) cannot be decomposed.
-        sigma = torch.linalg.svdvals(x) if relative == relative else torch.full(x.shape[:2], float("nan"))
-        high, low = sigma[:, 0], sigma[:, -1]  # singular values descend
-        method, tally = weight.binding.constraint, weight.binding.tally
-        rows.append(
-            WeightRow(
-                name=weight.name,
-                method=method.name,
-                layout=str(weight.binding.layout),
-                scale=method.scale if method.scale == "learnable" else method.fixed_scale,
-                # residual() is relative to √p.
-                error=relative * x.shape[-2] ** 0.5,
-                relative=relative,
-                sigma_max=high.max().item(),
-                sigma_min=low.min().item(),
-                condition=torch.where(low == 0, torch.inf, high / low).max().item(),  # also of a zero weight
-                steps=tally.steps,
-                shortened=None if tally.shortened is None else int(tally.shortened),
-                determinant=_determinant(x),
-            )
-        )
-    if not rows:
+    weights = list(constrained_weights(module))
+    if not weights:
         raise SelectionError(
             f"nothing in this {type(module).__name__} is constrained, so there is nothing to report; call "
             "stiefel.constrain(module, ...) first (a released module has lost its constraints)"
         )
-    return OrthogonalityReport(tuple(rows))
+    points = points_of(weights)
+    alike: dict[Any, list[int]] = {}
+    for i, x in enumerate(points):
+        alike.setdefault((x.shape[1:], x.dtype, x.device), []).append(i)
+    rows: list[WeightRow | None] = [None] * len(weights)
+    for group in alike.values():
+        x = in_double(torch.cat([points[i] for i in group]))
+        sizes = [len(points[i]) for i in group]
+        for i, numbers in zip(group, _measured(x).split(sizes), strict=True):
+            rows[i] = _row(weights[i], numbers.T.tolist(), x.shape[-2])
+    return OrthogonalityReport(tuple(row for row in rows if row is not None))
+
+
+def _measured(x: Tensor) -> Tensor:
+    """‖XXᵀ − I‖_F, σ max, σ min and the determinant's sign of each matrix, on the host: one read for all."""
+    residual = torch.linalg.matrix_norm(gram_residual(x))
+    # A matrix with NaN (the only number unequal to itself) cannot be decomposed.
+    known = residual == residual
+    fine = torch.where(known[:, None, None], x, 0)
+    sigma = torch.where(known[:, None], torch.linalg.svdvals(fine), math.nan)  # descending
+    sign = torch.full_like(residual, math.nan)
+    if x.shape[-2] == x.shape[-1] and not x.is_complex():
+        sign = one_by_one(torch.linalg.det, fine).sign()
+    return torch.stack([residual, sigma[:, 0], sigma[:, -1], sign], dim=1).cpu()
+
+
+def _row(weight: ConstrainedWeight, numbers: list[list[float]], p: int) -> WeightRow:
+    residuals, highs, lows, signs = numbers
+    method, tally = weight.binding.constraint, weight.binding.tally
+    error = _largest(residuals)
+    return WeightRow(
+        name=weight.name,
+        method=method.name,
+        layout=str(weight.binding.layout),
+        scale=method.scale if method.scale == "learnable" else method.fixed_scale,
+        error=error,
+        relative=error / p**0.5,
+        sigma_max=_largest(highs),
+        sigma_min=-_largest([-low for low in lows]),
+        # Also of a zero weight.
+        condition=_largest([math.inf if low == 0 else high / low for high, low in zip(highs, lows, strict=True)]),
+        steps=tally.steps,
+        shortened=None if tally.shortened is None else int(tally.shortened),
+        determinant=_common_sign(signs),
+    )
+
+
+def _largest(values: list[float]) -> float:
+    """The largest; NaN where one is."""
+    return math.nan if any(map(math.isnan, values)) else max(values)
+
+
+def _common_sign(signs: list[float]) -> int | None:
+    """The sign that all determinants have, 0 where they differ; None where one has none: singular, or NaN."""
+    if not all(abs(sign) == 1 for sign in signs):
+        return None
+    return int(signs[0]) if len(set(signs)) == 1 else 0

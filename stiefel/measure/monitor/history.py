@@ -15,6 +15,7 @@ from torch import Tensor
 
 from stiefel.errors import OptionError
 from stiefel.linalg import may_wait
+from stiefel.measure.cost.accelerator import recorded
 from stiefel.measure.monitor.display import RESERVED
 
 
@@ -97,9 +98,7 @@ class Transfer:
         there = torch.stack([value.reshape(()) for *_, value in entries])
         # Pinned, because a copy to pageable memory would make the host wait.
         self._here = torch.empty(there.shape, dtype=there.dtype, pin_memory=True).copy_(there, non_blocking=True)
-        self._ready = torch.cuda.Event()
-        # Reached once the copy, queued before it on this stream, is done.
-        self._ready.record(torch.cuda.current_stream(there.device))
+        self._ready = recorded(there.device)  # reached once the copy, queued before it on this stream, is done
 
     @property
     def arrived(self) -> bool:

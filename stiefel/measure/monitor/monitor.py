@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from stiefel.errors import OptionError
+from stiefel.measure.cost.accelerator import is_accelerator
 from stiefel.measure.cost.clock import Spread, StepClock
 from stiefel.measure.model.signal import Probe
 from stiefel.measure.monitor.cadence import Cadence, Due
@@ -91,7 +92,7 @@ class Monitor:
         line = LiveLine()
         self._live = line if (line.stream.isatty() if live is None else live) else None
         self._clock, self._start = StepClock(self.device), time.perf_counter()
-        self._on_host = self.device.type != "cuda"  # durations are known at once
+        self._on_host = not is_accelerator(self.device)  # durations are known at once
         self._cadence = Cadence(every, step, by_clock=self._live is not None or not self._on_host)
         self._gauge = Gauge(model, self.device, energy=energy, loss=loss)
         self._probe: Probe | None = None

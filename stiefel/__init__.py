@@ -73,6 +73,7 @@ __all__ = [
     "UnknownMethodError",
     "WeightError",
     "available",
+    "bucket_bytes",
     "constrain",
     "get",
     "gradient_norm",
@@ -92,6 +93,7 @@ __all__ = [
 _ROOMS = {
     "attach": (
         "Minimum",
+        "bucket_bytes",
         "constrain",
         "gradient_norm",
         "minimize",

@@ -1,5 +1,6 @@
 """Binding methods to modules: ``constrain``, ``optimizer``, ``penalty``, ``project``, ``refresh``, ``release``,
-``orthogonalize``, ``minimize``, ``gradient_norm``, ``use_double``.
+``orthogonalize``, ``minimize``, ``gradient_norm``, ``use_double``,
+``bucket_bytes``.
 
 The only package that knows the insides of torch.nn. Imports ``methods``, ``optim``, ``layout`` and below.
 """
@@ -11,12 +12,14 @@ from stiefel.attach.train import optimizer, penalty
 from stiefel.attach.weights import ConstrainedWeight, constrained_weights
 from stiefel.constraint.binding import Binding
 from stiefel.linalg import use_double
+from stiefel.optim.buckets import bucket_bytes
 from stiefel.optim.solve.minimum import Minimum
 
 __all__ = [
     "Binding",
     "ConstrainedWeight",
     "Minimum",
+    "bucket_bytes",
     "constrain",
     "constrained_weights",
     "gradient_norm",

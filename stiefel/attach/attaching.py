@@ -37,9 +37,9 @@ def planned(
         axes: how to read them otherwise than their layers would.
         titles: what to call each in place of its own name below the layer.
     """
-    layouts = [_checked(target, method, axes) for target in targets]
+    layouts, weights = [_checked(target, method, axes) for target in targets], [t.parameter for t in targets]
     plans: list[Callable[[], None] | None] = [None] * len(targets)
-    for group in bucket(range(len(targets)), lambda i: _start_together(targets[i].parameter, layouts[i])):
+    for group in bucket(range(len(targets)), lambda i: _start_together(weights[i], layouts[i]), weights.__getitem__):
         layout = layouts[group[0]]
         with torch.no_grad():
             points = [layout.points(targets[i].parameter) for i in group]

@@ -79,7 +79,7 @@ def _before_forward(root: nn.Module, args: Any) -> None:
 def _computed(root: nn.Module) -> list[PrefetchedWeight]:
     """The weights below ``root``, those of equal layout as one batch."""
     prefetched = []
-    for members in bucket(_members(root), _computed_together):
+    for members in bucket(_members(root), _computed_together, lambda m: m.tensors[0]):
         # Before the weights: a proxy that is changed meanwhile then makes them invalid.
         snapshots = [Snapshot(m.tensors) for m in members]
         weights = _Together.apply(

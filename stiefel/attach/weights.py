@@ -146,7 +146,7 @@ def points_of(weights: Sequence[ConstrainedWeight]) -> list[Tensor]:
     """:meth:`ConstrainedWeight.points` of each, computed anew; those of equal layout as one batch."""
     found: list[Tensor | None] = [None if weight.alone else weight.points() for weight in weights]
     missing = [i for i, points in enumerate(found) if points is None]
-    for group in bucket(missing, lambda i: _computed_together(weights[i])):
+    for group in bucket(missing, lambda i: _computed_together(weights[i]), lambda i: weights[i].parameter):
         members = [(w.parametrization, w.parameter) for w in (weights[i] for i in group)]
         together = Bucket([m.formula for m, _ in members if m is not None])
         x = together.held(together.stack([t for m, proxy in members if m is not None for t in m.tensors(proxy)]))

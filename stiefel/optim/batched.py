@@ -70,7 +70,7 @@ class Batched:
             # As in geoopt a group counts its steps, of which every k-th is followed by a projection (stabilize=k).
             group["step"] = group.get("step", 0) + 1
             ready = self._ready(group)
-            for members in bucket([p for p in ready if not self._is_shared(p)], self._key):
+            for members in bucket([p for p in ready if not self._is_shared(p)], self._key, lambda p: p):
                 self.move(group, members)
             for shared in bucket([p for p in ready if self._is_shared(p)], exchanged_together):
                 self._move_shared(group, shared)

@@ -8,17 +8,49 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
+from stiefel.errors import OptionError
 from stiefel.layout import Layout
 
 T = TypeVar("T")
 
+_most = [2**28]
+"""Bytes of the weights of one batch at most. No share of what is free: a step must not depend on that."""
 
-def bucket(items: Iterable[T], key: Callable[[T], Hashable]) -> list[list[T]]:
-    """Group items with equal keys, keeping the order of first appearance."""
-    groups: dict[Hashable, list[T]] = {}
+
+def bucket_bytes(most: int) -> None:
+    """Bound the weights that are computed as one batch, to so many bytes of theirs; default 256 MiB.
+
+    A step needs several times the memory of the batch that it computes (docs/budget.md). Batches that are cut give the
+    same weights to rounding. A weight that is larger by itself is a batch of its own.
+
+    Raises:
+        OptionError: it is no positive whole number.
+    """
+    if not isinstance(most, int) or isinstance(most, bool) or most < 1:
+        raise OptionError(f"most={most!r}: expected a positive number of bytes, for example 2**26")
+    _most[0] = most
+
+
+def bucket(
+    items: Iterable[T], key: Callable[[T], Hashable], weight: Callable[[T], Tensor] | None = None
+) -> list[list[T]]:
+    """Group items with equal keys, keeping the order of first appearance.
+
+    Args:
+        items, key: what to group, by what.
+        weight: of an item; a group is then cut where its weights are more than :func:`bucket_bytes`.
+    """
+    groups: dict[Hashable, list[list[T]]] = {}
+    sizes: dict[Hashable, int] = {}
     for item in items:
-        groups.setdefault(key(item), []).append(item)
-    return list(groups.values())
+        k, size = key(item), 0 if weight is None else weight(item).nbytes
+        sizes[k] = sizes.get(k, 0) + size
+        cuts = groups.setdefault(k, [[]])
+        if cuts[-1] and sizes[k] > _most[0]:
+            cuts.append([])
+            sizes[k] = size
+        cuts[-1].append(item)
+    return [group for cuts in groups.values() for group in cuts]
 
 
 def stack(layouts: Sequence[Layout], tensors: Sequence[Tensor], *, scaled: bool, copy: bool = False) -> Tensor:

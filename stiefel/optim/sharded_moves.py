@@ -143,8 +143,12 @@ def moves_of(members: Sequence[Member], replicas: Replicas | None = None) -> lis
         shared = [m for m in each if replicas is not None and _is_large(m) and id(m.parameter) in replicas.parameters]
         moves += [ShardedMove(same, replicas.group) for same in bucket(shared, _exchanged_alike)]  # type: ignore[union-attr]
         taken = {id(m) for m in shared}
-        moves += [Move(same) for same in bucket([m for m in each if id(m) not in taken], moves_together)]
+        moves += [Move(same) for same in bucket([m for m in each if id(m) not in taken], moves_together, _parameter)]
     return moves
+
+
+def _parameter(member: Member) -> Tensor:
+    return member.parameter
 
 
 def _exchanged_alike(member: Member) -> Hashable:

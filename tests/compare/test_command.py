@@ -31,7 +31,7 @@ def test_the_same_command_again_does_only_what_is_missing(toy):
     ("arguments", "words"),
     [
         (["--methods", "ownn"], "did you mean 'own'"),
-        (["--device", "cuda"], "no CUDA device"),
+        (["--device", "cuda"], "no such device on this machine"),
         (["--methods", "own:eps=7"], "eps=7"),
     ],
 )

@@ -1,6 +1,7 @@
 # make compare   set up .venv, compare three methods with no constraint on digits, print the verdict (see COMPARE)
 # make cost      what the methods cost beside other packages (a short form: make cost COST=--full for all of it)
 # make reproduce the published small comparison on Fashion-MNIST again (some 40 minutes); goes on where it stopped
+# make gpu       tests, costs and a small comparison on a GPU, with the torch that PYTHON has (ARGS=--dry-run: without one)
 # make test      set up .venv, run the tests
 # make fuzz      train random configurations (ARGS="--count 10000 --seed 7 --jobs 2")
 # make lint      formatting, lint, types
@@ -14,7 +15,7 @@ COMPARE ?= --depth 4 --scale relu --epochs 20
 COST ?= --short
 ARGS ?=
 
-.PHONY: compare reproduce cost test fuzz lint compatibility docs clean
+.PHONY: compare reproduce cost gpu test fuzz lint compatibility docs clean
 
 compare: .venv/.installed
 	$(BIN)/stiefel compare benchmarks/omdsm.py --methods $(METHODS) $(COMPARE) $(ARGS)
@@ -25,6 +26,9 @@ reproduce: .venv/.installed
 cost: .venv/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/budget.py
 	$(BIN)/python benchmarks/cost.py $(COST) $(ARGS)
+
+gpu: .venv-gpu/.installed
+	.venv-gpu/bin/python benchmarks/gpu.py $(ARGS)
 
 test: .venv/.installed
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 $(ARGS)
@@ -54,5 +58,14 @@ docs: .venv/.installed
 	  --config-settings editable_mode=compat -e ".[compare,bench,notebooks,integrations,dev]"
 	@touch $@
 
+# On a machine with a GPU its own torch is kept, whatever version from 2.6 on: nothing here downloads another.
+.venv-gpu/.installed: pyproject.toml
+	@$(PYTHON) -c 'import torch; print("torch", torch.__version__, "of", torch.__file__)' \
+	  || { echo "make gpu uses the torch that is installed; name its Python with: make gpu PYTHON=/path/to/python"; exit 1; }
+	$(PYTHON) -m venv --system-site-packages .venv-gpu
+	.venv-gpu/bin/pip install --quiet --disable-pip-version-check --upgrade-strategy only-if-needed \
+	  --config-settings editable_mode=compat -e ".[compare,gpu]"
+	@touch $@
+
 clean:
-	rm -rf .venv runs
+	rm -rf .venv .venv-gpu runs

@@ -269,3 +269,23 @@ def test_every_target_is_of_what_the_full_form_measures():
     values = [t.value(Results(everything)) for t in targets()]
     assert len(values) > 50
     assert all(v is not None and math.isfinite(v) for v in values)
+
+
+def test_the_run_on_a_gpu_has_a_dry_one(tmp_path, capsys):
+    import gpu
+
+    assert gpu.main(["--dry-run", "--out", str(tmp_path)]) == 0, capsys.readouterr().out
+    where = json.loads((tmp_path / "environment.json").read_text())
+    assert where["gpu"] is None
+    assert where["gpu_reason"]
+    assert where["driver"] is None
+    assert where["driver_reason"]
+    assert (tmp_path / "cost" / "records.json").exists()
+    assert "passed" in (tmp_path / "tests.txt").read_text() or "100%" in (tmp_path / "tests.txt").read_text()
+
+
+def test_without_a_gpu_it_says_so(tmp_path, capsys):
+    import gpu
+
+    assert gpu.main(["--out", str(tmp_path)]) == 2
+    assert "try --dry-run" in capsys.readouterr().err

@@ -7,6 +7,7 @@ import copy
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import budget
 import pytest
 import test_claims
 import test_fixed_points
@@ -24,13 +25,14 @@ from stiefel.linalg.svd import nearest_in_step
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
-WAITING = {"manifold_muon", "matrix_exp", "own_pca", "spectral_norm", "torch_orthogonal"}
+WAITING = {"own_pca", "torch_orthogonal"}
 """Methods that torch itself makes wait: it chooses the order of an exponential on the host, and checks an SVD there."""
 DRAWING = {"rsdm"}
 """Methods that draw at each step, from generators that differ between devices."""
 TURNING = {"manifold_muon", "spectral_norm", "spel"}
 """Methods whose steps raise small singular values to 1, or divide by an estimate: in double devices agree on them."""
 FORMS = [form for name in stiefel.available() for form in forms(name)]
+FREE = [form for form in FORMS if form.name not in WAITING]
 
 
 def net(device: str) -> nn.Module:
@@ -56,7 +58,7 @@ class Training:
             self.optimizer.step()
 
 
-@pytest.mark.parametrize("method", [f for f in FORMS if f.name not in WAITING and "exp" not in str(f)], ids=str)
+@pytest.mark.parametrize("method", FREE, ids=str)
 def test_no_step_waits_for_the_device(method: Constraint) -> None:
     model = stiefel.constrain(net("cuda"), method)
     training = Training(model, "cuda")
@@ -256,3 +258,67 @@ def test_a_report_of_a_model_on_a_gpu_says_what_one_on_the_cpu_says() -> None:
         assert (a.name, a.layout, a.determinant) == (b.name, b.layout, b.determinant)
         assert a.condition == pytest.approx(b.condition, abs=1e-5)
         assert max(a.relative, b.relative) < 1e-6
+
+
+@pytest.mark.parametrize("method", [f for f in FREE if f.name not in DRAWING], ids=str)
+def test_a_whole_step_is_captured_in_a_graph(method: Constraint) -> None:
+    """Replayed, it is the step: nothing in it was decided by numbers that were there when it was captured."""
+    models = [stiefel.constrain(net("cuda"), method) for _ in range(2)]
+    eager, captured = (Training(model, "cuda") for model in models)
+    try:
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            captured.steps(3)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured.steps(1)
+    except stiefel.StiefelError as refusal:
+        pytest.skip(str(refusal))
+    for _ in range(3):
+        graph.replay()
+    eager.steps(6)
+    for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", FORMS, ids=str)
+def test_channels_last_changes_nothing(method: Constraint) -> None:
+    models = [stiefel.constrain(net("cuda"), method) for _ in range(2)]
+    models[1].to(memory_format=torch.channels_last)
+    for model in models:
+        Training(model, "cuda").steps(3)
+    if method.name in DRAWING | TURNING:
+        assert orthogonal_to_rounding(models[1], method)
+        return
+    for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", FREE, ids=str)
+def test_float32_alone_holds_the_claims_too(method: Constraint) -> None:
+    stiefel.use_double("never")
+    try:
+        model = stiefel.constrain(net("cuda"), method)
+        Training(model, "cuda").steps(10)
+        assert orthogonal_to_rounding(model, method)
+    finally:
+        stiefel.use_double("auto")
+
+
+@pytest.mark.parametrize("method", stiefel.available())
+def test_the_peak_of_memory_is_within_the_budget(method: str) -> None:
+    """What docs/budget.md counts on a CPU, with room for what kernels need besides."""
+    p, n = budget.SHAPES[1]
+    model = budget.Net(16 * p, 16 * n).to("cuda")
+    training = Training.__new__(Training)
+    training.model, training.x = stiefel.constrain(model, method), torch.randn(16, 16 * n, device="cuda")
+    training.optimizer = stiefel.optimizer(model, SGD, lr=0.05, momentum=0.9)
+    training.steps(2)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    training.steps(1)
+    taken = (torch.cuda.max_memory_allocated() - before) / (4 * budget.MEMBERS * 256 * p * n)
+    assert taken <= 2 * budget.budget(method, p, n).peak + 4

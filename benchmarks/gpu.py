@@ -53,7 +53,8 @@ def parts(device: str, out: Path, dry: bool) -> list[Part]:
     sections = ["maps", "steps", "rest"] if dry else ["maps", "steps", "training", "rest"]
     form = ["--tiny"] if dry else ["--short"]
     methods = ["own", "riemannian", "pogo", "soft", "unconstrained", "default"]
-    comparison = "--budget tiny --depth 4 --scale relu --lr 0.1 1 --trials 3 --studies 3".split()
+    tried = ["--lr", "0.1", "1", "--trials", "3", "--studies", "3"]
+    comparison = ["--budget", "tiny", "--depth", "4", "--scale", "relu", *tried]
     return [
         Part("tests", ["-m", "pytest", "-q", "-p", "no:cacheprovider", tests, *(["-k", "meta"] if dry else [])], 0.4),
         Part(

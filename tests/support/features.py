@@ -362,7 +362,7 @@ def in_one_process() -> dict[str, dict[str, str]]:
 
 def in_several(found: Callable[[str], dict[str, dict[str, Any]]]) -> dict[str, dict[str, str]]:
     """The cells of the table of several processes, of what they found by feature and method."""
-    return {name: {m: cell(of(found(feature)[m])) for m in METHODS} for name, (feature, of) in SEVERAL.items()}
+    return {name: {m: cell(of(r)) for m, r in found(feature).items()} for name, (feature, of) in SEVERAL.items()}
 
 
 def by_package(outcomes: dict[str, dict[str, str]]) -> str:
@@ -380,12 +380,13 @@ def write() -> None:
     """Write the tables into the document."""
     sys.path[:0] = [str(ROOT / "tests" / folder) for folder in ("parallel", "integrations")]
     from test_optimizer_classes import outcomes
-    from test_processes import found
+    import test_processes
 
+    test_processes.ASKED = test_processes.METHODS
     tables = {
         "one process": lambda: table(in_one_process()),
         "optimizers": lambda: by_package(outcomes()),
-        "several processes": lambda: table(in_several(found)),
+        "several processes": lambda: table(in_several(test_processes.found)),
     }
     for mark in sys.argv[1:] or tables:
         new, text = tables[mark](), DOCUMENT.read_text()

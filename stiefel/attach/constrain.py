@@ -13,7 +13,7 @@ from torch.nn.parameter import is_lazy
 from stiefel.attach.assemble import check_blocks, planned_assembly, release_assembled
 from stiefel.attach.attaching import detach, planned
 from stiefel.attach.checkpoint import keys_of_proxy
-from stiefel.attach.intact import note_names, note_release, stop_waiting, waiting_in
+from stiefel.attach.intact import is_waiting, note_names, note_release, stop_waiting, waiting_in
 from stiefel.attach.prefetch import forget_places, prefetch_below, stop_prefetch
 from stiefel.attach.proxy.parametrization import Reparametrized
 from stiefel.attach.select import Target, select
@@ -98,7 +98,7 @@ class Wish:
 
 def _waiting(target: Target, wish: Wish) -> Callable[[], None]:
     """A function that lets a lazy layer wait for its shape."""
-    if target.tensor in waiting_in(target.owner):
+    if is_waiting(target.owner, target.tensor):
         raise SelectionError(
             f"weight '{target.name}' is constrained already, as soon as it has a shape (a lazy layer); call "
             "stiefel.release(model) first to constrain it anew"

@@ -57,6 +57,11 @@ def waiting_in(owner: nn.Module) -> dict[str, tuple[str, Any]]:
     return owner.__dict__.setdefault(_WAITING, {})
 
 
+def is_waiting(owner: nn.Module, tensor: str) -> bool:
+    """Whether a tensor is one of those."""
+    return tensor in owner.__dict__.get(_WAITING, {})
+
+
 def stop_waiting(owner: nn.Module) -> list[str]:
     """Let no tensor of a lazy layer wait any longer; returns those that did."""
     return list(owner.__dict__.pop(_WAITING, ()))

@@ -379,8 +379,8 @@ def by_package(outcomes: dict[str, dict[str, str]]) -> str:
 def write() -> None:
     """Write the tables into the document."""
     sys.path[:0] = [str(ROOT / "tests" / folder) for folder in ("parallel", "integrations")]
-    from test_optimizer_classes import outcomes
     import test_processes
+    from test_optimizer_classes import outcomes
 
     test_processes.ASKED = test_processes.METHODS
     tables = {

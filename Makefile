@@ -58,7 +58,7 @@ docs: .venv/.installed
 	  --config-settings editable_mode=compat -e ".[compare,bench,notebooks,integrations,dev]"
 	@touch $@
 
-# On a machine with a GPU its own torch is kept, whatever version from 2.6 on: nothing here downloads another.
+# On a machine with a GPU its own torch is kept, whatever version from 2.8 on: nothing here downloads another.
 .venv-gpu/.installed: pyproject.toml
 	@$(PYTHON) -c 'import torch; print("torch", torch.__version__, "of", torch.__file__)' \
 	  || { echo "make gpu uses the torch that is installed; name its Python with: make gpu PYTHON=/path/to/python"; exit 1; }

@@ -62,9 +62,12 @@ def has_double(device: torch.device) -> bool:
 @cache
 def _ratio(kind: str, index: int | None) -> float:
     """How many times as long a product in float64 takes; infinite where there is none."""
+    from stiefel.linalg.precision import full_precision  # which asks this module what a device has
+
     device = torch.device(kind if index is None else f"{kind}:{index}")
     try:
-        return _seconds(device, torch.float64) / _seconds(device, torch.float32)
+        with full_precision(device):  # TF32 is no float32
+            return _seconds(device, torch.float64) / _seconds(device, torch.float32)
     except (RuntimeError, TypeError):
         return float("inf")
 

@@ -7,15 +7,17 @@ An eigendecomposition costs as much as 20 (p = 512) to 100 (p = 16) p×p product
 from __future__ import annotations
 
 import math
-from functools import cache
+from functools import cache, partial
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from stiefel.linalg.precision import in_double
+from stiefel.linalg.msign import quintics
+from stiefel.linalg.precision import in_double, widened
 from stiefel.linalg.products import gram_matrix, inner
+from stiefel.linalg.spectral_map import gram_factor
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -24,6 +26,8 @@ NEAR = 0.8
 """Largest ‖E‖₂ for which (I + E)^{-1/2} is evaluated at once: by 24 terms, whose coefficients are all below 3."""
 SPREAD = 40.0
 """Ratio of extreme eigenvalues that the coarse polynomial is made for: residual below 0.1; at a ratio of 100, 0.5."""
+ITERATIONS, SMALLEST_ROOT = 12, 1e-5
+"""Steps where nothing is read back, and the smallest singular value they are made for, relative to ‖VVᴴ‖_F^{1/2}."""
 SMALLEST_MEAN = 1e-28
 """Smallest mean eigenvalue: below it a float32 Gram matrix has too few digits."""
 TRUNCATION = 2e-8
@@ -97,6 +101,46 @@ def _far_root(v: Tensor, middle: Tensor, rho: float) -> tuple[Tensor, Tensor] | 
     # M^{-1/2} = c^{-1/2} (I + E)^{-1/2} Z₀, as all three commute.
     z = torch.bmm(_add_identity(_series(powers, rho)), first.to(v.dtype))
     return z.mul_(middle.rsqrt()), gram.to(v.dtype)
+
+
+@torch.no_grad()
+def inverse_root_by_iteration(v: Float[Tensor, "*batch p n"]) -> tuple[Tensor, Tensor]:
+    """:func:`inverse_root` for condition numbers up to 1e4: a fixed number of products in double, nothing read back.
+
+        N₀ = M / ‖M‖_F,   T = a + bN + cN²,   Z ← T Z,   N ← T N T
+
+    with the coefficients of :func:`msign`, applied to the Gram matrix (:func:`gram_factor`). M = 0 counts as I. It is
+    in double because float32 would lose one digit for each digit of the condition number; on GPUs that costs little
+    beside a factorization.
+
+    Source: Amsel, Persson, Musco and Gower, The Polar Express, 2025 (arXiv 2505.16932), section 3, on the Gram matrix.
+    """
+    wide = widened(v)
+    gram = wide @ wide.mH
+    eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
+    gram = torch.where(torch.linalg.matrix_norm(gram, keepdim=True) > 0, gram, eye)
+    z = iterated_inverse_root(gram, 1.01 * torch.linalg.matrix_norm(gram, keepdim=True), ITERATIONS, SMALLEST_ROOT)
+    return z, gram @ z
+
+
+def iterated_inverse_root(
+    gram: Float[Tensor, "*batch p p"], largest: Float[Tensor, "*batch 1 1"] | float, steps: int, smallest: float
+) -> Tensor:
+    """The iteration of :func:`inverse_root_by_iteration` on M itself.
+
+    Args:
+        gram: M, in double.
+        largest: an upper bound of its eigenvalues.
+        steps, smallest: the number of steps, and the smallest root of an eigenvalue they are made for, relative to the
+            root of ``largest``: each step multiplies small roots by 4, and four more make them 1 to rounding.
+    """
+    polynomials = [partial(_quintic, *coefficients) for coefficients in quintics(steps, smallest)]
+    return gram_factor(polynomials, gram / largest) / largest**0.5
+
+
+def _quintic(a: float, b: float, c: float, n: Tensor) -> Tensor:
+    flat = n.reshape(-1, *n.shape[-2:])
+    return _add_identity(torch.baddbmm(flat, flat, flat, beta=b, alpha=c), a).reshape(n.shape)
 
 
 def _mean_eigenvalue(gram: Tensor) -> Tensor:

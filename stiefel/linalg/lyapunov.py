@@ -1,6 +1,6 @@
 """The Lyapunov equation: with a given eigendecomposition, differentiable to any order; and by products alone.
 
-Imports ``products``.
+Imports ``lu`` and ``products``.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from stiefel.linalg.products import inner
+from stiefel.linalg.lu import inverse_of
+from stiefel.linalg.products import add_product, inner
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -97,3 +98,33 @@ def lyapunov_by_products(
         before, size = size, inner(residual, residual)
         direction.mul_(size / (before + tiny)).add_(residual)
     return omega.mul_(scale)
+
+
+@torch.no_grad()
+def lyapunov_by_doubling(
+    h: Float[Tensor, "*batch p p"], z: Float[Tensor, "*batch p p"], c: Float[Tensor, "*batch p p"], steps: int = 10
+) -> Float[Tensor, "*batch p p"]:
+    """Solve ``H Ω + Ω H = C`` in a fixed number of products, without reading anything back; for double.
+
+        A = (H − μI)(H + μI)⁻¹,   Ω₀ = 2μ (H + μI)⁻¹ C (H + μI)⁻¹,   Ω ← Ω + AΩA,   A ← A²
+
+    k steps sum the first 2^k terms of ``Ω = Σ Aʲ Ω₀ Aʲ``, each smaller by ((√κ − 1)/(√κ + 1))² at the best μ; with μ²
+    the ratio of ‖H‖_F to ‖H⁻¹‖_F, 10 steps suffice for condition numbers κ up to 1e4.
+
+    Args:
+        h: Hermitian and positive definite.
+        z: its inverse.
+        c: any right-hand side.
+
+    Source: Smith (1968), Matrix equation XA + BX = C, for the squared form.
+    """
+    # μ lies between the extreme eigenvalues of H, near their geometric mean.
+    mu = (torch.linalg.matrix_norm(h, keepdim=True) / torch.linalg.matrix_norm(z, keepdim=True)).sqrt()
+    shift = mu * torch.eye(h.shape[-1], dtype=h.dtype, device=h.device)
+    inverse = inverse_of(h + shift)
+    omega, a = 2 * mu * (inverse @ c @ inverse), (h - shift) @ inverse
+    for step in range(steps):
+        omega = add_product(omega, a @ omega, a)
+        if step < steps - 1:
+            a = a @ a
+    return omega

@@ -10,12 +10,11 @@ from torch import Tensor
 
 from stiefel.compat.torch_private import is_batched_gradient
 from stiefel.linalg.devices import may_wait
-from stiefel.linalg.inverse_root import inverse_root
+from stiefel.linalg.inverse_root import inverse_root, inverse_root_by_iteration
 from stiefel.linalg.lu import solve
-from stiefel.linalg.lyapunov import lyapunov, lyapunov_by_products
+from stiefel.linalg.lyapunov import lyapunov, lyapunov_by_doubling, lyapunov_by_products
 from stiefel.linalg.precision import full_precision, in_double, real_dtype, widened
 from stiefel.linalg.products import newton_schulz
-from stiefel.linalg.rational import lyapunov_by_shifts, polar_by_resolvents
 from stiefel.linalg.single import polar_in_single
 from stiefel.linalg.tracing import is_traced, readable
 
@@ -52,8 +51,8 @@ def polar(
             ``"eigen"``: float64 by SVD, anything narrower by the eigenvalues of its Gram matrix in float64 (accurate to
             1e-8 for condition numbers up to 1e4, where a float32 Gram matrix loses everything). ``"products"``: float32
             on a CPU, :func:`inverse_root` and conjugate gradients, and ``"eigen"`` where V is ill-conditioned.
-            ``"iteration"``: float32 on a GPU, a fixed number of products and inverses that the host need not wait for,
-            for condition numbers up to 1e4, without ``eps``: in double (:func:`polar_by_resolvents`), or in
+            ``"iteration"``: float32 on a GPU, a fixed number of products that the host need not wait for,
+            for condition numbers up to 1e4, without ``eps``: in double (:func:`inverse_root_by_iteration`), or in
             float32 alone where double is slow or missing (:func:`polar_in_single`).
 
     Returns:
@@ -99,12 +98,8 @@ def _by_iteration(v: Tensor, eps: float) -> Tensor:
         if wide.dtype == batch.dtype:
             x, h, z = polar_in_single(batch)
         else:
-            square = torch.linalg.matrix_norm(wide, keepdim=True).square()
-            x, z, gram = polar_by_resolvents(wide, torch.where(square > 0, square, 1))
-            # H and Z of V = 0 count as I.
-            eye = torch.eye(z.shape[-1], dtype=z.dtype, device=z.device)
-            z, h = torch.where(square > 0, z, eye), torch.where(square > 0, torch.bmm(gram, z), eye)
-            x = x.to(v.dtype)
+            z, h = inverse_root_by_iteration(batch)
+            x = torch.bmm(z, wide).to(v.dtype)
     return _PolarOfRoot.apply(batch, x, z, h, eps, False).reshape(v.shape)
 
 
@@ -196,7 +191,7 @@ class _PolarOfRoot(torch.autograd.Function):
             c = a - a.mH  # HΩ + ΩH = C
             # A batch of gradients (is_grads_batched) has no single number to read.
             waits = ctx.waits and not is_traced() and not is_batched_gradient(g)
-            omega = lyapunov_by_products(h, c) if waits else lyapunov_by_shifts(h, z, c)
+            omega = lyapunov_by_products(h, c) if waits else lyapunov_by_doubling(h, z, c)
             if v.shape[-2] == v.shape[-1]:  # then I − XᴴX = 0
                 gradient = torch.bmm(omega, x)
             else:

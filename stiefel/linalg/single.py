@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 
 from stiefel.linalg.fill import fill_like
+from stiefel.linalg.lu import inverse_of
+from stiefel.linalg.lyapunov import lyapunov_by_doubling
 from stiefel.linalg.msign import msign
 from stiefel.linalg.products import gram_residual, newton_schulz, sym
 from stiefel.linalg.qr import qf
-from stiefel.linalg.rational import inverses, lyapunov_by_shifts
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -26,8 +27,8 @@ FLOOR = 2e-7
 """Added to H, relative to ‖H‖_F."""
 DAMPED = 1e-3
 """The same where X is turned back: directions that V hardly has are not turned by its rounding."""
-TURNS = 3
-"""Doublings of the equation that turns X back: to 1e-2 of the turn at condition numbers of 1e3."""
+TURNS = 7
+"""Doublings of the equation that turns X back: to 1e-3 of the turn at condition numbers of 1e3."""
 
 
 @torch.no_grad()
@@ -59,7 +60,7 @@ def _turned_back(v: Tensor, x: Tensor) -> Tensor:
     """
     h, z = _factors(v, x, DAMPED)
     turned = v @ x.mH
-    return newton_schulz(x + lyapunov_by_shifts(h, z, turned - turned.mH, doublings=TURNS) @ x)
+    return newton_schulz(x + lyapunov_by_doubling(h, z, turned - turned.mH, TURNS) @ x)
 
 
 def _steps(v: Tensor) -> Tensor:
@@ -74,4 +75,4 @@ def _factors(v: Tensor, x: Tensor, floor: float) -> tuple[Tensor, Tensor]:
     h = sym(v @ x.mH)
     size = torch.linalg.matrix_norm(h, keepdim=True)
     h = h + (floor * torch.where(size > 0, size, 1)) * torch.eye(h.shape[-1], dtype=h.dtype, device=h.device)
-    return h, inverses([h])[0]
+    return h, inverse_of(h)

@@ -9,10 +9,9 @@ from torch import Tensor
 
 from stiefel.linalg.devices import may_wait
 from stiefel.linalg.fill import fill_like
-from stiefel.linalg.inverse_root import inverse_root_of_gram
+from stiefel.linalg.inverse_root import ITERATIONS, SMALLEST_ROOT, inverse_root_of_gram, iterated_inverse_root
 from stiefel.linalg.precision import in_double, widened
 from stiefel.linalg.products import balance, gram_residual, newton_schulz
-from stiefel.linalg.rational import SMALLEST_ROOT, polar_by_resolvents
 from stiefel.linalg.single import nearest_in_single
 from stiefel.linalg.tracing import is_traced, readable
 
@@ -115,21 +114,20 @@ def _series(e: Tensor, terms: int) -> Tensor:
 
 
 def _by_iteration(v: Tensor) -> Tensor:
-    """By a fixed number of products and inverses, right in float32: nothing is read back from the device.
+    """In double, by a fixed number of products, right in float32: nothing is read back from the device.
 
         X₁ = Z V,   X₂ = X₁ + (I − X₁X₁ᴴ) F,   X = (X₂X₂ᴴ)^{-1/2} X₂
 
     with Z = (VVᴴ)^{-1/2} for singular values above 1e-5 ‖V‖_F. Where V has no others, I − X₁X₁ᴴ is rounding, and the
-    second inverse root removes the error of V's Gram matrix. Smaller or missing ones are filled from F =
-    :func:`fill_like`: singular values of X₂ are above 1e-6 whatever V lacked.
+    second iteration removes the error of V's Gram matrix. Smaller or missing ones are filled from F =
+    :func:`fill_like`: singular values of X₂ are above 1e-6 whatever V lacked, and two more steps suffice for those.
 
-    Source: :func:`polar_by_resolvents`.
+    Source: :func:`inverse_root_by_iteration`.
     """
-    wide = widened(v.reshape(-1, *v.shape[-2:]))
-    wide = wide / (balance(wide) * v.shape[-2] ** 0.5)  # ‖V‖_F = 1, so that eigenvalues of VVᴴ are at most 1
+    wide = widened(v)
     if wide.dtype == v.dtype:
-        return nearest_in_single(wide).reshape(v.shape)
-    x, *_ = polar_by_resolvents(wide, 1.01)
+        return nearest_in_single(v.reshape(-1, *v.shape[-2:])).reshape(v.shape)
+    wide = wide / (balance(wide) * v.shape[-2] ** 0.5)  # ‖V‖_F = 1, so that eigenvalues of VVᴴ are at most 1
+    x = iterated_inverse_root(wide @ wide.mH, 1.01, ITERATIONS, SMALLEST_ROOT) @ wide
     x = x - gram_residual(x) @ fill_like(x)  # X₂ = X₁ + (I − X₁X₁ᴴ) F
-    x, *_ = polar_by_resolvents(x, LARGEST, SMALLEST_ROOT / 16)
-    return x.to(v.dtype).reshape(v.shape)
+    return (iterated_inverse_root(x @ x.mH, LARGEST, ITERATIONS + 2, SMALLEST_ROOT / 16) @ x).to(v.dtype)

@@ -12,10 +12,9 @@ from torch import Tensor
 
 from stiefel.linalg import gram_residual, nearest_in_step, nearest_orthonormal, polar, qf, squared_residual, svd
 from stiefel.linalg.inverse_root import SPREAD, inverse_root
-from stiefel.linalg.lyapunov import lyapunov_by_products
+from stiefel.linalg.lyapunov import lyapunov_by_doubling, lyapunov_by_products
 from stiefel.linalg.polar import SOLVERS
 from stiefel.linalg.qr import _by_reflections, _without_waiting
-from stiefel.linalg.rational import lyapunov_by_shifts
 
 SHAPES = [(3, 1, 5), (2, 16, 144), (3, 64, 64), (2, 64, 576), (2, 128, 128)]
 KINDS = ["even", "few_large", "few_small"]
@@ -154,7 +153,7 @@ def test_lyapunov_without_eigenvalues_against_scipy(condition: float) -> None:
     c = torch.randn(3, 30, 30, dtype=torch.float64, generator=torch.Generator().manual_seed(12))
     c = c - c.mT
     c[1] = 0  # its direction vanishes while others go on
-    solutions = [lyapunov_by_shifts(h, torch.linalg.inv(h), c)]
+    solutions = [lyapunov_by_doubling(h, torch.linalg.inv(h), c)]
     if condition <= 100:  # it is for those
         solutions.append(lyapunov_by_products(h, c, tolerance=1e-12))
     for k in range(3):

@@ -263,7 +263,7 @@ class _Event:
 def _patches(double: str) -> dict[str, Any]:
     """What of torch does not dispatch on tensors, and would look for the device."""
     return {
-        "stiefel.linalg.devices._ratio": lambda *args: 1.0 if double == "fast" else math.inf,
+        "stiefel.linalg.precision._ratio": lambda *args: 1.0 if double == "fast" else math.inf,
         "torch.Event": _Event,
         "torch.cuda.Event": _Event,
         "torch.cuda.current_stream": lambda *args: None,

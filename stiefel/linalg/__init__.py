@@ -2,7 +2,7 @@
 
 from stiefel.linalg.cayley import cayley_along, cayley_step, limited
 from stiefel.linalg.determinant import with_determinant
-from stiefel.linalg.devices import has_double, is_capturing, may_wait, use_double
+from stiefel.linalg.devices import is_capturing, may_wait
 from stiefel.linalg.exponential import exponential_step, matrix_exponential
 from stiefel.linalg.householder import householder_rows, householder_vectors
 from stiefel.linalg.iteration import iterated
@@ -11,7 +11,15 @@ from stiefel.linalg.lyapunov import lyapunov
 from stiefel.linalg.msign import msign
 from stiefel.linalg.norm import largest_singular_value, spectral_radius
 from stiefel.linalg.polar import polar
-from stiefel.linalg.precision import EXACT_DTYPES, full_precision, in_double, require_exact, widened
+from stiefel.linalg.precision import (
+    EXACT_DTYPES,
+    full_precision,
+    has_double,
+    in_double,
+    require_exact,
+    use_double,
+    widened,
+)
 from stiefel.linalg.products import (
     add_product,
     balance,

@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from stiefel.linalg.devices import has_double
 from stiefel.linalg.lu import inverse_of, solve, solve_from_the_right
-from stiefel.linalg.precision import widened
+from stiefel.linalg.precision import has_double, widened
 from stiefel.linalg.products import add_product, balance, frobenius, skew, sym
 from stiefel.linalg.tracing import readable
 

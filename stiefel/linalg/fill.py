@@ -1,4 +1,4 @@
-"""A fixed matrix in general position, whose rows complete a matrix that lacks some. Imports ``devices``."""
+"""A fixed matrix in general position, whose rows complete a matrix that lacks some. Imports ``precision``."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from stiefel.linalg.devices import has_double
+from stiefel.linalg.precision import has_double
 
 if TYPE_CHECKING:
     from jaxtyping import Float

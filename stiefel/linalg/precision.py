@@ -1,20 +1,32 @@
-"""The context in which a constraint computes: no autocast, no reduced-precision products. Imports ``devices``."""
+"""In what precision a constraint computes: which, and without autocast or reduced products. Imports torch, errors."""
 
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import Any
+from functools import cache
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from stiefel.errors import WeightError
-from stiefel.linalg.devices import has_double
+from stiefel.errors import OptionError, WeightError
 
 EXACT_DTYPES = (torch.float32, torch.float64, torch.complex64, torch.complex128)
 """The precisions in which a weight can be held on its set; bfloat16 leaves a residual of about 0.02."""
+
+
+When = Literal["auto", "always", "never"]
+
+SLOW = 4.0
+"""How many times as long a product may take in float64 as in float32, before float32 is used alone: its way takes
+about twice as many products."""
+SIZE, ROUNDS = 1024, 5
+"""The products that are timed."""
+
+_choice: list[When] = ["auto"]
 
 
 def require_exact(dtype: torch.dtype, label: str) -> None:
@@ -113,3 +125,54 @@ def _setting(device: torch.device) -> tuple[Any, str, Any]:
     if products is not None and hasattr(products, "fp32_precision"):
         return products, "fp32_precision", "ieee"
     return torch.backends.cuda.matmul, "allow_tf32", False
+
+
+def use_double(when: When) -> None:
+    """Choose whether steps on accelerators compute in float64 where float32 alone would lose digits.
+
+    Starts, reports and a CPU's steps are in float64 in any case.
+
+    Args:
+        when: ``"auto"``, the default: where the device has float64 and its products take at most four times as long as
+            those in float32, which is measured once per device; ``"always"``; ``"never"``.
+
+    Raises:
+        OptionError: another value.
+    """
+    if when not in get_args(When):
+        raise OptionError(f"when={when!r}: expected one of {', '.join(map(repr, get_args(When)))}")
+    _choice[0] = when
+
+
+def has_double(device: torch.device) -> bool:
+    """Whether steps on a device compute in float64."""
+    if device.type in ("cpu", "meta"):
+        return True
+    if device.type == "mps" or _choice[0] == "never":
+        return False
+    # A compiler traces the choice of CUDA's large cards, since it cannot time anything.
+    return _choice[0] == "always" or torch.compiler.is_compiling() or _ratio(device.type, device.index) <= SLOW
+
+
+@cache
+def _ratio(kind: str, index: int | None) -> float:
+    """How many times as long a product in float64 takes; infinite where there is none."""
+    device = torch.device(kind if index is None else f"{kind}:{index}")
+    try:
+        with full_precision(device):  # TF32 is no float32
+            return _seconds(device, torch.float64) / _seconds(device, torch.float32)
+    except (RuntimeError, TypeError):
+        return float("inf")
+
+
+def _seconds(device: torch.device, dtype: torch.dtype) -> float:
+    """The least time of a product, with the host waiting for it."""
+    a = torch.ones(SIZE, SIZE, dtype=dtype, device=device)
+    least = float("inf")
+    for _ in range(ROUNDS):
+        torch.accelerator.synchronize(device)
+        start = time.perf_counter()
+        a @ a
+        torch.accelerator.synchronize(device)
+        least = min(least, time.perf_counter() - start)
+    return least

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from stiefel.linalg.devices import has_double, may_wait
-from stiefel.linalg.precision import full_precision, real_dtype, wide_dtype, widened
+from stiefel.linalg.devices import may_wait
+from stiefel.linalg.precision import full_precision, has_double, real_dtype, wide_dtype, widened
 from stiefel.linalg.tracing import readable
 
 if TYPE_CHECKING:

@@ -169,15 +169,15 @@ def test_double_can_be_chosen_by_hand():
 
 @pytest.mark.parametrize(("double", "expected"), [(1.9e-3, True), (64e-3, False)])
 def test_slow_float64_is_found_by_timing(monkeypatch, double, expected):
-    from stiefel.linalg import devices
+    from stiefel.linalg import precision
 
     taken = {torch.float64: double, torch.float32: 1e-3}
-    monkeypatch.setattr(devices, "_seconds", lambda device, dtype: taken[dtype])
-    devices._ratio.cache_clear()
+    monkeypatch.setattr(precision, "_seconds", lambda device, dtype: taken[dtype])
+    precision._ratio.cache_clear()
     try:
-        assert devices.has_double(torch.device("cuda", 0)) is expected
+        assert precision.has_double(torch.device("cuda", 0)) is expected
     finally:
-        devices._ratio.cache_clear()
+        precision._ratio.cache_clear()
 
 
 # --- the stand-in itself ---

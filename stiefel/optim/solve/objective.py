@@ -34,7 +34,7 @@ class Point:
         gradient_norm: ‖gradient‖_F.
         noise: how large the tangent part of the rounding of ``raw`` may be.
         rounding: by how much another value may differ through rounding alone. A loss that falls to 0 by cancellation is
-            rounded as its terms are, which show in ‖raw‖ times the length of the point.
+            rounded as its terms are, which show in the products of ``raw`` and the point.
     """
 
     where: Vector
@@ -120,7 +120,9 @@ class Objective:
             slope = norm(raw)
         # A weight in float32 makes a loss of float32 accuracy, whatever computes it.
         epsilon = max(torch.finfo(t.dtype).eps for t in (loss, *where))
-        rounding = ROUNDINGS * epsilon * max(abs(value), slope * norm(where))
+        # Rounding of each number by itself moves the loss by this.
+        terms = norm([r * w for r, w in zip(raw, where, strict=True)])
+        rounding = ROUNDINGS * epsilon * max(abs(value), terms)
         return Point(where, value, raw, gradient, norm(gradient), NOISE * epsilon * slope, rounding)
 
 

@@ -19,11 +19,13 @@ if TYPE_CHECKING:
 
 TERMS, HALVED = 16, 0.5
 """Terms of the exponential's series, and the length that matrices are halved to: the rest is below 1e-18."""
-SQUARINGS = 26
-"""Squarings where none is counted: enough for matrices of a length of 1e7."""
+LONGEST = 1e6
+"""The longest direction that is expected: of retractions by exponentials."""
 
 
-def exponential_step(x: Float[Tensor, "*batch p n"], b: Float[Tensor, "*batch p n"]) -> Float[Tensor, "*batch p n"]:
+def exponential_step(
+    x: Float[Tensor, "*batch p n"], b: Float[Tensor, "*batch p n"], longest: float = LONGEST
+) -> Float[Tensor, "*batch p n"]:
     """Rotate the rows of X by an exponential: ``X expm(A)`` with ``A = XᴴB − BᴴX``, as :func:`cayley_step` does.
 
     A has rank 2p. With ``cUZ = A``, ``U = [Xᴴ, B̂ᴴ]``, ``Z = [B̂; −X]``, ``B = c B̂``, the last rows of Z are −X, and
@@ -38,28 +40,33 @@ def exponential_step(x: Float[Tensor, "*batch p n"], b: Float[Tensor, "*batch p 
     Args:
         x: the point, p ≤ n; orthonormal rows are kept orthonormal.
         b: the direction; for a tangent U take ``B = U(I − ½XᴴX)``, which makes X A = U.
+        longest: a bound of ‖B‖_F.
 
     Source: Higham, Functions of Matrices (2008), Theorem 1.35 and Corollary 1.34.
     """
     p, n = x.shape[-2:]
     if not is_short(b) and x.dtype != widened(x).dtype:
-        return exponential_step(widened(x), widened(b)).to(x.dtype)
+        return exponential_step(widened(x), widened(b), longest).to(x.dtype)
     if 2 * p >= n:  # A = XᴴB − BᴴX itself
-        return x @ matrix_exponential(2 * skew(x.mH @ b))
+        return x @ matrix_exponential(2 * skew(x.mH @ b), longest)
     c = balance(b)
     b = b / c
     _, zu = low_rank_blocks(x, b)
     # The last p rows of expm(c ZU) − I, (*batch, p, 2p). I is subtracted before Z is applied: the step is then added
     # to X, whose own digits are not rounded again.
-    turned = matrix_exponential(c * zu)[..., p:, :] - torch.eye(2 * p, dtype=x.dtype, device=x.device)[p:]
+    turned = matrix_exponential(c * zu, longest)[..., p:, :] - torch.eye(2 * p, dtype=x.dtype, device=x.device)[p:]
     return x - turned[..., :p] @ b + turned[..., p:] @ x
 
 
-def matrix_exponential(a: Float[Tensor, "*batch p p"]) -> Float[Tensor, "*batch p p"]:
+def matrix_exponential(a: Float[Tensor, "*batch p p"], longest: float = LONGEST) -> Float[Tensor, "*batch p p"]:
     """``expm(A)`` by torch, and on other devices than a CPU by as many squarings as the longest A would need.
 
     torch chooses the series by norms that it reads on the host. Here each matrix is halved k times, so that its length
     is at most ½, and squared k times: all are squared, and what is past its k keeps its value.
+
+    Args:
+        a: what it is taken of.
+        longest: of the direction that A was made of, so that ‖A‖_F is at most four times that.
 
     Source: Higham, Functions of Matrices (2008), section 10.3; Paterson and Stockmeyer (1973) for the series.
     """
@@ -75,6 +82,6 @@ def matrix_exponential(a: Float[Tensor, "*batch p p"]) -> Float[Tensor, "*batch 
         x = x @ fourth
         for i, power in enumerate(powers):
             x = torch.add(x, power, alpha=1 / math.factorial(low + i))
-    for i in range(SQUARINGS):
+    for i in range(math.ceil(math.log2(4 * longest / HALVED))):
         x = torch.where(i < k, x @ x, x)
     return x

@@ -89,14 +89,16 @@ def exp_euclidean(x: Float[Tensor, "*batch p n"], u: Float[Tensor, "*batch p n"]
     return turned[..., :p] @ x + (turned[..., p:] / c) @ u
 
 
-def exp_canonical(x: Float[Tensor, "*batch p n"], u: Float[Tensor, "*batch p n"]) -> Float[Tensor, "*batch p n"]:
+def exp_canonical(
+    x: Float[Tensor, "*batch p n"], u: Float[Tensor, "*batch p n"], longest: float = LONGEST_GEODESIC
+) -> Float[Tensor, "*batch p n"]:
     """Exact geodesic from X along the tangent U in the canonical metric, at time 1.
 
-    ``X⁺ = X expm(XᵀB − BᵀX)`` with B = U(I − ½XᵀX), for which X A = U.
+    ``X⁺ = X expm(XᵀB − BᵀX)`` with B = U(I − ½XᵀX), for which X A = U; ``longest`` bounds ‖U‖_F.
 
     Source: Edelman, Arias and Smith (1998), section 2.4.2 and eq. 2.42.
     """
-    return exponential_step(x, u - 0.5 * (u @ x.mH) @ x)
+    return exponential_step(x, u - 0.5 * (u @ x.mH) @ x, longest)
 
 
 def retract_exp_euclidean(

@@ -27,4 +27,4 @@ class MatrixExp(Trivialization):
 
     def rotate(self, base: Tensor, tangent: Tensor) -> Tensor:
         """The geodesic, at most ``LONGEST`` long, so that one Newton-Schulz step removes its rounding."""
-        return newton_schulz(exp_canonical(base, limited(tangent, LONGEST)))
+        return newton_schulz(exp_canonical(base, limited(tangent, LONGEST), LONGEST))

@@ -34,7 +34,7 @@ def run(shape, width, first):
         trials.append(length)
         if not math.isfinite(float(value.detach())):
             return None
-        return Trial(length, Point([], float(value.detach()), [], [], 0.0, 0.0), float(slope) / width)
+        return Trial(length, Point([], float(value.detach()), [], [], 0.0, 0.0, 0.0), float(slope) / width)
 
     start = at(0.0)
     found = search(start.point, start.slope, first, 1e-15 * abs(start.point.loss), at)
@@ -63,7 +63,7 @@ def test_a_step_far_too_short_grows(far):
 
 def test_where_values_say_nothing_the_slope_decides():
     def at(length: float) -> Trial:
-        return Trial(length, Point([], 1.0, [], [], 0.0, 0.0), length - 1)  # the loss is its rounding everywhere
+        return Trial(length, Point([], 1.0, [], [], 0.0, 0.0, 0.0), length - 1)  # the loss is its rounding everywhere
 
     found = search(at(0.0).point, -1.0, 1.0, 1e-15, at)
     assert found.length == 1.0

@@ -98,7 +98,7 @@ def _by_iteration(v: Tensor, eps: float) -> Tensor:
         if wide.dtype == batch.dtype:
             x, h, z = polar_in_single(batch)
         else:
-            z, h = inverse_root_by_iteration(batch)
+            z, h = inverse_root_by_iteration(wide)
             x = torch.bmm(z, wide).to(v.dtype)
     return _PolarOfRoot.apply(batch, x, z, h, eps, False).reshape(v.shape)
 
@@ -141,7 +141,7 @@ class _Polar(torch.autograd.Function):
             x, d, s = _decompose(v, eps)
         # D and s are stored for the gradient: in V's precision, but not below float32.
         work = torch.promote_types(v.dtype, torch.float32)
-        return x.to(v.dtype), d.to(work), s.to(real_dtype(work))
+        return x.to(v), d.to(v.device, work), s.to(v.device, real_dtype(work))
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, float], output: tuple[Tensor, Tensor, Tensor]) -> None:
@@ -203,7 +203,7 @@ class _PolarOfRoot(torch.autograd.Function):
 def _gradient_by_eigenvalues(v: Tensor, g: Tensor, eps: float) -> Tensor:
     with full_precision(v.device):
         _, d, s = _decompose(v.detach(), eps)
-        return _differentiable_gradient(v, g, d.to(v.dtype), s.to(real_dtype(v.dtype)), eps)
+        return _differentiable_gradient(v, g, d.to(v), s.to(v.device, real_dtype(v.dtype)), eps)
 
 
 def _differentiable_gradient(v: Tensor, g: Tensor, d: Tensor, s: Tensor, eps: float) -> Tensor:

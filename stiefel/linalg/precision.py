@@ -46,10 +46,11 @@ def real_dtype(dtype: torch.dtype) -> torch.dtype:
 def in_double(x: Tensor) -> Tensor:
     """``x`` in float64, or complex128 where it is complex; on the CPU where its device has none, or a slow one.
 
-    For what is done once: starts, reports. Steps use :func:`widened`.
+    For what is done once: starts, reports. Steps use :func:`widened`. What is in double already stays where it is.
     """
-    device = x.device if has_double(x.device) else "cpu"
-    return x.to(device, wide_dtype(x))
+    wide = wide_dtype(x)
+    device = x.device if x.dtype == wide or has_double(x.device) else "cpu"
+    return x.to(device, wide)
 
 
 def widened(x: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ Nothing makes the host wait; claims hold, also where the device has no float64; 
 from __future__ import annotations
 
 import copy
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -219,3 +220,36 @@ def test_the_stand_in_changes_no_number():
 def test_adam_trains_there(method, cls):
     model = trained(method, "cuda", cls=cls)
     assert all(w.allows(w.residual()) for w in constrained_weights(model))
+
+
+@every_device
+def test_second_derivatives_come_back_to_the_device(kind):
+    """They take eigenvalues in double, on the CPU where the device has none."""
+    v = gaussian(2, 4, 6, dtype=torch.float32, seed=1)
+
+    def second(v: Tensor) -> tuple[Tensor, Tensor]:
+        leaf = v.clone().requires_grad_()
+        x = polar(leaf)
+        (g,) = torch.autograd.grad(x.pow(3).sum(), leaf, create_graph=True)
+        return g, torch.autograd.grad(g.square().sum(), leaf)[0]
+
+    with elsewhere(kind, double=DEVICES[kind], waits=True):
+        found = second(v)
+        # What a function returns is taken to be on the device: so its forward pass is looked at by itself.
+        parts = sys.modules["stiefel.linalg.polar"]._Polar.forward(v, 1e-6)
+        assert all(t.device.type == kind for t in parts)
+    for a, b in zip(found, second(v.double()), strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("method", [f for f in FREE if f.name not in DRAWING | TURNING], ids=str)
+def test_float64_models_train_where_float64_is_slow(method):
+    """What is in double stays on its device, in double."""
+    models = [stiefel.constrain(net("cpu").double(), method) for _ in range(2)]
+    here, there = (Training(model, "cpu") for model in models)
+    here.steps(2)
+    with elsewhere(double="slow", waits=True) as counts:
+        there.steps(2)
+        assert "to('cpu')" not in counts.waits
+    for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-9)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from stiefel.linalg import full_precision, in_double
+from stiefel.linalg import full_precision, widened
 from stiefel.manifold.geometry import project_tangent
 from stiefel.manifold.retractions import retract_polar
 
@@ -105,8 +105,8 @@ class Product:
 
 
 def dot(u: Vector, v: Vector) -> Tensor:
-    """``Re ⟨u, v⟩``, summed in double precision."""
-    terms = [(in_double(a) * in_double(b).conj()).real.sum() for a, b in zip(u, v, strict=True)]
+    """``Re ⟨u, v⟩``, summed in double where the device is fast at it."""
+    terms = [(widened(a) * widened(b).conj()).real.sum() for a, b in zip(u, v, strict=True)]
     return torch.stack([t.to(terms[0].device) for t in terms]).sum()
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from stiefel.linalg import in_double
+from stiefel.linalg import widened
 from stiefel.optim.solve.blocks import Vector, add, dot, flat, norm, scaled, unflat
 from stiefel.optim.solve.objective import Objective, Point
 from stiefel.optim.solve.search import Trial, search
@@ -53,8 +53,8 @@ class QuasiNewton:
 
 
 def inner(u: Tensor, v: Tensor) -> Tensor:
-    """``⟨u, v⟩`` of two rows, summed in double precision."""
-    return torch.dot(in_double(u), in_double(v))
+    """``⟨u, v⟩`` of two rows, summed as :func:`dot` does."""
+    return torch.dot(widened(u), widened(v))
 
 
 def quasi_newton(

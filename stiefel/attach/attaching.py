@@ -38,11 +38,11 @@ def planned(
         titles: what to call each in place of its own name below the layer.
     """
     layouts, weights = [_checked(target, method, axes) for target in targets], [t.parameter for t in targets]
-    plans: list[Callable[[], None] | None] = [None] * len(targets)
+    plans: dict[int, Callable[[], None]] = {}
     for group in bucket(range(len(targets)), lambda i: _start_together(weights[i], layouts[i]), weights.__getitem__):
         layout = layouts[group[0]]
         with torch.no_grad():
-            points = [layout.points(targets[i].parameter) for i in group]
+            points = [layout.points(weights[i]) for i in group]
             # As it is, to the bit, where a method starts anywhere: dividing by the scale would round.
             starts = (
                 method.closest(torch.cat(points), layout).split(len(points[0])) if method.orthogonal_start else points
@@ -50,7 +50,7 @@ def planned(
         for i, start in zip(group, starts, strict=True):
             binding = Binding(method, layout, targets[i].name, title=titles[i] if titles else "")
             plans[i] = _planned(targets[i], binding, start, trial=i == group[0])
-    return [plan for plan in plans if plan is not None]
+    return [plans[i] for i in range(len(targets))]
 
 
 def _start_together(parameter: torch.Tensor, layout: Layout) -> Hashable:

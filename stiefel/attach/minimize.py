@@ -55,8 +55,7 @@ def minimize(
         max_evaluations: after so many evaluations of the loss it ends.
         history: pairs of steps and gradients that model the curvature.
         second_order: use Hessian-vector products, for losses so ill-conditioned that L-BFGS takes thousands of steps.
-        callback: called with the :class:`Minimum` so far after each step, with the module at that point; where it
-            returns True, it ends.
+        callback: called with the :class:`Minimum` so far after each step, with the module there; True ends it.
 
     Returns:
         Where it ended, and why. An interrupt (Ctrl-C) is raised again, with the best point kept.
@@ -75,19 +74,11 @@ def minimize(
     try:
         with unknowns.in_place():
             start = objective.first(unknowns.read())
-            newton = second_order and trust_region(objective, unknowns, start, watch)
-            return watch.minimum(*(newton or quasi_newton(objective, start, history, watch)))
+            if second_order:
+                return watch.minimum(*trust_region(objective, unknowns, start, watch))
+            return watch.minimum(*quasi_newton(objective, start, history, watch))
     finally:
-        _leave(unknowns, watch)
-
-
-def _leave(unknowns: Unknowns, watch: _Watch) -> None:
-    """Leave the parameters at the best point, whatever has happened; without a step proxies stay as they were."""
-    watch.end_line()
-    if watch.best is not None:
-        unknowns.place(watch.best.where)
-    if watch.steps > 0:
-        unknowns.keep()
+        watch.leave()
 
 
 def _check(tol: float, max_evaluations: int, history: int) -> None:
@@ -194,7 +185,11 @@ class _Watch:
         )
         print(f"\r{line:<78}", end="" if sys.stderr.isatty() else "\n", file=sys.stderr, flush=True)
 
-    def end_line(self) -> None:
-        """End the line of progress."""
+    def leave(self) -> None:
+        """Leave the parameters at the best point, whatever has happened; without a step proxies stay as they were."""
         if self.spoke and sys.stderr.isatty():
-            print(file=sys.stderr)
+            print(file=sys.stderr)  # end the line of progress
+        if self.best is not None:
+            self.unknowns.place(self.best.where)
+        if self.steps > 0:
+            self.unknowns.keep()

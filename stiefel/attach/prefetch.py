@@ -20,7 +20,7 @@ from weakref import WeakKeyDictionary, ref
 import torch
 from torch import Tensor, nn
 
-from stiefel.attach.proxy.bucket import Bucket
+from stiefel.attach.proxy.bucket import Bucket, computed_together
 from stiefel.attach.proxy.parametrization import Reparametrized, needs_graph
 from stiefel.attach.proxy.prefetched import PrefetchedWeight, begin, end, forget, offer, prefetched_weight
 from stiefel.attach.proxy.snapshot import Snapshot
@@ -79,7 +79,7 @@ def _before_forward(root: nn.Module, args: Any) -> None:
 def _computed(root: nn.Module) -> list[PrefetchedWeight]:
     """The weights below ``root``, those of equal layout as one batch."""
     prefetched = []
-    for members in bucket(_members(root), _computed_together, lambda m: m.tensors[0]):
+    for members in bucket(_members(root), _alike, lambda m: m.tensors[0]):
         # Before the weights: a proxy that is changed meanwhile then makes them invalid.
         snapshots = [Snapshot(m.tensors) for m in members]
         weights = _Together.apply(
@@ -89,6 +89,10 @@ def _computed(root: nn.Module) -> list[PrefetchedWeight]:
             PrefetchedWeight(m.parametrization, s, w) for m, s, w in zip(members, snapshots, weights, strict=True)
         ]
     return prefetched
+
+
+def _alike(member: _Member) -> Hashable:
+    return computed_together(member.parametrization.formula, member.tensors)
 
 
 def _after_forward(root: nn.Module, args: Any, output: Any) -> None:
@@ -116,11 +120,6 @@ def _members(root: nn.Module) -> list[_Member]:
         if needs_graph(tensors) and prefetched_weight(parametrization, tensors) is None:
             members.append(_Member(parametrization, tensors))
     return members
-
-
-def _computed_together(member: _Member) -> Hashable:
-    binding, proxy = member.parametrization.binding, member.tensors[0]
-    return id(binding.constraint), binding.layout, proxy.dtype, proxy.device, len(member.tensors)
 
 
 class _Together(torch.autograd.Function):

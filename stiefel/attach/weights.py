@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from stiefel.attach.proxy.bucket import Bucket
+from stiefel.attach.proxy.bucket import Bucket, Formula, computed_together
 from stiefel.attach.proxy.parametrization import Reparametrized
 from stiefel.compat.sharding import is_sharded, whole, write
 from stiefel.compat.torch_private import parameters_of, submodules_of
@@ -144,22 +144,19 @@ class ConstrainedWeight:
 @torch.no_grad()
 def points_of(weights: Sequence[ConstrainedWeight]) -> list[Tensor]:
     """:meth:`ConstrainedWeight.points` of each, computed anew; those of equal layout as one batch."""
-    found: list[Tensor | None] = [None if weight.alone else weight.points() for weight in weights]
-    missing = [i for i, points in enumerate(found) if points is None]
-    for group in bucket(missing, lambda i: _computed_together(weights[i]), lambda i: weights[i].parameter):
-        members = [(w.parametrization, w.parameter) for w in (weights[i] for i in group)]
-        together = Bucket([m.formula for m, _ in members if m is not None])
-        x = together.held(together.stack([t for m, proxy in members if m is not None for t in m.tensors(proxy)]))
-        for i, points in zip(group, x.split([layout.matrix_shape[0] for layout in together.layouts]), strict=True):
-            found[i] = points
-    return [points for points in found if points is not None]
-
-
-def _computed_together(weight: ConstrainedWeight) -> Hashable:
-    parametrization, proxy = weight.parametrization, weight.parameter
-    assert parametrization is not None
-    binding, count = parametrization.binding, len(parametrization.tensors(proxy))
-    return id(binding.constraint), binding.layout, proxy.dtype, proxy.device, count
+    found: dict[int, Tensor] = {}
+    formulas: dict[int, tuple[Formula, tuple[Tensor, ...]]] = {}
+    for i, weight in enumerate(weights):
+        if weight.alone and (parametrization := weight.parametrization) is not None:
+            formulas[i] = parametrization.formula, parametrization.tensors(weight.parameter)
+        else:
+            found[i] = weight.points()
+    for group in bucket(formulas, lambda i: computed_together(*formulas[i]), lambda i: formulas[i][1][0]):
+        together = Bucket([formulas[i][0] for i in group])
+        x = together.held(together.stack([t for i in group for t in formulas[i][1]]))
+        counts = [layout.matrix_shape[0] for layout in together.layouts]
+        found.update(zip(group, x.split(counts), strict=True))
+    return [found[i] for i in range(len(weights))]
 
 
 def _called(prefix: str, tensor: str, binding: Binding) -> str:

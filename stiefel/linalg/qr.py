@@ -20,10 +20,9 @@ WELL_CONDITIONED = 16.0
 """κ² up to which one Cholesky pass leaves no more than rounding."""
 MOST = 1e3
 """‖L‖_F² ‖L⁻¹‖_F²/p² up to which a second pass removes the error that the first one leaves."""
-FILL, FILL_ALONE = 2.0**14, 8.0
-"""δ of :func:`_without_waiting`, in units of A's epsilon: in double for a float32 A, and in A's own precision."""
-SHIFTED, SHIFTED_ALONE = 1, 6
-"""Shifted passes that make δ times a singular value of 1e-6 large enough for the last one, likewise."""
+PASSES = {(32, 64): (2.0**14, 1), (64, 64): (2.0**14, 4), (32, 32): (8.0, 6)}
+"""Of :func:`_without_waiting`, by the bits of A's numbers and of those computed with: δ in units of A's epsilon, and
+the shifted passes that make δ times a singular value of 1e-6 large enough for the last one."""
 
 
 def qf(a: Float[Tensor, "*batch p n"]) -> Float[Tensor, "*batch p n"]:
@@ -121,9 +120,9 @@ def _without_waiting(a: Tensor) -> Tensor:
     wide = wide / torch.where(lengths > 0, lengths, 1)  # Q does not depend on the lengths of rows
     inverse, shift = _shifted(wide)
     lacking = shift * (inverse @ inverse.mH)
-    alone = wide.dtype == a.dtype
-    q = inverse @ wide + (FILL_ALONE if alone else FILL) * torch.finfo(a.dtype).eps * (lacking @ fill_like(wide))
-    for _ in range(SHIFTED_ALONE if alone else SHIFTED):
+    fill, passes = PASSES[torch.finfo(a.dtype).bits, torch.finfo(wide.dtype).bits]
+    q = inverse @ wide + fill * torch.finfo(a.dtype).eps * (lacking @ fill_like(wide))
+    for _ in range(passes):
         q = _shifted(q)[0] @ q
     return _pass(q).to(a.dtype)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -26,6 +26,12 @@ class Formula(NamedTuple):
     binding: Binding
     names: tuple[str, ...]
     gain: bool
+
+
+def computed_together(formula: Formula, tensors: Sequence[Tensor]) -> Hashable:
+    """What weights have in common that one bucket computes."""
+    binding, proxy = formula.binding, tensors[0]
+    return id(binding.constraint), binding.layout, proxy.dtype, proxy.device, len(tensors)
 
 
 class Bucket:

@@ -50,11 +50,7 @@ class Reparametrized(Convertible):
         if binding.constraint.scale == "learnable":
             b, p, _ = binding.layout.matrix_shape
             self.gain = nn.Parameter(torch.ones(b * p, dtype=weight.dtype.to_real(), device=weight.device))
-        method = binding.constraint
-        assert isinstance(method, Reparameterization)
-        with torch.no_grad():
-            first, parts = method.start(start, binding.layout)
-            proxy = binding.layout.weight(first)
+        proxy, parts = self._started(start)
         self.names = tuple(parts)  # a replica of a module (DataParallel) has no dictionary of its parameters
         for name, part in parts.items():
             # A bucket concatenates the parts of several weights along that dimension.
@@ -139,7 +135,8 @@ class Reparametrized(Convertible):
         """The proxy that an assigned weight starts from: that of the nearest point of the set."""
         if self.first is not None:
             return self.first
-        proxy, parts = self._start(weight)
+        layout, points = self.binding.layout, self.binding.layout.points(weight)
+        proxy, parts = self._started(self.binding.constraint.closest(self.without_gains(points), layout))
         for name, part in parts.items():
             write(getattr(self.parts, name), part)
         return proxy
@@ -161,10 +158,8 @@ class Reparametrized(Convertible):
             found["0.gain"] = factors
             factors = factors.reshape(*points.shape[:2], 1)
             points = points / torch.where(factors == 0, 1, factors)
-        method = self.binding.constraint
-        assert isinstance(method, Reparameterization)
-        proxy, parts = method.start(method.closest(points, layout), layout)
-        return {"original": layout.weight(proxy), **found, **{f"0.parts.{name}": part for name, part in parts.items()}}
+        proxy, parts = self._started(self.binding.constraint.closest(points, layout))
+        return {"original": proxy, **found, **{f"0.parts.{name}": part for name, part in parts.items()}}
 
     def entry(self, name: str, proxy: Tensor) -> Tensor:
         """The tensor that a state dict has under a name of :meth:`entries`."""
@@ -173,10 +168,11 @@ class Reparametrized(Convertible):
         return self.gain if name == "0.gain" and self.gain is not None else getattr(self.parts, name.rpartition(".")[2])
 
     @torch.no_grad()
-    def _start(self, weight: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def _started(self, closest: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """The proxy, in the weight's shape, and the parts that give a point of the set."""
         method, layout = self.binding.constraint, self.binding.layout
         assert isinstance(method, Reparameterization)
-        proxy, parts = method.start(method.closest(self.without_gains(layout.points(weight)), layout), layout)
+        proxy, parts = method.start(closest, layout)
         return layout.weight(proxy), parts
 
     def with_gain(self, weight: Tensor) -> Tensor:

@@ -112,13 +112,13 @@ def report(module: nn.Module) -> OrthogonalityReport:
     alike: dict[Any, list[int]] = {}
     for i, x in enumerate(points):
         alike.setdefault((x.shape[1:], x.dtype, x.device), []).append(i)
-    rows: list[WeightRow | None] = [None] * len(weights)
+    rows: dict[int, WeightRow] = {}
     for group in alike.values():
         x = in_double(torch.cat([points[i] for i in group]))
         sizes = [len(points[i]) for i in group]
         for i, numbers in zip(group, _measured(x).split(sizes), strict=True):
             rows[i] = _row(weights[i], numbers.T.tolist(), x.shape[-2])
-    return OrthogonalityReport(tuple(row for row in rows if row is not None))
+    return OrthogonalityReport(tuple(rows[i] for i in range(len(weights))))
 
 
 def _measured(x: Tensor) -> Tensor:

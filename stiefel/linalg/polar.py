@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from stiefel.compat.torch_private import is_batched_gradient
+from stiefel.compat.torch_private import is_batched_gradient, is_forward_mode
 from stiefel.linalg.devices import may_wait
 from stiefel.linalg.inverse_root import inverse_root, inverse_root_by_iteration
 from stiefel.linalg.lu import solve
@@ -67,7 +67,7 @@ def polar(
 
 
 def _fastest(v: Tensor) -> str:
-    if v.dtype in _DOUBLE or is_traced():
+    if v.dtype in _DOUBLE or is_traced() or is_forward_mode():
         return "eigen"
     if not may_wait(v):  # eigh and svd would make the host wait
         return "iteration"
@@ -149,6 +149,7 @@ class _Polar(torch.autograd.Function):
         x, d, s = output
         ctx.mark_non_differentiable(d, s)
         ctx.save_for_backward(v, x, d, s)
+        ctx.save_for_forward(x, d, s)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
@@ -158,13 +159,25 @@ class _Polar(torch.autograd.Function):
             if torch.is_grad_enabled():  # under create_graph
                 gradient = _differentiable_gradient(v.to(d.dtype), g, d, s, ctx.eps)
             else:
-                rows = s.unsqueeze(-1)
-                e, f = d.mH @ x.to(d.dtype), d.mH @ g  # X and G in the basis of D
-                a = f @ e.mH
-                # D [K E + diag(1/s)(F − A E)] with A E = Dᴴ G XᴴX: the formula of polar(), in fewer products
-                k = (a - a.mH) / (rows + rows.mT)
-                gradient = d @ ((k - a / rows) @ e + f / rows)
+                gradient = _along(x.to(d.dtype), d, s, g)
         return gradient.to(v.dtype), None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor, None, None]:
+        x, d, s = ctx.saved_tensors
+        assert tangents[0] is not None
+        with full_precision(x.device):  # the derivative is self-adjoint
+            return _along(x.to(d.dtype), d, s, tangents[0].to(d.dtype)).to(x.dtype), None, None
+
+
+def _along(x: Tensor, d: Tensor, s: Tensor, g: Tensor) -> Tensor:
+    """The derivative of the polar factor along G, or its adjoint, which is the same: the formula of :func:`polar`."""
+    rows = s.unsqueeze(-1)
+    e, f = d.mH @ x, d.mH @ g  # X and G in the basis of D
+    a = f @ e.mH
+    # D [K E + diag(1/s)(F − A E)] with A E = Dᴴ G XᴴX, in fewer products
+    k = (a - a.mH) / (rows + rows.mT)
+    return d @ ((k - a / rows) @ e + f / rows)
 
 
 class _PolarOfRoot(torch.autograd.Function):

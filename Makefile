@@ -58,11 +58,14 @@ docs: .venv/.installed
 	  --config-settings editable_mode=compat -e ".[compare,bench,notebooks,integrations,dev]"
 	@touch $@
 
-# On a machine with a GPU its own torch is kept, whatever version from 2.8 on: nothing here downloads another.
+# On a machine with a GPU its own torch is kept, whatever version from 2.8 on: nothing here downloads another. Where that
+# torch lies in a virtual environment, "system site packages" are not its own: its folder is named besides.
 .venv-gpu/.installed: pyproject.toml
 	@$(PYTHON) -c 'import torch; print("torch", torch.__version__, "of", torch.__file__)' \
 	  || { echo "make gpu uses the torch that is installed; name its Python with: make gpu PYTHON=/path/to/python"; exit 1; }
 	$(PYTHON) -m venv --system-site-packages .venv-gpu
+	@$(PYTHON) -c 'import torch; from pathlib import Path; print(Path(torch.__file__).parents[1])' \
+	  > "$$(.venv-gpu/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/beside.pth"
 	.venv-gpu/bin/pip install --quiet --disable-pip-version-check --upgrade-strategy only-if-needed \
 	  --config-settings editable_mode=compat -e ".[compare,gpu]"
 	@touch $@

@@ -1,11 +1,12 @@
 """All that is to be measured on a GPU, by one command: ``make gpu``.
 
     python benchmarks/gpu.py                 # tests of the device, what methods cost there, a small comparison
+    python benchmarks/gpu.py --parts tests   # one of the three
     python benchmarks/gpu.py --dry-run       # the same on a machine without one: a stand-in, and the CPU
 
 Written below ``benchmarks/results/gpu/<name of the device>``: ``environment.json`` (device, driver, versions, power
 limit), ``tests.txt``, the records of the cost benchmark, and those of the comparison with memory and energy. Parts that
-take longer than their share of ``--minutes`` are ended, and what they have written by then stays.
+take longer than their share of what is left of ``--minutes`` are ended, and what they have written by then stays.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +30,7 @@ from stiefel.measure.cost.accelerator import device_of, name_of
 from stiefel.measure.cost.environment import environment
 
 ROOT = Path(__file__).resolve().parents[1]
+PARTS = ("tests", "cost", "comparison")
 TOLD = ("name", "driver_version", "power.limit", "clocks.max.sm", "memory.total", "mig.mode.current")
 """What the driver is asked for."""
 
@@ -39,7 +42,7 @@ class Part:
     Args:
         name: of its output.
         command: after the interpreter.
-        share: of the minutes.
+        share: of the minutes, beside the parts that come after it.
     """
 
     name: str
@@ -54,10 +57,13 @@ def parts(device: str, out: Path, dry: bool) -> list[Part]:
     form = ["--tiny"] if dry else ["--short"]
     methods = ["own", "riemannian", "pogo", "soft", "unconstrained", "default"]
     tried = ["--lr", "0.1", "1", "--trials", "3", "--studies", "3"]
+    beside = ["-n", str(min(8, os.cpu_count() or 1))] if not dry and find_spec("xdist") else []
     comparison = ["--budget", "tiny", "--depth", "4", "--scale", "relu", *tried]
     return [
         Part(
-            "tests", ["-m", "pytest", "-q", "-p", "no:cacheprovider", tests, *(["-k", "stand_in"] if dry else [])], 0.4
+            "tests",
+            ["-m", "pytest", "-q", "-p", "no:cacheprovider", tests, *(["-k", "stand_in"] if dry else beside)],
+            0.4,
         ),
         Part(
             "cost",
@@ -87,8 +93,8 @@ def described(device: torch.device) -> dict[str, Any]:
     return found
 
 
-def run(part: Part, out: Path, minutes: float) -> bool:
-    """Run a part; its output is shown and kept. Whether it ended well."""
+def run(part: Part, out: Path, seconds: float) -> bool:
+    """Run a part for so long at most; its output is shown and kept. Whether it ended well."""
     print(f"{part.name}: {' '.join(part.command)}", flush=True)
     paths = os.pathsep.join(str(ROOT / folder) for folder in ("", "benchmarks", "tests", "tests/laws", "tests/support"))
     start = time.monotonic()
@@ -97,10 +103,10 @@ def run(part: Part, out: Path, minutes: float) -> bool:
             code = subprocess.run(
                 [sys.executable, *part.command],
                 cwd=ROOT,
-                env={**os.environ, "PYTHONPATH": paths},
+                env={"OMP_NUM_THREADS": "1", **os.environ, "PYTHONPATH": paths},
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                timeout=60 * minutes * part.share,
+                timeout=seconds,
             ).returncode
         except subprocess.TimeoutExpired:
             code = -1
@@ -116,6 +122,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="auto", help="cuda, xpu, or auto (default)")
     parser.add_argument("--minutes", type=float, default=12.0, help="for all parts (default 12)")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="default: all")
     parser.add_argument("--out", type=Path, help="folder (default benchmarks/results/gpu/<device>)")
     parser.add_argument("--dry-run", action="store_true", help="on the CPU, with a stand-in for the device")
     given = parser.parse_args(arguments)
@@ -131,7 +138,11 @@ def main(arguments: list[str] | None = None) -> int:
     out = given.out or ROOT / "benchmarks" / "results" / "gpu" / name
     out.mkdir(parents=True, exist_ok=True)
     (out / "environment.json").write_text(json.dumps(described(device), indent=1) + "\n", encoding="utf-8")
-    ended = [run(part, out, given.minutes) for part in parts(device.type, out, given.dry_run)]
+    chosen = [part for part in parts(device.type, out, given.dry_run) if part.name in given.parts]
+    start, ended = time.monotonic(), []
+    for i, part in enumerate(chosen):
+        left = 60 * given.minutes - (time.monotonic() - start)
+        ended.append(run(part, out, max(left, 0.0) * part.share / sum(later.share for later in chosen[i:])))
     print(f"records are in {out}")
     return 0 if all(ended) else 1
 

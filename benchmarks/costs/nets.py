@@ -107,6 +107,20 @@ def training(net: Net, name: str, device: torch.device, dtype: torch.dtype) -> W
     return Work(step, lambda: [weight.points() for weight in constrained_weights(model)])
 
 
+def in_a_graph(work: Work) -> Work:
+    """The same call of a CUDA device, captured: the host starts it by one launch."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):  # what is made lazily
+            work.call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        work.call()
+    return Work(graph.replay, work.result)
+
+
 AT_REST: dict[str, Callable[[nn.Linear], Any]] = {
     "plain": lambda layer: layer,
     "own": partial(stiefel.constrain, constraint="own", center=False),

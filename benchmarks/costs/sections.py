@@ -200,8 +200,16 @@ def _training(bench: Bench) -> None:
     for net in (*nets.nets(bench.form.widths, bench.form.batches), *bench.form.convolutional):
         names = (nets.CONTROL, *bench.form.methods)
         works = {name: nets.training(net, name, bench.device, bench.dtype) for name in names}
+        reasons: dict[str, str] = {}
+        if bench.device.type == "cuda":
+            for name in names:
+                try:
+                    captured = nets.in_a_graph(nets.training(net, name, bench.device, bench.dtype))
+                    works[f"{name}, in a graph"] = captured
+                except Exception as error:  # what forbids a capture is the result here
+                    reasons[f"{name}, in a graph"] = reason_of(error)
         about = {"section": "training", "case": str(net), "batch": net.batch}
-        bench.measure(about, works, {}, dict.fromkeys(names, "ours"), nets.CONTROL)
+        bench.measure(about, works, reasons, dict.fromkeys([*works, *reasons], "ours"), nets.CONTROL)
 
 
 def _scaling(bench: Bench) -> None:

@@ -322,3 +322,37 @@ def test_the_peak_of_memory_is_within_the_budget(method: str) -> None:
     training.steps(1)
     taken = (torch.cuda.max_memory_allocated() - before) / (4 * budget.MEMBERS * 256 * p * n)
     assert taken <= 2 * budget.budget(method, p, n).peak + 4
+
+
+def kernels(training: Training) -> int:
+    """Kernels of a step."""
+    training.steps(2)
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as found:
+        training.steps(1)
+        torch.cuda.synchronize()
+    events = [e for e in found.events() or [] if e.device_type == torch.autograd.DeviceType.CUDA]
+    return sum(not e.name.startswith(("Memcpy", "Memset")) for e in events)
+
+
+@pytest.mark.parametrize("method", [m for m in stiefel.available() if m not in WAITING])
+def test_the_kernels_of_a_step_are_within_the_budget(method: str) -> None:
+    """An operation that docs/budget.md counts is a kernel, or a few where cuBLAS splits a sum."""
+    p, n = budget.SHAPES[1]
+    training = Training.__new__(Training)
+    training.model, training.x = stiefel.constrain(budget.Net(p, n).to("cuda"), method), torch.randn(16, n).cuda()
+    training.optimizer = stiefel.optimizer(training.model, SGD, lr=0.05, momentum=0.9)
+    taken = kernels(training)
+    print(f"kernels: {method} {taken}, budget {budget.budget(method, p, n).launches}")
+    assert 0 < taken <= 1.5 * budget.budget(method, p, n).launches + 60
+
+
+@pytest.mark.parametrize("method", ["own", "riemannian", "pogo", "soft"])
+def test_a_compiled_model_trains_as_it_does_without(method: str) -> None:
+    models = [stiefel.constrain(net("cuda"), method) for _ in range(2)]
+    for model, forward in zip(models, (models[0], torch.compile(models[1])), strict=True):
+        training = Training(model, "cuda")
+        training.model = forward
+        training.steps(3)
+    for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)

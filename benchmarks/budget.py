@@ -1,14 +1,16 @@
 """What a training step asks of an accelerator: operations, float64, waits, products and memory, counted on a CPU.
 
     python benchmarks/budget.py             # prints the table; --write puts it into docs/budget.md
+    python benchmarks/budget.py --kernels   # on a CUDA device: the kernels that it is given, beside the count
 
 A stand-in takes the place of the device (:mod:`costs.elsewhere`): its tensors say that they are there, so that each
-branch that a method takes on a GPU runs, with real numbers. Nothing here is a time.
+branch that a method takes on a GPU runs, with real numbers. Nothing in the table is a time.
 """
 
 from __future__ import annotations
 
 import argparse
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,25 +57,51 @@ class Net(nn.Module):
         return torch.stack([layer(x) for layer in self.layers]).sum(0)
 
 
-def counted(method: str | None, p: int, n: int, double: str) -> tuple[Counts, float]:
-    """The counts of the third step by plain SGD with momentum, and the peak of its memory."""
+def training(method: str | None, p: int, n: int, device: str = "cpu") -> Callable[[], None]:
+    """A step of training by plain SGD with momentum."""
     torch.manual_seed(0)
-    net = Net(p, n)
+    net = Net(p, n).to(device)
     if method is not None:
         stiefel.constrain(net, method)
         optimizer = stiefel.optimizer(net, torch.optim.SGD, lr=0.05, momentum=0.9)
     else:
         optimizer = torch.optim.SGD(net.parameters(), lr=0.05, momentum=0.9)
-    x = torch.randn(16, n, generator=torch.Generator().manual_seed(1))
+    x = torch.randn(16, n, generator=torch.Generator().manual_seed(1)).to(device)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        loss = net(x).square().mean() + (stiefel.penalty(net) if method is not None else 0)
+        loss.backward()
+        optimizer.step()
+
+    return step
+
+
+def counted(method: str | None, p: int, n: int, double: str) -> tuple[Counts, float]:
+    """The counts of the third step, and the peak of its memory."""
+    step = training(method, p, n)
     with elsewhere("cuda", double=double, waits=True) as counts:
-        for step in range(3):
-            if step == 2:
-                counts.clear()
-            optimizer.zero_grad()
-            loss = net(x).square().mean() + (stiefel.penalty(net) if method is not None else 0)
-            loss.backward()
-            optimizer.step()
+        for _ in range(2):
+            step()
+        counts.clear()
+        step()
     return counts, counts.peak / (4 * MEMBERS * p * n)
+
+
+def kernels(method: str, p: int, n: int) -> int:
+    """The kernels that a CUDA device is given in the third step, less those of plain layers."""
+    found = []
+    for name in (method, None):
+        step = training(name, p, n, "cuda")
+        for _ in range(2):
+            step()
+        torch.cuda.synchronize()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA], acc_events=True) as seen:
+            step()
+            torch.cuda.synchronize()
+        events = [e for e in seen.events() or [] if e.device_type == torch.autograd.DeviceType.CUDA]
+        found.append(sum(not e.name.startswith(("Memcpy", "Memset")) for e in events))
+    return found[0] - found[1]
 
 
 def budget(method: str, p: int, n: int, double: str = "fast") -> Budget:
@@ -117,8 +145,14 @@ def main() -> None:
     """Count and print."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--write", action="store_true", help=f"write {PAGE.name}")
+    parser.add_argument("--kernels", action="store_true", help="on a CUDA device: the kernels of a step")
     given = parser.parse_args()
     torch.set_num_threads(1)
+    if given.kernels:
+        for method in stiefel.available():
+            each = [f"{p}×{n}: {kernels(method, p, n)} of {budget(method, p, n).launches}" for p, n in SHAPES]
+            print(f"{method:>18}  kernels, of operations counted, {', '.join(each)}", flush=True)
+        return
     found = table()
     print(found)
     if given.write:

@@ -1,7 +1,7 @@
 """All that is to be measured on a GPU, by one command: ``make gpu``.
 
     python benchmarks/gpu.py                 # tests of the device, what methods cost there, a small comparison
-    python benchmarks/gpu.py --parts tests   # one of the three
+    python benchmarks/gpu.py --parts tests   # one of its parts
     python benchmarks/gpu.py --dry-run       # the same on a machine without one: a stand-in, and the CPU
 
 Written below ``benchmarks/results/gpu/<name of the device>``: ``environment.json`` (device, driver, versions, power
@@ -30,7 +30,7 @@ from stiefel.measure.cost.accelerator import device_of, name_of
 from stiefel.measure.cost.environment import environment
 
 ROOT = Path(__file__).resolve().parents[1]
-PARTS = ("tests", "cost", "comparison")
+PARTS = ("tests", "kernels", "cost", "comparison")
 TOLD = ("name", "driver_version", "power.limit", "clocks.max.sm", "memory.total", "mig.mode.current")
 """What the driver is asked for."""
 
@@ -65,6 +65,7 @@ def parts(device: str, out: Path, dry: bool) -> list[Part]:
             ["-m", "pytest", "-q", "-p", "no:cacheprovider", tests, *(["-k", "stand_in"] if dry else beside)],
             0.4,
         ),
+        *([] if dry else [Part("kernels", ["benchmarks/budget.py", "--kernels"], 0.1)]),
         Part(
             "cost",
             ["benchmarks/cost.py", "--device", device, *form, "--sections", *sections, "--out", str(out / "cost")],

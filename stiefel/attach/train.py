@@ -15,7 +15,7 @@ from stiefel.attach.weights import ConstrainedWeight, constrained_weights
 from stiefel.compat.sharding import whole
 from stiefel.constraint import Binding, Constraint, Decay, ManifoldMethod, Penalty, StepMethod
 from stiefel.errors import OptimizerError
-from stiefel.linalg import full_precision
+from stiefel.linalg import full_precision, refuse_capture
 from stiefel.optim import keep_decay_off
 from stiefel.optim.bases import INNER, inner_class, options_of_inner, own_class
 from stiefel.optim.buckets import bucket, stack
@@ -118,6 +118,8 @@ def penalty(module: nn.Module) -> Tensor:
         assert isinstance(method, Penalty)
         with full_precision(members[0].parameter.device):
             x = stack([w.binding.layout for w in members], [whole(w.parameter) for w in members], scaled=True)
+            if method.scheduled:
+                refuse_capture(x, f"the strength of '{method.name}'")
             strength = method.strength_at(_taken(binding))
             terms.append(strength * scale**2 * method.penalty(x, binding.layout).sum())
     # In one dtype and on one device: those of a model's weights may differ.

@@ -2,7 +2,7 @@
 
 from stiefel.linalg.cayley import cayley_along, cayley_step, limited
 from stiefel.linalg.determinant import with_determinant
-from stiefel.linalg.devices import is_capturing, may_wait
+from stiefel.linalg.devices import is_capturing, may_wait, refuse_capture
 from stiefel.linalg.exponential import exponential_step, matrix_exponential
 from stiefel.linalg.householder import householder_rows, householder_vectors
 from stiefel.linalg.iteration import iterated
@@ -74,6 +74,7 @@ __all__ = [
     "project_horizontal",
     "qf",
     "readable",
+    "refuse_capture",
     "require_exact",
     "skew",
     "spectral_map",

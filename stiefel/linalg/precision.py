@@ -86,6 +86,9 @@ class _Switch:
                 setattr(owner, attribute, self._before)
 
 
+_has_autocast = torch.amp.is_autocast_available
+_AUTOCAST = frozenset(filter(_has_autocast, ("cpu", "cuda", "xpu", "mps", "hpu")))
+"""Asked once: not every version of torch can trace the question."""
 _switches = {"cpu": _Switch(), "cuda": _Switch()}
 
 
@@ -112,7 +115,7 @@ def full_precision(device: torch.device) -> Iterator[None]:
 
 def _without_autocast(device: torch.device) -> AbstractContextManager[Any]:
     """Turn autocast off on devices that have it."""
-    if torch.amp.is_autocast_available(device.type):
+    if device.type in _AUTOCAST or (not torch.compiler.is_compiling() and _has_autocast(device.type)):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()
 

@@ -15,7 +15,7 @@ from stiefel.compat.sharding import is_sharded, like, local_of
 from stiefel.compat.torch_private import not_compiled
 from stiefel.constraint import is_number
 from stiefel.errors import OptimizerError
-from stiefel.linalg import require_exact
+from stiefel.linalg import refuse_capture, require_exact
 from stiefel.manifold.weight_manifold import StiefelWeight
 from stiefel.optim.bases import IGNORED_BY_GEOOPT
 from stiefel.optim.buckets import bucket
@@ -70,6 +70,8 @@ class Batched:
             # As in geoopt a group counts its steps, of which every k-th is followed by a projection (stabilize=k).
             group["step"] = group.get("step", 0) + 1
             ready = self._ready(group)
+            if ready and group.get("stabilize") is not None:
+                refuse_capture(ready[0], "stabilize")
             for members in bucket([p for p in ready if not self._is_shared(p)], self._key, lambda p: p):
                 self.move(group, members)
             for shared in bucket([p for p in ready if self._is_shared(p)], exchanged_together):

@@ -18,7 +18,7 @@ from torch import Tensor
 from stiefel.compat.torch_private import copy_all_, zero_all_
 from stiefel.constraint import Binding, Penalty, StepMethod
 from stiefel.errors import DivergenceError
-from stiefel.linalg import full_precision, is_capturing, may_wait, project_horizontal, with_determinant
+from stiefel.linalg import full_precision, is_capturing, may_wait, project_horizontal, refuse_capture, with_determinant
 from stiefel.manifold.geometry import tangent_gradient_
 from stiefel.optim.buckets import dense, laid_out_as, stack, unstack
 from stiefel.optim.divergence import raise_later
@@ -121,10 +121,9 @@ class Batch:
     def _finite(self, value: Tensor, otherwise: Tensor | float) -> Tensor:
         """The value if finite, else an error: on a CPU now; on a GPU later, with ``otherwise`` in its place."""
         finite = torch.isfinite(value.sum())  # a NaN or an infinity anywhere shows in the sum
-        if is_capturing(value):
-            return value
         if not may_wait(value):
-            raise_later(finite, self._divergence)
+            if not is_capturing(value):  # the replays of a graph tell nobody
+                raise_later(finite, self._divergence)
             self.finite = self.finite & finite
             return torch.where(finite, value, otherwise)
         if not finite and not value.isfinite().all():  # a sum of finite entries may overflow
@@ -192,8 +191,12 @@ def _moved(binding: Binding, x: Tensor, displacement: Tensor, lr: float) -> tupl
     """The method's step from X, and which matrices' steps it shortened; None for a method that shortens none."""
     method = binding.constraint
     if isinstance(method, Penalty):
+        if method.scheduled:
+            refuse_capture(x, f"the strength of '{method.name}'")
         return method.step(x, displacement, lr * method.strength_at(binding.tally.steps), binding.layout), None
     assert isinstance(method, StepMethod)
+    if method.counts:
+        refuse_capture(x, f"the step of '{method.name}'")
     count: dict[str, Any] = {"taken": binding.tally.steps} if method.counts else {}
     result = method.step(x, displacement, lr, **count)
     return result if isinstance(result, tuple) else (result, None)

@@ -16,7 +16,7 @@ from torch import Tensor
 from stiefel.compat.geoopt import geoopt
 from stiefel.compat.torch_private import copy_all_
 from stiefel.errors import OptimizerError
-from stiefel.linalg import full_precision
+from stiefel.linalg import full_precision, refuse_capture
 from stiefel.optim.batched import Batched, manifold_of
 from stiefel.optim.buckets import stack, unstack
 
@@ -118,6 +118,7 @@ class StiefelAdam(Batched, geoopt.optim.RiemannianAdam):
 
     def move(self, group: dict[str, Any], members: list[Tensor]) -> None:
         """Move a bucket's weights, or an ordinary parameter, and their moments."""
+        refuse_capture(members[0], "the bias correction of Riemannian Adam")
         beta1, beta2 = group["betas"]
         states = [self.state[p] for p in members]
         for p, state in zip(members, states, strict=True):
@@ -143,6 +144,10 @@ class StiefelAdam(Batched, geoopt.optim.RiemannianAdam):
 
 
 def _store(states: list[dict[str, Any]], key: str, tensors: list[Tensor]) -> None:
+    """Write new values into the tensors that are there: the replays of a captured step read those again."""
+    if all(state.get(key) is not None for state in states):
+        copy_all_([state[key] for state in states], tensors)
+        return
     for state, tensor in zip(states, tensors, strict=True):
         state[key] = tensor.clone()  # a slice of a batch would keep the whole batch alive
 

@@ -31,6 +31,8 @@ DRAWING = {"rsdm"}
 """Methods that draw at each step, from generators that differ between devices."""
 TURNING = {"manifold_muon", "spectral_norm", "spel"}
 """Methods whose steps raise small singular values to 1, or divide by an estimate: in double devices agree on them."""
+KINKED = {"manifold_muon"}
+"""Methods whose direction is one of many that are as good: rounding chooses it, on one device too (1e-15: 3e-4)."""
 FORMS = [form for name in stiefel.available() for form in forms(name)]
 FREE = [form for form in FORMS if form.name not in WAITING]
 
@@ -73,7 +75,7 @@ def test_no_step_waits_for_the_device(method: Constraint) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("method", [f for f in FORMS if f.name not in DRAWING], ids=str)
 def test_a_gpu_trains_as_a_cpu_does(method: Constraint, dtype: torch.dtype) -> None:
-    if dtype is torch.float32 and method.name in TURNING:
+    if method.name in (TURNING if dtype is torch.float32 else KINKED):
         pytest.skip("its steps differ by more than the rounding of their gradients")
     models = {device: stiefel.constrain(net("cpu").to(dtype), method).to(device) for device in ("cpu", "cuda")}
     for device, model in models.items():
@@ -81,6 +83,15 @@ def test_a_gpu_trains_as_a_cpu_does(method: Constraint, dtype: torch.dtype) -> N
     close = {"rtol": 1e-3, "atol": 1e-4} if dtype is torch.float32 else {"rtol": 1e-8, "atol": 1e-9}
     for a, b in zip(models["cpu"].parameters(), models["cuda"].parameters(), strict=True):
         torch.testing.assert_close(b.cpu(), a, **close)
+
+
+@pytest.mark.parametrize("shape", [(8, 27), (64, 576)], ids=str)
+def test_a_direction_among_equals_is_as_good_on_a_gpu(shape: tuple[int, int]) -> None:
+    method = stiefel.get("manifold_muon")()
+    x, g = (torch.randn(3, *shape, generator=torch.Generator().manual_seed(k), dtype=torch.float64) for k in (0, 1))
+    x = nearest_orthonormal(x)
+    here, there = ((g.to(d) * method.direction(x.to(d), g.to(d))).sum((1, 2)).cpu() for d in ("cpu", "cuda"))  # type: ignore[attr-defined]
+    torch.testing.assert_close(there, here, rtol=1e-3, atol=0)
 
 
 def test_a_monitor_keeps_every_number_and_waits_for_none() -> None:
@@ -307,7 +318,7 @@ def test_float32_alone_holds_the_claims_too(method: Constraint) -> None:
         stiefel.use_double("auto")
 
 
-@pytest.mark.parametrize("method", stiefel.available())
+@pytest.mark.parametrize("method", [m for m in stiefel.available() if m != "torch_orthogonal"])  # not ours: twice more
 def test_the_peak_of_memory_is_within_the_budget(method: str) -> None:
     """What docs/budget.md counts on a CPU, with room for what kernels need besides."""
     p, n = budget.SHAPES[1]
@@ -324,29 +335,14 @@ def test_the_peak_of_memory_is_within_the_budget(method: str) -> None:
     assert taken <= 2 * budget.budget(method, p, n).peak + 4
 
 
-def kernels(training: Training) -> int:
-    """Kernels of a step."""
-    training.steps(2)
-    torch.cuda.synchronize()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as found:
-        training.steps(1)
-        torch.cuda.synchronize()
-    events = [e for e in found.events() or [] if e.device_type == torch.autograd.DeviceType.CUDA]
-    return sum(not e.name.startswith(("Memcpy", "Memset")) for e in events)
-
-
 @pytest.mark.parametrize("method", [m for m in stiefel.available() if m not in WAITING])
 def test_the_kernels_of_a_step_are_within_the_budget(method: str) -> None:
     """An operation that docs/budget.md counts is a kernel, or a few where cuBLAS splits a sum."""
-    p, n = budget.SHAPES[1]
-    training = Training.__new__(Training)
-    training.model, training.x = stiefel.constrain(budget.Net(p, n).to("cuda"), method), torch.randn(16, n).cuda()
-    training.optimizer = stiefel.optimizer(training.model, SGD, lr=0.05, momentum=0.9)
-    taken = kernels(training)
-    print(f"kernels: {method} {taken}, budget {budget.budget(method, p, n).launches}")
-    assert 0 < taken <= 1.5 * budget.budget(method, p, n).launches + 60
+    for p, n in budget.SHAPES:
+        assert 0 < budget.kernels(method, p, n) <= 1.5 * budget.budget(method, p, n).launches + 20
 
 
+@pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores:UserWarning")  # advice for other products
 @pytest.mark.parametrize("method", ["own", "riemannian", "pogo", "soft"])
 def test_a_compiled_model_trains_as_it_does_without(method: str) -> None:
     models = [stiefel.constrain(net("cuda"), method) for _ in range(2)]

@@ -1,7 +1,7 @@
 """What a training step asks of an accelerator: operations, float64, waits, products and memory, counted on a CPU.
 
     python benchmarks/budget.py             # prints the table; --write puts it into docs/budget.md
-    python benchmarks/budget.py --kernels   # on a CUDA device: the kernels that it is given, beside the count
+    python benchmarks/budget.py --kernels   # on a CUDA device: the kernels that it is given
 
 A stand-in takes the place of the device (:mod:`costs.elsewhere`): its tensors say that they are there, so that each
 branch that a method takes on a GPU runs, with real numbers. Nothing in the table is a time.
@@ -150,8 +150,7 @@ def main() -> None:
     torch.set_num_threads(1)
     if given.kernels:
         for method in stiefel.available():
-            each = [f"{p}×{n}: {kernels(method, p, n)} of {budget(method, p, n).launches}" for p, n in SHAPES]
-            print(f"{method:>18}  kernels, of operations counted, {', '.join(each)}", flush=True)
+            print(f"{method:>18}  " + ", ".join(f"{p}×{n}: {kernels(method, p, n)} kernels" for p, n in SHAPES), flush=True)
         return
     found = table()
     print(found)

@@ -57,7 +57,10 @@ def parts(device: str, out: Path, dry: bool) -> list[Part]:
     form = ["--tiny"] if dry else ["--short"]
     methods = ["own", "riemannian", "pogo", "soft", "unconstrained", "default"]
     tried = ["--lr", "0.1", "1", "--trials", "3", "--studies", "3"]
-    beside = ["-n", str(min(8, os.cpu_count() or 1))] if not dry and find_spec("xdist") else []
+    cores = os.cpu_count() or 1
+    beside = ["-n", str(min(8, cores))] if not dry and find_spec("xdist") else []
+    # Runs side by side do not fill a GPU; those whose time is reported run alone, after the others.
+    jobs = str(max(1, min(6, cores // 2)))
     comparison = ["--budget", "tiny", "--depth", "4", "--scale", "relu", *tried]
     return [
         Part(
@@ -75,7 +78,8 @@ def parts(device: str, out: Path, dry: bool) -> list[Part]:
             "comparison",
             [
                 *("-m", "stiefel", "compare", "benchmarks/omdsm.py", "--methods", *methods, *comparison),
-                *("--device", device, "--out", str(out / "comparison"), *(["--dry-run"] if dry else [])),
+                *("--device", device, "--jobs", jobs, "--out", str(out / "comparison")),
+                *(["--dry-run"] if dry else []),
             ],
             0.2,
         ),

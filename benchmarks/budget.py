@@ -150,7 +150,10 @@ def main() -> None:
     torch.set_num_threads(1)
     if given.kernels:
         for method in stiefel.available():
-            print(f"{method:>18}  " + ", ".join(f"{p}×{n}: {kernels(method, p, n)} kernels" for p, n in SHAPES), flush=True)
+            print(
+                f"{method:>18}  " + ", ".join(f"{p}×{n}: {kernels(method, p, n)} kernels" for p, n in SHAPES),
+                flush=True,
+            )
         return
     found = table()
     print(found)

@@ -118,7 +118,12 @@ def in_a_graph(work: Work) -> Work:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         work.call()
-    return Work(graph.replay, work.result)
+
+    def replay() -> Work:
+        graph.replay()
+        return work  # held by this function: a graph does not keep alive what it reads
+
+    return Work(replay, work.result)
 
 
 AT_REST: dict[str, Callable[[nn.Linear], Any]] = {

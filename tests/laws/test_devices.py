@@ -87,7 +87,7 @@ def test_a_gpu_trains_as_a_cpu_does(method: Constraint, dtype: torch.dtype) -> N
 
 @pytest.mark.parametrize("shape", [(8, 27), (64, 576)], ids=str)
 def test_a_direction_among_equals_is_as_good_on_a_gpu(shape: tuple[int, int]) -> None:
-    method = stiefel.get("manifold_muon")()
+    method = stiefel.get("manifold_muon")
     x, g = (torch.randn(3, *shape, generator=torch.Generator().manual_seed(k), dtype=torch.float64) for k in (0, 1))
     x = nearest_orthonormal(x)
     here, there = ((g.to(d) * method.direction(x.to(d), g.to(d))).sum((1, 2)).cpu() for d in ("cpu", "cuda"))  # type: ignore[attr-defined]
@@ -343,6 +343,7 @@ def test_the_kernels_of_a_step_are_within_the_budget(method: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:TensorFloat32 tensor cores:UserWarning")  # advice for other products
+@pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # which the compiler of torch 2.11 reads
 @pytest.mark.parametrize("method", ["own", "riemannian", "pogo", "soft"])
 def test_a_compiled_model_trains_as_it_does_without(method: str) -> None:
     models = [stiefel.constrain(net("cuda"), method) for _ in range(2)]

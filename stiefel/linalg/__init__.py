@@ -22,6 +22,7 @@ from stiefel.linalg.precision import (
 )
 from stiefel.linalg.products import (
     add_product,
+    are_finite,
     balance,
     frobenius,
     gram_residual,
@@ -43,6 +44,7 @@ from stiefel.linalg.whitening import whitened
 __all__ = [
     "EXACT_DTYPES",
     "add_product",
+    "are_finite",
     "balance",
     "cayley_along",
     "cayley_step",

@@ -32,6 +32,11 @@ def skew(a: Float[Tensor, "*batch p p"]) -> Float[Tensor, "*batch p p"]:
     return (a - a.mH) / 2
 
 
+def are_finite(x: Tensor) -> Tensor:
+    """Whether each number is finite, in two operations: ∞ − ∞ is NaN, which equals nothing."""
+    return x - x == 0
+
+
 def gram_residual(x: Float[Tensor, "*batch p n"]) -> Float[Tensor, "*batch p p"]:
     """How far the rows are from orthonormal: ``X Xᴴ − I``, its diagonal as exact as X is."""
     return _set_diagonal(x @ x.mH, _squared_lengths(x) - 1)

@@ -10,10 +10,13 @@ from torch import Tensor
 
 from stiefel.constraint import Claim, StepMethod, is_number, register
 from stiefel.errors import OptionError
-from stiefel.linalg import balance, gram_residual, nearest_where, sym
+from stiefel.linalg import balance, gram_residual, nearest_where
 
 LONGEST = 1e6
 """Largest root mean square length of a displacement's rows, and largest μ; beyond it they are cut to it."""
+
+NOISE = 8.0
+"""Bound of ‖XΨᵀ + ΨXᵀ‖_F, all of it rounding, in epsilons of ‖U‖_F; up to 512×4608 it is at most 2.5."""
 
 
 @register
@@ -23,9 +26,9 @@ class Landing(StepMethod):
 
     With ``d = ‖Δ‖_F``, ``R = XΨᵀ + ΨXᵀ`` and 2tμ ≤ 1 the residual after the step is at most
     ``d − t (2μ d(1 − d) − ‖R‖_F) + t² ‖F‖_F²``, and t is the largest number up to 1 that keeps this bound at or below
-    ε; outside the tube (d > ε), t minimizes the bound. R is 0 in exact arithmetic; without its term, the rounding of a
-    long Ψ would take float32 weights out of the tube. Where d ≥ 1 the weight is projected (on a GPU over several
-    steps). Shortened steps are counted in the report.
+    ε; outside the tube (d > ε), t minimizes the bound. R is 0 in exact arithmetic; without a bound for its rounding,
+    that of a long Ψ would take float32 weights out of the tube. Where d ≥ 1 the weight is projected (on a GPU over
+    several steps). Shortened steps are counted in the report.
 
     Args:
         attraction: λ > 0, the strength of the pull; not rescaled with the weight's scale.
@@ -62,24 +65,31 @@ class Landing(StepMethod):
         """(1, ½): the relative gradient ½(G − XGᵀX)."""
         return (1.0, 0.5)
 
+    def field(self, x: Tensor, displacement: Tensor, delta: Tensor, mu: float) -> Tensor:
+        """F, (batch, p, n)."""
+        # Ψ = −½(U + ΔU − (XUᵀ)X), and μΔX, in as few products as possible
+        field = torch.baddbmm(displacement, x @ displacement.mH, x, beta=-0.5, alpha=0.5)
+        return torch.baddbmm(field, delta, torch.add(displacement, x, alpha=-2 * mu), alpha=-0.5)
+
     def step(self, x: Tensor, displacement: Tensor, lr: float) -> tuple[Tensor, Tensor]:
         """The landing step, and which matrices' steps were shortened."""
         # Longer displacements would overflow the norms below in float32; t would end at the tube's wall all the same.
-        excess = (balance(displacement) / LONGEST).clamp_min(1)
+        size = balance(displacement)
+        excess = (size / LONGEST).clamp_min(1)
         displacement = displacement / excess
         delta = gram_residual(x)
         d = torch.linalg.matrix_norm(delta)
         mu = min(lr * self.attraction, LONGEST)
-        # F = Ψ + μΔX with Ψ = −½(U + ΔU − (XUᵀ)X), in as few products as possible
-        field = torch.baddbmm(displacement, x @ displacement.mH, x, beta=-0.5, alpha=0.5)
-        field = torch.baddbmm(field, delta, torch.add(displacement, x, alpha=-2 * mu), alpha=-0.5)
+        field = self.field(x, displacement, delta, mu)
         g = torch.linalg.matrix_norm(field).clamp_min(torch.finfo(d.dtype).tiny ** 0.5)
-        # XΨᵀ + ΨXᵀ = XFᵀ + FXᵀ − 2μ(Δ + Δ²)
-        r = torch.linalg.matrix_norm(2 * (sym(x @ field.mH) - mu * torch.baddbmm(delta, delta, delta)))
-        # With τ = t‖F‖ the bound is d − 2bτ + τ²: ≤ ε up to the larger root, and least at τ = b.
-        b = (mu * d * (1 - d) - r / 2) / g
-        inside = (b + (b.square() + self.tube - d).clamp_min(0).sqrt()) / g
-        t = torch.where(d <= self.tube, inside, b.clamp_min(0) / g)
+        r = NOISE * torch.finfo(d.dtype).eps * x.shape[-2] ** 0.5 * (size / excess).flatten()
+        # The bound is d − 2bt + t²g²: ≤ ε up to the larger root, and least at t = b/g². The root is written so that
+        # nothing cancels: where F is rounding, g² is nothing beside b.
+        b = mu * d * (1 - d) - r / 2
+        room = (self.tube - d).clamp_min(0)
+        root = torch.hypot(b, g * room.sqrt())
+        inside = torch.where(b < 0, room / (root - b), (b + root) / g / g)
+        t = torch.where(d <= self.tube, inside, b.clamp_min(0) / g / g)
         # The bound holds for 2tμ ≤ 1 only.
         t = t.clamp(max=min(1.0, 0.5 / mu) if mu > 0 else 1.0)
         moved = torch.addcmul(x, t[..., None, None], field, value=-1)

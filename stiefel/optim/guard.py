@@ -24,7 +24,7 @@ from stiefel.compat.sharding import agree_on_least, is_sharded, local_of
 from stiefel.compat.torch_private import norms_of_all, not_compiled
 from stiefel.constraint import residual_of
 from stiefel.errors import DivergenceError, OptimizerError
-from stiefel.linalg import is_capturing, may_wait
+from stiefel.linalg import are_finite, is_capturing, may_wait
 from stiefel.optim.bases import acting, decays, refuse_late_start
 from stiefel.optim.decay import unwelcome
 from stiefel.optim.divergence import raise_later, raise_pending
@@ -163,7 +163,7 @@ def _refuse_divergence(optimizer: torch.optim.Optimizer, members: list[tuple[Ten
     # takes a quarter of the time on a CPU, where the entries themselves are checked then.
     sizes = norms_of_all(values, 1 if on_device else 2)
     if on_device:
-        finite = torch.stack([v.to(sizes[0].device, non_blocking=True) for v in sizes]).isfinite().all()
+        finite = are_finite(torch.stack([v.to(sizes[0].device, non_blocking=True) for v in sizes])).all()
         if sharded is not None:
             finite = agree_on_least(finite.float(), sharded).bool()
         labels = [w.label for _, w in members]

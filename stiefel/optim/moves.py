@@ -18,7 +18,15 @@ from torch import Tensor
 from stiefel.compat.torch_private import copy_all_, zero_all_
 from stiefel.constraint import Binding, Penalty, StepMethod
 from stiefel.errors import DivergenceError
-from stiefel.linalg import full_precision, is_capturing, may_wait, project_horizontal, refuse_capture, with_determinant
+from stiefel.linalg import (
+    are_finite,
+    full_precision,
+    is_capturing,
+    may_wait,
+    project_horizontal,
+    refuse_capture,
+    with_determinant,
+)
 from stiefel.manifold.geometry import tangent_gradient_
 from stiefel.optim.buckets import dense, laid_out_as, stack, unstack
 from stiefel.optim.divergence import raise_later
@@ -62,7 +70,7 @@ class Batch:
         self.layouts = [b.layout for b in self.bindings]
         self.before = stack(self.layouts, weights, scaled=False, copy=True)
         self.shortened: Tensor | None = None
-        self.finite = torch.ones((), dtype=torch.bool, device=self.before.device)
+        self.finite: Tensor | None = None
 
     def tangents(self, gradients: Sequence[Tensor]) -> list[Tensor]:
         """The tangent part of each gradient."""
@@ -97,6 +105,8 @@ class Batch:
             if sign is not None:  # a long step may have changed it
                 x = with_determinant(x, before + displacement, sign)
             x = self._finite(x, before)  # it may overflow, or a penalty be too strong
+        if self.finite is not None and not is_capturing(self.finite):  # the replays of a graph tell nobody
+            raise_later(self.finite, self._divergence)
         return unstack(self.layouts, x, scaled=True)
 
     def old(self) -> list[Tensor]:
@@ -120,11 +130,9 @@ class Batch:
 
     def _finite(self, value: Tensor, otherwise: Tensor | float) -> Tensor:
         """The value if finite, else an error: on a CPU now; on a GPU later, with ``otherwise`` in its place."""
-        finite = torch.isfinite(value.sum())  # a NaN or an infinity anywhere shows in the sum
+        finite = are_finite(value.sum())  # a NaN or an infinity anywhere shows in the sum
         if not may_wait(value):
-            if not is_capturing(value):  # the replays of a graph tell nobody
-                raise_later(finite, self._divergence)
-            self.finite = self.finite & finite
+            self.finite = finite if self.finite is None else self.finite & finite
             return torch.where(finite, value, otherwise)
         if not finite and not value.isfinite().all():  # a sum of finite entries may overflow
             raise DivergenceError(self._divergence())

@@ -81,7 +81,8 @@ class ShardedMove:
         for places, batch in self.batches:
             try:
                 results = batch.moved([ends[i][0] for i in places])
-                told[0, places] = batch.finite.float()
+                if batch.finite is not None:
+                    told[0, places] = batch.finite.float()
             except Exception as error:  # raised below, once the others know
                 results, failure, told[0, places] = batch.old(), failure or error, 0
             moved |= {i: [x] for i, x in zip(places, results, strict=True)}

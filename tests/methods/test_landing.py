@@ -12,6 +12,8 @@ import torch
 from formulas import Bare, close, every_dtype, every_shape, gaussian, matrix, residual, spectrum, tube_points
 
 import stiefel
+from stiefel.linalg import gram_residual
+from stiefel.methods.landing import NOISE
 
 
 def landing_by_the_book(x, u, lr, attraction=1.0, tube=0.5):
@@ -152,3 +154,25 @@ def test_landing_counts_the_steps_that_it_shortened():
             model.w.grad = gaussian(3, 7, seed=1)
             stiefel.optimizer(model, torch.optim.SGD, lr=lr).step()
         assert stiefel.report(model).rows[0].shortened == shortened
+
+
+@pytest.mark.parametrize("shape", [(1, 5), (5, 5), (64, 64), (64, 576), (512, 4608)], ids=str)
+@pytest.mark.parametrize("kind", ["random", "normal", "scaled"])
+def test_the_rounding_of_the_field_is_within_its_bound(shape, kind):
+    """‖XΨᵀ + ΨXᵀ‖_F, 0 in exact arithmetic, in epsilons of ‖U‖_F: for a U whose normal part is all of it, too."""
+    p, n = shape
+    generator = torch.Generator().manual_seed(p + n)
+    q = torch.linalg.qr(torch.randn(n, p, generator=generator, dtype=torch.float64))[0].mT
+    bend, s = (torch.randn(p, p, generator=generator, dtype=torch.float64) for _ in range(2))
+    x = (q + 0.2 * (bend + bend.mT) / torch.linalg.matrix_norm(bend + bend.mT) @ q).float()
+    u = {
+        "random": torch.randn(p, n, generator=generator, dtype=torch.float64),
+        "normal": (s + s.mT) @ q,
+        "scaled": q * torch.logspace(0, 6, p, dtype=torch.float64)[:, None],
+    }[kind].float()
+    x, u = x[None], u[None]
+    field = stiefel.get("landing").field(x, u, gram_residual(x), 0.0).double()
+    r = x.double() @ field.mT + field @ x.double().mT
+    assert torch.linalg.matrix_norm(r) <= NOISE / 2 * torch.finfo(torch.float32).eps * torch.linalg.matrix_norm(
+        u.double()
+    )

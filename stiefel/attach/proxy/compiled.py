@@ -20,7 +20,7 @@ from torch import Tensor
 
 from stiefel.attach.proxy.bucket import Bucket, Formula
 from stiefel.compat.torch_private import recording_within
-from stiefel.constraint import Binding
+from stiefel.constraint import Binding, Constraint
 from stiefel.errors import StiefelError
 from stiefel.layout import Layout
 from stiefel.linalg import full_precision, require_exact
@@ -33,14 +33,23 @@ def text_of(formula: Formula) -> str | None:
     Returns:
         None for a method that cannot be made again from its name and options: one that is not registered.
     """
-    method = formula.binding.constraint
+    binding = formula.binding
+    what = binding.constraint, binding.layout, formula.names, formula.gain
+    try:
+        return _text(*what)
+    except TypeError:  # an option that has no hash
+        return _text.__wrapped__(*what)
+
+
+@cache
+def _text(method: Constraint, layout: Layout, names: tuple[str, ...], gain: bool) -> str | None:
     changed = {f.name: getattr(method, f.name) for f in fields(method) if getattr(method, f.name) != f.default}
     words = {
         "method": method.name,
         "options": changed,
-        "layout": asdict(formula.binding.layout),
-        "names": list(formula.names),
-        "gain": formula.gain,
+        "layout": asdict(layout),
+        "names": list(names),
+        "gain": gain,
     }
     try:
         text = json.dumps(words)

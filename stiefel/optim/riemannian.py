@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from stiefel.compat.geoopt import geoopt
+from stiefel.compat.sharding import is_sharded
 from stiefel.compat.torch_private import copy_all_
 from stiefel.errors import OptimizerError
 from stiefel.linalg import full_precision, refuse_capture
@@ -145,8 +146,13 @@ class StiefelAdam(Batched, geoopt.optim.RiemannianAdam):
 
 def _store(states: list[dict[str, Any]], key: str, tensors: list[Tensor]) -> None:
     """Write new values into the tensors that are there: the replays of a captured step read those again."""
-    if all(state.get(key) is not None for state in states):
-        copy_all_([state[key] for state in states], tensors)
+    kept = [state[key] for state in states if state.get(key) is not None]
+    if len(kept) == len(states):
+        # An ordinary parameter may be sharded, and moves by itself; torch copies no list of such.
+        if is_sharded(kept[0]):
+            kept[0].copy_(tensors[0])
+        else:
+            copy_all_(kept, tensors)
         return
     for state, tensor in zip(states, tensors, strict=True):
         state[key] = tensor.clone()  # a slice of a batch would keep the whole batch alive

@@ -25,7 +25,7 @@ reproduce: .venv/.installed
 
 cost: .venv/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/budget.py
-	OMP_WAIT_POLICY=PASSIVE $(BIN)/python benchmarks/cost.py $(COST) $(ARGS)
+	$(BIN)/python benchmarks/cost.py $(COST) $(ARGS)
 
 gpu: .venv-gpu/.installed
 	.venv-gpu/bin/python benchmarks/gpu.py $(ARGS)

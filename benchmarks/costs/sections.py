@@ -203,11 +203,11 @@ def _training(bench: Bench) -> None:
         reasons: dict[str, str] = {}
         if bench.device.type == "cuda":
             for name in names:
+                captured = f"{name}, in a graph"
                 try:
-                    captured = nets.in_a_graph(nets.training(net, name, bench.device, bench.dtype))
-                    works[f"{name}, in a graph"] = captured
+                    works[captured] = nets.in_a_graph(nets.training(net, name, bench.device, bench.dtype))
                 except Exception as error:  # what forbids a capture is the result here
-                    reasons[f"{name}, in a graph"] = reason_of(error)
+                    reasons[captured] = reason_of(error)
         about = {"section": "training", "case": str(net), "batch": net.batch}
         bench.measure(about, works, reasons, dict.fromkeys([*works, *reasons], "ours"), nets.CONTROL)
 

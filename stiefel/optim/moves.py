@@ -203,8 +203,9 @@ def _moved(binding: Binding, x: Tensor, displacement: Tensor, lr: float) -> tupl
             refuse_capture(x, f"the strength of '{method.name}'")
         return method.step(x, displacement, lr * method.strength_at(binding.tally.steps), binding.layout), None
     assert isinstance(method, StepMethod)
+    count: dict[str, Any] = {}
     if method.counts:
         refuse_capture(x, f"the step of '{method.name}'")
-    count: dict[str, Any] = {"taken": binding.tally.steps} if method.counts else {}
+        count["taken"] = binding.tally.steps
     result = method.step(x, displacement, lr, **count)
     return result if isinstance(result, tuple) else (result, None)

@@ -13,6 +13,8 @@ import test_claims
 import test_fixed_points
 import torch
 from common import forms
+from costs.cases import Work
+from costs.nets import in_a_graph
 from fixed_points import departure
 from torch import Tensor, nn
 from torch.optim import SGD
@@ -277,18 +279,11 @@ def test_a_whole_step_is_captured_in_a_graph(method: Constraint) -> None:
     models = [stiefel.constrain(net("cuda"), method) for _ in range(2)]
     eager, captured = (Training(model, "cuda") for model in models)
     try:
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            captured.steps(3)
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            captured.steps(1)
+        graph = in_a_graph(Work(lambda: captured.steps(1)))  # after three steps
     except stiefel.StiefelError as refusal:
         pytest.skip(str(refusal))
     for _ in range(3):
-        graph.replay()
+        graph.call()
     eager.steps(6)
     for a, b in zip(models[0].parameters(), models[1].parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
@@ -322,15 +317,13 @@ def test_float32_alone_holds_the_claims_too(method: Constraint) -> None:
 def test_the_peak_of_memory_is_within_the_budget(method: str) -> None:
     """What docs/budget.md counts on a CPU, with room for what kernels need besides."""
     p, n = budget.SHAPES[1]
-    model = budget.Net(16 * p, 16 * n).to("cuda")
-    training = Training.__new__(Training)
-    training.model, training.x = stiefel.constrain(model, method), torch.randn(16, 16 * n, device="cuda")
-    training.optimizer = stiefel.optimizer(model, SGD, lr=0.05, momentum=0.9)
-    training.steps(2)
+    step = budget.training(method, 16 * p, 16 * n, "cuda")
+    for _ in range(2):
+        step()
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    training.steps(1)
+    step()
     taken = (torch.cuda.max_memory_allocated() - before) / (4 * budget.MEMBERS * 256 * p * n)
     assert taken <= 2 * budget.budget(method, p, n).peak + 4
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -44,7 +44,19 @@ class TooSlowError(Exception):
     """A candidate exceeds its time limit."""
 
 
-def in_rounds(works: Mapping[str, Work], device: torch.device, effort: Effort) -> dict[str, Spread | str]:
+@dataclass(frozen=True)
+class Rounds(Spread):
+    """Seconds of the rounds, with the least: what a call takes where nothing disturbs it."""
+
+    least: float
+
+    @classmethod
+    def of(cls, sample: list[float]) -> Rounds:
+        """Summarize a sample of at least one number."""
+        return cls(**asdict(Spread.of(sample)), least=min(sample))
+
+
+def in_rounds(works: Mapping[str, Work], device: torch.device, effort: Effort) -> dict[str, Rounds | str]:
     """Seconds of each candidate, or the reason why it was not timed.
 
     Each round times one call of every candidate whose turn it is, in a random order, so that what disturbs the machine
@@ -53,7 +65,7 @@ def in_rounds(works: Mapping[str, Work], device: torch.device, effort: Effort) -
     """
     turns: dict[str, int] = {}
     quick: set[str] = set()
-    found: dict[str, Spread | str] = {}
+    found: dict[str, Rounds | str] = {}
     for name, work in works.items():
         try:
             took = _warm(work, device, effort)
@@ -73,7 +85,7 @@ def in_rounds(works: Mapping[str, Work], device: torch.device, effort: Effort) -
                     works[name].call()
                 with clocks[name]:
                     works[name].call()
-    return found | {name: Spread.of(clock.seconds()) for name, clock in clocks.items()}
+    return found | {name: Rounds.of(clock.seconds()) for name, clock in clocks.items()}
 
 
 def reason_of(error: Exception) -> str:

@@ -16,9 +16,8 @@ import torch
 from costs import nets
 from costs.cases import Candidate, Case, Work
 from costs.maps import PRODUCT, maps
-from costs.rounds import Effort, TooSlowError, gpu_fields, in_rounds, reason_of, wall
+from costs.rounds import Effort, Rounds, TooSlowError, gpu_fields, in_rounds, reason_of, wall
 from costs.steps import steps
-from stiefel.measure.cost.clock import Spread
 from stiefel.measure.cost.environment import environment
 
 Record = dict[str, Any]
@@ -165,14 +164,16 @@ class Bench:
         # Cases before this one leave garbage, whose collection would be timed.
         gc.collect()
         results: dict[str, Any] = reasons | in_rounds(works, self.device, self.form.effort)
-        base = results[unit].median / per_call if isinstance(results.get(unit), Spread) else None
+        base = results[unit].median / per_call if isinstance(results.get(unit), Rounds) else None
         for name, owner in who.items():
             seconds, work = results[name], works.get(name)
             record = {**about, "candidate": name, "who": owner, "status": "timed", "reason": None}
-            if isinstance(seconds, Spread):
+            if isinstance(seconds, Rounds):
                 spread = {k: v if k == "n" else v / per_call for k, v in asdict(seconds).items()}
                 assert work is not None
-                record |= {f"seconds_{k}": spread[k] for k in ("median", "q1", "q3")} | {"n_timed": spread["n"]}
+                record |= {f"seconds_{k}": spread[k] for k in ("least", "median", "q1", "q3")} | {
+                    "n_timed": spread["n"]
+                }
                 record |= {"unit": unit, "unit_seconds": base}
                 record |= {f"units_{k}": spread[k] / base if base else None for k in ("median", "q1", "q3")}
                 record |= {"error": work.error(), **gpu_fields(work, self.device, self.form.effort)}

@@ -36,18 +36,29 @@ class Target:
 
 
 class Results:
-    """Finds records by section, case, condition number and candidate."""
+    """Finds records by section, case, condition number and candidate.
 
-    def __init__(self, records: Iterable[Record]) -> None:
+    Args:
+        records: of one run.
+        statistic: of a candidate's rounds: ``"median"``, or ``"least"``, which other programs on the machine move less.
+    """
+
+    def __init__(self, records: Iterable[Record], statistic: str = "median") -> None:
+        self.statistic = statistic
         self._found = {(r["section"], r["case"], r.get("condition"), r["candidate"]): r for r in records}
 
     def get(self, section: str, case: str, candidate: str, key: str, condition: float | None = None) -> Any:
         """One field of one record; None where there is none."""
         return self._found.get((section, case, condition, candidate), {}).get(key)
 
+    def seconds(self, section: str, case: str, candidate: str, condition: float | None = None) -> float | None:
+        """What a call of a candidate takes; None where it was not timed."""
+        found: float | None = self.get(section, case, candidate, f"seconds_{self.statistic}", condition)
+        return found
+
     def ratio(self, section: str, case: str, over: str, under: str, condition: float | None = None) -> float | None:
-        """How many times as long one candidate takes as another, by medians of one run."""
-        a, b = (self.get(section, case, name, "seconds_median", condition) for name in (over, under))
+        """How many times as long one candidate takes as another in one run."""
+        a, b = (self.seconds(section, case, name, condition) for name in (over, under))
         return a / b if a and b else None
 
 
@@ -109,7 +120,7 @@ def targets() -> Iterator[Target]:
         yield within("rest", f"layer 512×512, batch {batch}", "own", "plain", 1.02)
     yield Target(
         "rest: an access of own's weight",
-        lambda results: _times(results.get("rest", "access of a weight", "own", "seconds_median"), 1e6),
+        lambda results: _times(results.seconds("rest", "access of a weight", "own"), 1e6),
         6,
         lower=True,
         unit=" µs",

@@ -14,7 +14,7 @@ import torch
 from costs import nets, rounds, sections
 from costs.cases import Candidate, Case, Work
 from costs.maps import PRODUCT, REFERENCE, maps
-from costs.rounds import Effort, in_rounds
+from costs.rounds import Effort, Rounds, in_rounds
 from costs.steps import OURS, steps
 from costs.tables import markdown
 from costs.targets import Results, faster, targets, within
@@ -248,6 +248,17 @@ def test_targets_are_ratios_of_medians():
     assert not speed.met(3, speed.goal)
     assert not share.met(3, share.bound)
     assert faster("steps", "1×2×3", "ours", "absent", 1).value(results) is None
+
+
+def test_targets_are_judged_by_the_least_of_the_rounds_too():
+    records = [
+        {"section": "steps", "case": "1×2×3", "candidate": c, "seconds_median": m, "seconds_least": least}
+        for c, m, least in (("ours", 2.0, 1.0), ("theirs", 3.0, 2.0))
+    ]
+    speed = faster("steps", "1×2×3", "ours", "theirs", 1.8)
+    assert (speed.value(Results(records)), speed.value(Results(records, "least"))) == (1.5, 2.0)
+    sample = Rounds.of([3.0, 1.0, 2.0])
+    assert (sample.least, sample.median, sample.n) == (1.0, 2.0, 3)
 
 
 def test_every_target_is_of_what_the_full_form_measures():

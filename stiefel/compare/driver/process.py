@@ -26,7 +26,10 @@ from stiefel.compare.worker.job import Job
 from stiefel.compare.worker.supervise import GRACE
 
 _QUIET = {"OMP_WAIT_POLICY": "PASSIVE"}
-"""Threads that wait sleep, so that several runs on a machine do not take each other's cores; the user's value holds."""
+"""Threads that wait sleep, so that several runs on a machine do not take each other's cores; the user's value holds.
+
+A cost run is alone on the machine, and takes what the user's own training takes: there a thread that sleeps costs time.
+"""
 
 
 class RunProcess:
@@ -141,7 +144,7 @@ def _fresh(job: Job, claim: RunLock) -> RunProcess:
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,
-            env=_QUIET | os.environ,
+            env=os.environ if job.spec.kind == "cost" else _QUIET | os.environ,
             pass_fds=descriptors,  # the claim keeps the run claimed if this process dies before it
             start_new_session=True,  # out of reach of the terminal's Ctrl-C
         )
@@ -152,10 +155,14 @@ def start_server() -> None:
     """Start the server that CPU runs are forked from, so that its imports overlap with the driver's own."""
     from multiprocessing import forkserver
 
-    for name, value in _QUIET.items():
-        os.environ.setdefault(name, value)
     _context()  # names the modules to preload, which has no effect on a server that runs already
-    forkserver.ensure_running()
+    added = {name: value for name, value in _QUIET.items() if name not in os.environ}
+    os.environ.update(added)
+    try:
+        forkserver.ensure_running()
+    finally:  # the driver's own other children, cost runs among them, do not inherit it
+        for name in added:
+            del os.environ[name]
 
 
 def _context() -> Any:

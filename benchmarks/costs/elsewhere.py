@@ -104,7 +104,7 @@ def elsewhere(kind: str = "cuda", *, double: str = "fast", waits: bool = False) 
     with ExitStack() as stack:
         for name, stand_in in _patches(double).items():
             stack.enter_context(mock.patch(name, stand_in))
-        stack.callback(divergence._flags.pending.clear)  # what is told later belongs to this device
+        stack.callback(lambda: divergence._flags.pending.clear())  # what is told later belongs to this device
         stack.enter_context(_Counting(counts, double, waits))
         answering = stack.enter_context(_Answering(kind, counts, waits))
         stack.enter_context(mock.patch("torch.autograd.function.BackwardCFunction.apply", _within(answering)))

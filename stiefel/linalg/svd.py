@@ -57,8 +57,13 @@ def nearest_in_step(v: Float[Tensor, "*batch p n"]) -> Float[Tensor, "*batch p n
     if v.numel() and readable(v):
         x = _by_products(v.reshape(-1, *v.shape[-2:]))
         return nearest_orthonormal(v) if x is None else x.reshape(v.shape)
-    single = v.dtype in (torch.float32, torch.complex64)
-    return nearest_orthonormal(v) if may_wait(v) or not single or is_traced() else _by_iteration(v)
+    if may_wait(v) or is_traced():
+        return nearest_orthonormal(v)
+    if v.dtype in (torch.float32, torch.complex64):
+        return _by_iteration(v)
+    # LAPACK's kernels would raise an error of their own, before the one of divergence, which comes some steps later.
+    finite = v.isfinite().flatten(-2).all(-1)[..., None, None]
+    return torch.where(finite, nearest_orthonormal(torch.where(finite, v, 0)), torch.nan)
 
 
 @torch.no_grad()

@@ -9,9 +9,11 @@ import copy
 import sys
 from collections.abc import Callable
 
+import conformance
 import pytest
 import scipy.linalg
 import test_claims
+import test_conformance
 import torch
 from common import forms, gaussian
 from costs.elsewhere import HostWait, NoDouble, elsewhere
@@ -220,6 +222,27 @@ def test_the_stand_in_changes_no_number():
 def test_adam_trains_there(method, cls):
     model = trained(method, "cuda", cls=cls)
     assert all(w.allows(w.residual()) for w in constrained_weights(model))
+
+
+@pytest.mark.parametrize("method", FREE, ids=str)
+@pytest.mark.parametrize("check", ["divergence", "memory", "momentum"])
+def test_conforms_there(check, method):
+    conforms(check, method)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", {f.name: f for f in reversed(FREE)}.values(), ids=str)
+@pytest.mark.parametrize("check", sorted({*conformance.CHECKS} - {"fixed_points"}))
+def test_conforms_there_in_all(check, method):
+    conforms(check, method)
+
+
+def conforms(check: str, method: Constraint) -> None:
+    """The law of conformance where tensors say that they are elsewhere; the checks themselves read values."""
+    for dtype in test_conformance.dtypes(check, method):
+        if test_conformance.is_quick(check, dtype):
+            with elsewhere("cuda", waits=True):
+                conformance.run(method, check, dtype, torch.device("cuda"))
 
 
 @every_device

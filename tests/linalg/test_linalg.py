@@ -378,6 +378,20 @@ def test_nearest_orthonormal_equals_scipy(shape):
     assert torch.allclose(nearest_orthonormal(v), scipy_polar(v), rtol=0, atol=1e-12)
 
 
+@pytest.mark.parametrize("shape", [(4, 4), (64, 64), (64, 576), (256, 2304)])
+def test_nearest_orthonormal_in_float32_equals_scipy_at_any_condition(shape):
+    """Also in a batch of several, of which one at most is too ill-conditioned for its Gram matrix."""
+    p, n = shape
+    conditions = [1e3] if p == 256 else [1, 1e2, 1e3, 3e3, 1e4, 1e5, 1e7]
+    v = torch.stack([
+        with_singular_values(p, n, torch.logspace(0, -np.log10(c), p, dtype=torch.float64), seed=k)
+        for k, c in enumerate(conditions)
+    ]).float()  # fmt: skip
+    x = nearest_orthonormal(v)
+    for a, b in zip(x, v, strict=True):
+        torch.testing.assert_close(a, scipy_polar(b).float(), rtol=0, atol=6e-8)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("singular_values", [[2.0, 1.0, 0.0, 0.0], [1.0, 0.0, 0.0, 0.0], [0.0] * 4])
 def test_nearest_orthonormal_of_a_rank_deficient_matrix(singular_values, dtype):

@@ -128,6 +128,16 @@ def test_copies_of_a_run_end_and_the_children_of_a_loader_work(problem):
     assert [row["epoch"] for row in record.metrics()] == [0, 1, 2]
 
 
+def test_waiting_threads_sleep_but_in_a_cost_run(problem, monkeypatch):
+    """A cost run is alone on the machine, and takes what the user's own training would."""
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    seen = "import torch\nopen(os.path.join(os.path.dirname(__file__), 'seen'), 'w').write(str(os.environ.get('{}')))\n"
+    problem.write_text(FAULTY.replace("import torch\n", seen.format("OMP_WAIT_POLICY"), 1))
+    for kind, policy in (("quality", "PASSIVE"), ("cost", "None")):
+        assert runner.execute(job(problem, kind=kind, phase="final")).status == "done"
+        assert (problem.parent / "seen").read_text() == policy, kind
+
+
 def test_threads_are_as_many_as_were_asked_for(monkeypatch):
     monkeypatch.setattr(runner, "available_cores", lambda: 16)
     for asked, threads in {"": (16, 4), "1": (1, 1), "6": (6, 4), "8,2": (8, 4), "many": (16, 4), "0": (16, 4)}.items():

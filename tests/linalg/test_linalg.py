@@ -382,7 +382,7 @@ def test_nearest_orthonormal_equals_scipy(shape):
 def test_nearest_orthonormal_in_float32_equals_scipy_at_any_condition(shape):
     """Also in a batch of several, of which one at most is too ill-conditioned for its Gram matrix."""
     p, n = shape
-    conditions = [1e3] if p == 256 else [1, 1e2, 1e3, 3e3, 1e4, 1e5, 1e7]
+    conditions = [1e3] if p == 256 else [1, 3e3, 1e5, 1e7]
     v = torch.stack([
         with_singular_values(p, n, torch.logspace(0, -np.log10(c), p, dtype=torch.float64), seed=k)
         for k, c in enumerate(conditions)

@@ -11,7 +11,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 METHODS ?= own riemannian soft unconstrained default
-COMPARE ?= --depth 4 --scale relu --epochs 20
+COMPARE ?= --depth 4 --bias True --scale relu --epochs 20
 COST ?= --short
 ARGS ?=
 

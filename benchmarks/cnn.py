@@ -5,6 +5,7 @@ and the ResNet's shortcuts are free. Fashion-MNIST by default, CIFAR-10 and CIFA
 
     stiefel compare benchmarks/cnn.py --budget small --layers all first first2 first4
     stiefel compare benchmarks/cnn.py --budget small --net inception wrn
+    stiefel compare benchmarks/cnn.py --budget small --norm none batch group --groups 1 16 32 64
     stiefel compare benchmarks/cnn.py --budget paper --data cifar-10 --net wrn --batch-size 128 --epochs 200
 
 The paper's learning rate is 0.05 for `vgg` and 0.1 for the others; its batches have 256 images for `vgg`, 64 for
@@ -40,6 +41,10 @@ class CNN(Problem):
     depth: int = 10  # of the wide ResNet, 6n + 4
     epochs: int = 10
     pixels: int = 32  # images are averaged to so many a side
+    norm: str | None = (
+        None  # of activations: none, batch, layer, group, instance, whitening; default: the network's own
+    )
+    norm_place: str = "after"  # or before: the convolutions of vgg and inception; in wrn it is before, with the ReLU
     augment: bool = False  # flips, and shifts by up to 4 pixels
     data: str = "digits"
     examples: int | None = None  # of the training data at most; a quarter as many to validate and test with
@@ -67,9 +72,10 @@ class CNN(Problem):
         """The network."""
         channels = 3 if self.data.startswith("cifar") else 1
         classes = 100 if self.data == "cifar-100" else 10
+        norm = self.norm or {"vgg": "none"}.get(self.net, "batch")
         if self.net == "wrn":
-            return wide_resnet(channels, classes, self.width, self.depth)
-        return {"vgg": vgg, "inception": inception}[self.net](channels, classes, self.width)
+            return wide_resnet(channels, classes, self.width, self.depth, norm)
+        return {"vgg": vgg, "inception": inception}[self.net](channels, classes, self.width, norm, self.norm_place)
 
     def constrain(self, model: nn.Module, method: stiefel.Constraint) -> nn.Module:
         """The first convolutions, or all, in groups."""

@@ -22,7 +22,7 @@ from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
-from parts import frechet
+from parts import frechet, norms
 from parts.fresh_batches import Draws
 from torch import Tensor, nn
 
@@ -46,6 +46,7 @@ class GAN(Problem):
     epochs: int = 10
     batch_size: int = 64
     held_out: int = 360
+    norm: str = "none"  # of the discriminator's activations: none, batch, layer, group, instance, whitening
     data_dir: str | None = where(None, "folder with the idx files of Fashion-MNIST")
 
     metric = "frechet_distance"
@@ -82,7 +83,7 @@ class GAN(Problem):
 
     def make_model(self) -> nn.Module:
         """A generator of images from noise, and a discriminator of images."""
-        return Game(self.size, self.width, self.latent)
+        return Game(self.size, self.width, self.latent, self.norm)
 
     def make_data(self) -> Data:
         """Batches of images in [−1, 1] and of noise, drawn for training, fixed for what measures."""
@@ -164,7 +165,7 @@ class GAN(Problem):
 class Game(nn.Module):
     """``z → 2×2 → … → size×size`` and back to one number; the number of channels halves as the side doubles."""
 
-    def __init__(self, size: int, width: int, latent: int) -> None:
+    def __init__(self, size: int, width: int, latent: int, norm: str = "none") -> None:
         super().__init__()
         # Doublings of the side from 2×2 to size×size.
         levels = size.bit_length() - 2
@@ -175,7 +176,9 @@ class Game(nn.Module):
         generator += [nn.BatchNorm2d(width), nn.ReLU(), nn.ConvTranspose2d(width, 1, 4, 2, 1), nn.Tanh()]
         discriminator: list[nn.Module] = []
         for narrow, wide in zip([1, *channels[:-1]], channels, strict=True):
-            discriminator += [nn.Conv2d(narrow, wide, 4, 2, 1), nn.LeakyReLU(0.2)]
+            discriminator.append(nn.Conv2d(narrow, wide, 4, 2, 1))
+            discriminator += [] if norm == "none" else [norms.norm(norm, wide, 2)]
+            discriminator.append(nn.LeakyReLU(0.2))
         discriminator += [nn.Flatten(), nn.Linear(4 * channels[-1], 1)]
         self.generator, self.discriminator = nn.Sequential(*generator), nn.Sequential(*discriminator)
 

@@ -1,9 +1,9 @@
 """Every layer orthogonal, the last one too: the face-recognition MLP of Huang et al. (AAAI 2018), on data to be had.
 
-5 layers of 128 ReLU units and the output layer, orthonormal rows in groups of 64; with and without batch normalization,
-by SGD and Adam. The paper's data are the PIE faces; here Fashion-MNIST, or the Olivetti faces.
+5 layers of 128 ReLU units and the output layer, orthonormal rows in groups of 64; with and without normalization of
+activations, by SGD and Adam. The paper's data are the PIE faces; here Fashion-MNIST, or the Olivetti faces.
 
-    stiefel compare benchmarks/mlp.py --budget small --batch-norm False True
+    stiefel compare benchmarks/mlp.py --budget small --norm none batch
     stiefel compare benchmarks/mlp.py --budget small --optim adam --lr 0.0001 0.0003 0.001 0.003 0.01 0.03 0.1
     stiefel compare benchmarks/mlp.py --budget paper --data olivetti --batch-size 64
 
@@ -15,6 +15,7 @@ from itertools import pairwise
 from typing import ClassVar
 
 import torch
+from parts import norms
 from parts.groups import constrain_in_groups
 from torch import nn
 
@@ -32,7 +33,8 @@ class MLP(Problem):
     depth: int = 5
     width: int = 128
     groups: int = 64  # outputs whose filters are orthonormal to each other; fewer where a layer has fewer
-    batch_norm: bool = False
+    norm: str = "none"  # of activations: none, batch, layer, group, whitening
+    norm_place: str = "after"  # or before: the linear maps
     optim: str = "sgd"
     data: str = "digits"
     examples: int | None = None  # of the training data at most; a quarter as many to validate and test with
@@ -42,18 +44,17 @@ class MLP(Problem):
         "tiny": {"epochs": (2,)},
         "small": {"data": ("fashion-mnist",), "examples": (6144,), "epochs": (6,), "batch_size": (256,)},
         "paper": {
-            "data": ("fashion-mnist",), "epochs": (80,), "batch_size": (256,), "batch_norm": (False, True),
+            "data": ("fashion-mnist",), "epochs": (80,), "batch_size": (256,), "norm": ("none", "batch"),
         },
     }  # fmt: skip
 
     def make_model(self) -> nn.Module:
-        """``inputs → (width, batch normalization, ReLU) × depth → classes``."""
+        """``inputs → (width, normalization, ReLU) × depth → classes``."""
         sizes = [64 if self.data == "digits" else 1024, *[self.width] * self.depth]
         net = nn.Sequential()
         for i, (inputs, outputs) in enumerate(pairwise(sizes), 1):
-            net.add_module(f"linear{i}", nn.Linear(inputs, outputs))
-            if self.batch_norm:
-                net.add_module(f"norm{i}", nn.BatchNorm1d(outputs))
+            linear = nn.Linear(inputs, outputs)
+            norms.add(net, linear, (f"linear{i}", f"norm{i}"), self.norm, self.norm_place)
             net.add_module(f"relu{i}", nn.ReLU())
         net.add_module("head", nn.Linear(self.width, 40 if self.data == "olivetti" else 10))
         return net

@@ -23,6 +23,7 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from parts.fresh_batches import Draws
+from parts.norms import OverStates
 from torch import Tensor, nn
 
 from stiefel.compare import Batch, Data, Problem, datasets, where
@@ -47,6 +48,7 @@ class Recurrent(Problem):
     steps: int = 30
     epochs: int = 20
     batch_size: int = 64
+    norm: str = "none"  # of the states that are read out: none, batch, layer, group, whitening; the recurrence has none
     data: str = "digits"
     data_dir: str | None = where(None, "folder with the idx files of Fashion-MNIST")
 
@@ -80,7 +82,7 @@ class Recurrent(Problem):
     def make_model(self) -> nn.Module:
         """``cell → linear``, read at every step (copying) or at the last (digits)."""
         copying = self.task == "copying"
-        return Network(self.cell, ALPHABET if copying else 1, self.hidden, every_step=copying)
+        return Network(self.cell, ALPHABET if copying else 1, self.hidden, every_step=copying, norm=self.norm)
 
     def make_data(self) -> Data:
         """Sequences that are drawn anew for every training batch, or images as sequences of pixels."""
@@ -124,10 +126,12 @@ class Network(nn.Module):
     ICML 2016): from a random orthogonal matrix, plain cells learn to copy far more slowly, with every method.
     """
 
-    def __init__(self, cell: str, inputs: int, hidden: int, *, every_step: bool) -> None:
+    def __init__(self, cell: str, inputs: int, hidden: int, *, every_step: bool, norm: str = "none") -> None:
         super().__init__()
         self.rnn = CELLS[cell](inputs, hidden, batch_first=True)
-        self.head = nn.Linear(hidden, 10)
+        self.head: nn.Module = nn.Linear(hidden, 10)
+        if norm != "none":
+            self.head = nn.Sequential(OverStates(norm, hidden), self.head)
         self.every_step = every_step
         with torch.no_grad():
             for gate in self.rnn.weight_hh_l0.split(hidden):

@@ -1,7 +1,8 @@
 """The paper's baselines with their faults, as published and as the code released with it has them; imported for names.
 
 ``qr_projection`` is the published QR baseline. The others are read from github.com/huangleiBuaa/OthogonalWN
-(``module/Linear_Weight_{ST,ST_CN,CayT,QR}.lua`` and ``models/MLP/model_WN_debug.lua``). In each of that code's layers
+(``module/Linear_Weight_{ST,ST_CN,CayT,QR,DBN_Row_Group,PCA_Row}.lua`` and ``models/MLP/model_WN_debug.lua``). In each
+layer of its Riemannian baselines
 
 - ``gradPWeight`` is added to in every step and zeroed in none: the step uses the sum of all gradients so far;
 - the start is uniform in ±1/√fan-in, off the set until the first QR factor is taken;
@@ -11,7 +12,10 @@ Its square matrices have orthonormal columns where the package's have orthonorma
 off it, and other QR factors. Biases and the last layer train as everywhere. Its runs were at scale 1 only; here the
 sum, the start and the step are in units of X = W/s at other scales.
 
-A method of that code is the memory of one model: make a new one for each, and step it with plain SGD.
+A baseline of that code is the memory of one model: make a new one for each, and step it with plain SGD.
+
+Its own methods, OLM and OLM_var, have no fault of that kind: their gradients are zeroed, their rate follows the
+schedule. What they have is in :class:`Proxy`.
 """
 
 from __future__ import annotations
@@ -25,9 +29,9 @@ import torch
 from torch import Tensor
 
 from stiefel import StepMethod, register
-from stiefel.constraint import Claim
+from stiefel.constraint import Claim, Reparameterization
 from stiefel.layout import Layout
-from stiefel.linalg import cayley_step, nearest_orthonormal, qf, sym
+from stiefel.linalg import cayley_step, nearest_orthonormal, polar, qf, sym, whitened
 
 
 @register
@@ -70,8 +74,8 @@ class AsReleased(StepMethod):
         return []
 
     def nearest(self, points: Tensor, layout: Layout) -> Tensor:
-        """Not the nearest point: a new one with entries uniform in ±1/√fan-in, in general on no set at all."""
-        return torch.empty_like(points).uniform_(-1, 1) / layout.fan_in**0.5
+        """Not the nearest point: a new one, in general on no set at all."""
+        return _uniform(points, layout)
 
     def step(self, x: Tensor, displacement: Tensor, lr: float) -> Tensor:
         """Add up the gradient, and step along the sum, as columns."""
@@ -85,6 +89,11 @@ class AsReleased(StepMethod):
     @abstractmethod
     def move(self, w: Tensor, g: Tensor, lr: float) -> Tensor:
         """The step of ``(b, n, p)`` matrices W with orthonormal columns, where the gradient is G."""
+
+
+def _uniform(like: Tensor, layout: Layout) -> Tensor:
+    """Entries uniform in ±1/√fan-in, which is torch's start too."""
+    return torch.empty_like(like).uniform_(-1, 1) / layout.fan_in**0.5
 
 
 def _square(x: Tensor) -> bool:
@@ -153,3 +162,68 @@ class CayT(EIQR):
     def move(self, w: Tensor, g: Tensor, lr: float) -> Tensor:
         """The step of either kind of layer."""
         return super().move(w, g, lr) if _square(w) else cayley_step(w.mT, -lr * g.mT).mT
+
+
+@dataclass(frozen=True, kw_only=True)
+class Proxy(Reparameterization):
+    """``V_c = V − (1/n) V 1 1ᵀ``, and X a function of V_c and ``Σ = V_c V_cᵀ/n + εI``, ``ε = 1e-7``.
+
+    As in that code: V_c is always centred, so that a square layer has rank n − 1 and one singular value 0, and is not
+    orthogonal; V starts uniform; layers have no bias; rows are orthonormal in groups of at most ``rows``, or of as many
+    as a row has entries. There a last group may be smaller; here all are of one size (64 inputs and 100 outputs: two
+    of 50, where that code has 64 and 36).
+
+    ``(V_c V_cᵀ + nεI)^{-1/2} V_c`` is the part of the polar factor of ``[V_c, √(nε) I]`` that belongs to V_c, and so
+    for singular vectors: its gradient is that of :func:`stiefel.linalg.polar` and needs no gaps between eigenvalues.
+    """
+
+    reference = "Huang et al., AAAI 2018, released code"
+    decay = "rescales"
+    real_only = True
+
+    rows: ClassVar[int] = 256
+    """Most rows of a group."""
+    eps: ClassVar[float] = 1e-7
+
+    def nearest(self, points: Tensor, layout: Layout) -> Tensor:
+        """Not the nearest point: a new proxy."""
+        return _uniform(points, layout)
+
+    def forward(self, proxy: Tensor, layout: Layout) -> Tensor:
+        """Centre and orthonormalize."""
+        p, n = proxy.shape[-2:]
+        centred = proxy - proxy.mean(-1, keepdim=True)
+        floor = (n * self.eps) ** 0.5 * torch.eye(p, dtype=proxy.dtype, device=proxy.device).expand(len(proxy), p, p)
+        return self.orthonormalized(torch.cat([centred, floor], -1))[..., :n]
+
+    @abstractmethod
+    def orthonormalized(self, v: Tensor) -> Tensor:
+        """Orthonormal rows of V."""
+
+
+@register
+@dataclass(frozen=True, kw_only=True)
+class OLM(Proxy):
+    """``X = Σ^{-1/2} V_c/√n``."""
+
+    name = "olm_as_released"
+    summary = "OWN with centred rows, no bias, uniform start"
+    faults = "always centres, so that a square layer is not orthogonal, and has no bias where others have one"
+
+    def orthonormalized(self, v: Tensor) -> Tensor:
+        """The polar factor."""
+        return polar(v)
+
+
+@register
+@dataclass(frozen=True, kw_only=True)
+class OLMVar(Proxy):
+    """``X = Λ^{-1/2} Dᵀ V_c/√n``, ``Σ = D Λ Dᵀ``, eigenvalues descending. Its signs are whatever the library gave."""
+
+    name = "olm_var_as_released"
+    summary = "PCA instead of ZCA whitening of the proxy; centred rows, no bias, uniform start"
+    faults = "as olm_as_released; the weight jumps where eigenvalues cross"
+
+    def orthonormalized(self, v: Tensor) -> Tensor:
+        """The right singular vectors."""
+        return whitened(v).flip(-2)

@@ -16,6 +16,7 @@ import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import reduce
 from pathlib import Path
 
 import jinja2
@@ -41,15 +42,17 @@ CAYT = "riemannian:metric=canonical,retraction=cayley"
 QR = "qr_projection"
 RENAMED = {"projection:map=qr": QR}
 """Methods that published records have under another name: that projection was the QR factor of X + U."""
+FORMERLY = {"norm none": "batch_norm False", "norm batch": "batch_norm True"}
+"""Values of factors, and what published records call them."""
 FACTOR = 2.0
 """A learning rate counts as good where it ends within this factor of the best final metric."""
 
 ARGUMENTS = {
-    "omdsm": f"""omdsm.py --budget small --seeds 5 --methods unconstrained own own_pca soft {EI_QR} {CI_QR} {CAYT}
-        {QR} pogo landing ei_qr_as_released ci_qr_as_released cayt_as_released qr_as_released""",
-    "momentum": f"""momentum.py --budget small --depth 4 8 --seeds 5 --trials 7
+    "omdsm": f"""omdsm.py --budget small --bias True --seeds 5 --methods unconstrained own own_pca soft {EI_QR} {CI_QR}
+        {CAYT} {QR} pogo landing ei_qr_as_released ci_qr_as_released cayt_as_released qr_as_released""",
+    "momentum": f"""momentum.py --budget small --bias True --depth 4 8 --seeds 5 --trials 7
         --methods unconstrained own {EI_QR} {CI_QR}""",
-    "mlp": """mlp.py --budget small --batch-norm False True --seeds 5 --trials 7
+    "mlp": """mlp.py --budget small --norm none batch --seeds 5 --trials 7
         --methods unconstrained weight_norm own own:scale=learnable riemannian projection soft pogo""",
     "cnn": """cnn.py --budget small --layers all first first4 --seeds 5 --trials 7 --scale relu
         --methods unconstrained weight_norm own riemannian projection soft pogo""",
@@ -112,11 +115,12 @@ def beside(here: pd.DataFrame, published: tables.Result) -> str:
     score, lines = published.metric, []
     for _, row in here.iterrows():
         method = {new: old for old, new in RENAMED.items()}.get(row["method"], row["method"])
-        before = next((m for m in (method, row["method"]) if m in published.among(row["setting"])), None)
+        setting = reduce(lambda text, pair: text.replace(*pair), FORMERLY.items(), row["setting"])
+        before = next((m for m in (method, row["method"]) if m in published.among(setting)), None)
         if before is None or pd.isna(row[score]):
             continue
         now = Interval(float(row[score]), float(row["low"]), float(row["high"]), int(row["n"]), "interval")
-        then = published.interval(before, row["setting"])
+        then = published.interval(before, setting)
         # What is not known is NaN, which is on no side of anything.
         apart = row["low"] > (then.high or math.inf) or row["high"] < (then.low or -math.inf)
         lines.append(f"{'≠' if apart else ' '} {row['setting']}, {row['method']}: {now} → {then}")

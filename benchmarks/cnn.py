@@ -11,6 +11,8 @@ and the ResNet's shortcuts are free. Fashion-MNIST by default, CIFAR-10 and CIFA
 The paper's learning rate is 0.05 for `vgg` and 0.1 for the others; its batches have 256 images for `vgg`, 64 for
 `inception`, 128 for `wrn`. At `small` widths are an eighth, images 16×16, and `inception` takes eight times as long as
 `vgg`: add --pixels 8 --epochs 3 --batch-size 64 for it and `wrn`.
+
+`aoc` makes the convolutions of `vgg` orthogonal as operators on images, which orthonormal kernels are not.
 """
 
 from collections.abc import Iterator
@@ -19,6 +21,7 @@ from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
+from parts.aoc import AOC
 from parts.convnets import inception, vgg, wide_resnet
 from parts.groups import constrain_in_groups
 from torch import Tensor, nn
@@ -84,7 +87,10 @@ class CNN(Problem):
             for name, layer in model.named_modules()
             if isinstance(layer, nn.Conv2d) and not name.endswith("shortcut")
         ]
-        return constrain_in_groups(model, method, names[: FIRST[self.layers]], self.groups)
+        chosen = names[: FIRST[self.layers]]
+        if isinstance(method, AOC):  # whose kernels are orthogonal as operators, not row by row
+            return stiefel.constrain(model, method, layers=chosen)
+        return constrain_in_groups(model, method, chosen, self.groups)
 
     def make_data(self) -> Data:
         """Images ``(channels, pixels, pixels)`` of mean 0 and variance 1."""

@@ -18,7 +18,7 @@ def _catalogue() -> Iterator[None]:
     yield
     for name in catalogue.keys() - before.keys():
         module = catalogue.pop(name).__module__
-        if module == "parts.as_released":
+        if module.startswith("parts."):
             sys.modules.pop(module, None)  # so that the next problem that imports it registers them again
 
 

@@ -1,0 +1,113 @@
+"""Axis swapping: PCA's axes change places as training goes on, of activations and of weights alike; ZCA's do not."""
+
+from __future__ import annotations
+
+from statistics import median
+
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+
+import stiefel
+from claims.outcome import COLOURS, Claim, Outcome, Rows, best_rate, figure, mean, spread
+from claims.training import Run, Size
+from stiefel.attach import constrained_weights
+from stiefel.nn import Whitening1d
+
+WEIGHTS = {"ZCA": "own", "PCA": "own_pca"}
+ACTIVATIONS = {"ZCA": "zca", "PCA": "pca"}
+
+
+class _Turn:
+    """How far each step moves what is looked at, relative to its size: the largest over layers."""
+
+    def __init__(self) -> None:
+        self.before: list[Tensor] | None = None
+        self.moves: list[float] = []
+
+    def look(self, now: list[Tensor]) -> None:
+        """Compare with the last time."""
+        if self.before is not None:
+            pairs = zip(now, self.before, strict=True)
+            self.moves.append(max((torch.linalg.norm(a - b) / torch.linalg.norm(b)).item() for a, b in pairs))
+        self.before = now
+
+
+def run(size: Size) -> Outcome:
+    """Moves per step and test accuracy of both kinds, of weights and of activations, at each learning rate."""
+    rows: Rows = []
+    moves: dict[tuple[str, str], list[float]] = {}
+    for what, make in (("weights", _weights), ("activations", _acts)):
+        for kind in ("ZCA", "PCA"):
+            for lr in size.rates:
+                for seed in size.seeded():
+                    row, turns = _tried(make(size, kind, lr, seed), what)
+                    rows.append({"what": what, "kind": kind, **row})
+                    if lr == size.rates[0] and not seed:
+                        moves[what, kind] = turns
+    return Outcome(rows, _sentence(rows, size), _picture(moves, size.rates[0]))
+
+
+def _tried(one: Run, what: str) -> tuple[dict[str, float], list[float]]:
+    turn, probe = _Turn(), one.train[0][:256]
+    try:
+        one.go(lambda at, loss: turn.look(_seen(at.model, what, probe)))
+        scores = {"accuracy": one.accuracy(), "validation": one.accuracy(one.validation)}
+    except stiefel.DivergenceError:
+        scores = {"accuracy": 0.0, "validation": 0.0}
+    return {"lr": one.lr, "seed": one.seed, **scores, "move": median(turn.moves)}, turn.moves
+
+
+def _sentence(rows: Rows, size: Size) -> str:
+    parts, slow = [], size.rates[0]
+    for what in ("weights", "activations"):
+        for kind in ("ZCA", "PCA"):
+            lr = best_rate(rows, size.rates, what=what, kind=kind)
+            move = 100 * mean(rows, "move", what=what, kind=kind, lr=slow)
+            score = spread(rows, "accuracy", what=what, kind=kind, lr=lr)
+            parts.append(f"{what}, {kind}: a step at rate {slow:g} moves {move:.2g} %, accuracy {score} at {lr:g}")
+    return "; ".join(parts) + "."
+
+
+def _picture(moves: dict[tuple[str, str], list[float]], lr: float) -> Figure:
+    made, axes = figure(2)
+    for ax, what in zip(axes[0], ("weights", "activations"), strict=True):
+        for kind, colour in zip(("ZCA", "PCA"), COLOURS, strict=False):
+            ax.plot(moves[what, kind], color=colour, label=kind, linewidth=1)
+        ax.set(xlabel="step", ylabel=f"move of {what} per step", yscale="log", title=f"{what}, rate {lr:g}")
+        ax.legend(frameon=False)
+    return made
+
+
+def _weights(size: Size, kind: str, lr: float, seed: int) -> Run:
+    return Run(size.problem(bias=False), WEIGHTS[kind], lr, seed, {"center": False})
+
+
+def _acts(size: Size, kind: str, lr: float, seed: int) -> Run:
+    """The network without a constraint, its hidden layers' outputs whitened in one group."""
+    one = Run(size.problem(bias=False, norm="whitening"), "unconstrained", lr, seed)
+    for name, part in list(one.model.named_children()):
+        if isinstance(part, Whitening1d):
+            setattr(one.model, name, Whitening1d(size.width, kind=ACTIVATIONS[kind]))
+    one.optimizer = stiefel.optimizer(one.model, torch.optim.SGD, lr=lr)
+    one.schedule = one.problem.schedule(one.optimizer)
+    return one
+
+
+@torch.no_grad()
+def _seen(model: nn.Module, what: str, probe: Tensor) -> list[Tensor]:
+    """The weights, or the whitened activations of fixed inputs, after a step."""
+    if what == "weights":
+        return [w.value.detach().clone() for w in constrained_weights(model)]
+    found = []
+    h = probe
+    for part in model.children():
+        kept = {k: v.clone() for k, v in part.state_dict().items()} if isinstance(part, Whitening1d) else None
+        h = part(h)
+        if kept is not None:
+            part.load_state_dict(kept)  # looking leaves the running statistics alone
+            found.append(h.clone())
+    return found
+
+
+CLAIM = Claim("PCA whitening fails where ZCA works, since axes swap: of activations, and of weights.", run)

@@ -1,0 +1,37 @@
+"""The claims of the talk: each is one command, and each experiment leaves numbers, a sentence and a picture."""
+
+from __future__ import annotations
+
+import csv
+
+import pytest
+import talk
+from claims.training import Size
+
+SMALLEST = Size(depth=2, width=16, epochs=1, seeds=1, rates=(0.1, 0.3), examples=256)
+
+
+@pytest.mark.parametrize("name", talk.EXPERIMENTS)
+def test_an_experiment_leaves_numbers_a_sentence_and_a_picture(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(talk, "TINY", SMALLEST)
+    assert talk.main([name, "--tiny", "--out", str(tmp_path)]) == 0
+    folder = tmp_path / f"{name}-tiny"
+    rows = list(csv.DictReader((folder / "rows.csv").open()))
+    assert rows
+    assert all(value != "" for row in rows for value in row.values())
+    sentence = (folder / "sentence.txt").read_text()
+    assert any(character.isdigit() for character in sentence)
+    assert "nan" not in sentence.split("±")[0]
+    assert (folder / "figure.png").stat().st_size > 5_000
+
+
+@pytest.mark.parametrize("size", [["--tiny"], []], ids=["tiny", "shown"])
+@pytest.mark.parametrize("name", talk.COMPARISONS)
+def test_a_comparison_is_one_that_can_be_made(name, size, tmp_path, capsys):
+    assert talk.main([name, *size, "--out", str(tmp_path), "--", "--dry-run"]) == 0
+    assert "runs" in capsys.readouterr().out
+
+
+def test_without_a_name_the_claims_are_listed(capsys):
+    assert talk.main([]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == len(talk.EXPERIMENTS) + len(talk.COMPARISONS)

@@ -35,13 +35,15 @@ def run(size: Size) -> Outcome:
     layers = range(1, size.depth + 1)
     for column, when in enumerate(("start", "end")):
         for row, key in enumerate(("energy", "redundancy")):
-            for name, colour in zip(KINDS, COLOURS, strict=False):
+            for (name, colour), style in zip(zip(KINDS, COLOURS, strict=False), ("-", "-", "--", ":"), strict=True):
                 at = {"name": name, "when": when}
                 curves = [[mean(rows, key, **at, layer=i, seed=s) for i in layers] for s in size.seeded()]
-                band(axes[row, column], list(layers), curves, name, colour, marker="o", markersize=3)
+                band(axes[row, column], list(layers), curves, name, colour, marker="o", markersize=3, linestyle=style)
             label = "‖output‖/‖input of the first‖" if key == "energy" else "mean |cos| between filters"
             axes[row, column].set(xlabel="layer", ylabel=label, title=f"at the {when}")
         axes[0, column].set_yscale("log")
+        for row in (0, 1):
+            axes[row, column].sharey(axes[row, 0])
     axes[0, 0].legend(frameon=False, fontsize=7)
     kept = ", ".join(
         f"{name} {mean(rows, 'energy', name=name, when='start', layer=size.depth):.3g} and "

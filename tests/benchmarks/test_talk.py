@@ -8,7 +8,7 @@ import pytest
 import talk
 from claims.training import Size
 
-SMALLEST = Size(depth=2, width=16, epochs=1, seeds=1, rates=(0.1, 0.3), examples=256)
+SMALLEST = Size(depth=2, width=16, epochs=1, seeds=2, rates=(0.1, 0.3), examples=256)
 
 
 @pytest.mark.parametrize("name", talk.EXPERIMENTS)
@@ -16,12 +16,12 @@ def test_an_experiment_leaves_numbers_a_sentence_and_a_picture(name, tmp_path, m
     monkeypatch.setattr(talk, "TINY", SMALLEST)
     assert talk.main([name, "--tiny", "--out", str(tmp_path)]) == 0
     folder = tmp_path / f"{name}-tiny"
-    rows = list(csv.DictReader((folder / "rows.csv").open()))
+    rows = list(csv.DictReader((folder / "rows.csv").read_text().splitlines()))
     assert rows
     assert all(value != "" for row in rows for value in row.values())
     sentence = (folder / "sentence.txt").read_text()
     assert any(character.isdigit() for character in sentence)
-    assert "nan" not in sentence.split("±")[0]
+    assert "nan" not in sentence
     assert (folder / "figure.png").stat().st_size > 5_000
 
 

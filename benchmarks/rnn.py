@@ -50,6 +50,7 @@ class Recurrent(Problem):
     batch_size: int = 64
     norm: str = "none"  # of the states that are read out: none, batch, layer, group, whitening; the recurrence has none
     data: str = "digits"
+    examples: int | None = None  # of the images at most; a quarter as many to validate and test with
     data_dir: str | None = where(None, "folder with the idx files of Fashion-MNIST")
 
     metric = "relative_cross_entropy"
@@ -89,7 +90,7 @@ class Recurrent(Problem):
         if self.task == "copying":
             held_out = [copying(1000, self.delay) for _ in range(2)]
             return Data(Draws(partial(copying, self.batch_size, self.delay), self.steps), *held_out)
-        found = datasets.load(self.data, self.data_dir)
+        found = datasets.load(self.data, self.data_dir, examples=self.examples)
         return Data(*((_pixels(x), y) for x, y in (found.train, found.validation, found.test)))
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:

@@ -35,7 +35,7 @@ def maps() -> list[Candidate]:
         Candidate("floor: 5 products, eigh", "floor", partial(floor, factorize=torch.linalg.eigh)),
         Candidate("floor: 5 products, Cholesky", "floor", partial(floor, factorize=torch.linalg.cholesky)),
     ]
-    for name in ("own", "oni", "bjorck", "own_pca", "cayley", "matrix_exp", "householder"):
+    for name in ("own", "oni", "bjorck", "own_pca", "cayley", "matrix_exp", "householder", "dissolving"):
         of_proxy = not _from_start(name)
         found += [
             Candidate(name, "ours", partial(layers, name=name), conditioned=of_proxy, short=name != "own_pca"),

@@ -24,6 +24,8 @@ OURS: dict[str, dict[str, Any]] = {
     "projection": {},
     "landing": {},
     "pogo": {},
+    "cayley_sgd": {},
+    "momentum_stiefel": {},
     "spel": {},
     "manifold_muon": {},
     "soft": {},

@@ -12,6 +12,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from stiefel.errors import (
+    BatchError,
     DataError,
     DivergenceError,
     LayoutError,
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "BatchError",
     "Claim",
     "Constraint",
     "DataError",

@@ -30,6 +30,10 @@ class LayoutError(StiefelError, ValueError):
     """The constraint's set is empty, or not the one asked for, at this weight's shape."""
 
 
+class BatchError(StiefelError, ValueError):
+    """A batch of activations cannot be whitened: wrong shape or dtype, too few samples, or not finite."""
+
+
 class OptimizerError(StiefelError, TypeError):
     """An optimizer class cannot serve the constraint, or an optimizer would step a weight off its set."""
 

@@ -37,7 +37,8 @@ def run(size: Size) -> Outcome:
                 scores = {"accuracy": one.accuracy(), "validation": one.accuracy(one.validation)}
                 about = {"name": name, "lr": lr, "seed": seed, **scores}
                 rows += [about | row | {"when": "start"} for row in start]
-                rows += [about | row | {"when": "end"} for row in _measured(one)]
+                if not one.diverged:
+                    rows += [about | row | {"when": "end"} for row in _measured(one)]
     return Outcome(rows, _sentence(rows, size), _picture(rows, size))
 
 

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import stiefel
 from claims.outcome import COLOURS, Claim, Outcome, Rows, best_rate, figure, mean, spread
 from claims.training import Run, Size
 from stiefel.attach import constrained_weights
@@ -90,11 +89,8 @@ class _Follow:
 
 
 def _row(rows: Rows, one: Run, name: str, each: Any = None) -> None:
-    try:
-        one.go(each)
-        scores = {"accuracy": one.accuracy(), "validation": one.accuracy(one.validation)}
-    except stiefel.DivergenceError:
-        scores = {"accuracy": 0.0, "validation": 0.0}
+    one.go(each)
+    scores = {"accuracy": one.accuracy(), "validation": one.accuracy(one.validation)}
     grown = each.squares[-1] if isinstance(each, Lengths) else float("nan")
     rows.append({"name": name, "lr": one.lr, "seed": one.seed, **scores, "grown": grown})
 

@@ -30,7 +30,7 @@ class Size:
     examples: int | None = None
     depth: int = 8
     width: int = 100
-    epochs: int = 20
+    epochs: int = 35
     batch: int = 128
     seeds: int = 3
     rates: tuple[float, ...] = (0.1, 0.3, 1.0, 3.0, 10.0)
@@ -79,7 +79,7 @@ class Run:
         self.optimizer = stiefel.optimizer(self.model, torch.optim.SGD, lr=self.lr)
         self.schedule: Any = self.problem.schedule(self.optimizer)
         self.order = torch.Generator().manual_seed(self.seed)
-        self.steps = 0
+        self.steps, self.diverged = 0, False
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """One pass over the training data."""
@@ -90,7 +90,7 @@ class Run:
                 yield x[rows], y[rows]
 
     def go(self, each: Callable[[Run, Tensor], None] | None = None, epoch: Callable[[Run], None] | None = None) -> Run:
-        """Train; stops where the loss is not finite.
+        """Train; stops where it diverges.
 
         Args:
             each: called after every step with the run and the loss.
@@ -100,20 +100,25 @@ class Run:
             epoch(self)
         for _ in range(self.problem.epochs):
             for batch in self.batches():
-                loss = self.problem.train_step(self.model, self.optimizer, batch)
-                self.steps += 1
-                if not loss.isfinite():
+                try:
+                    loss = self.problem.train_step(self.model, self.optimizer, batch)
+                except stiefel.DivergenceError:
+                    self.diverged = True
                     return self
+                self.steps += 1
                 if each:
                     each(self, loss)
             self.schedule.step()
             if epoch:
                 epoch(self)
+        self.diverged = not all(p.isfinite().all() for p in self.model.parameters())
         return self
 
     @torch.no_grad()
     def accuracy(self, part: tuple[Tensor, Tensor] | None = None) -> float:
-        """On the test data, or a part given; in evaluation mode."""
+        """On the test data, or a part given; in evaluation mode. 0 where training has diverged."""
+        if self.diverged:
+            return 0.0
         x, y = self.test if part is None else part
         was = self.model.training
         self.model.eval()

@@ -65,6 +65,7 @@ def adapt(owner: nn.Module, state: dict[str, Any], prefix: str, metadata: dict[s
             # loads into the model's own state dict, whose metadata is of before.
             if binding.tally.resumed != binding.tally.steps:
                 binding.tally.steps = facts["steps"]
+                binding.tally.stepped = facts.get("stepped", facts["steps"])
         found = ConstrainedWeight(binding.label, owner, tensor, binding)
         with torch.no_grad():
             _adapt_one(found, state, prefix, facts or {}, bool(metadata.get("assign_to_params_buffers")))
@@ -162,6 +163,7 @@ def _facts(binding: Binding) -> dict[str, Any]:
         "version": VERSION,
         # A count that is still on a device is read here: a checkpoint holds numbers.
         "steps": tally.steps,
+        "stepped": tally.stepped,
         "shortened": None if tally.shortened is None else int(tally.shortened),
         "method": method.name,
         "options": _plain_options(method),

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor, nn
 
 from stiefel.attach.intact import refuse_taken_over, warn_of_changes
+from stiefel.attach.proxy.rebase import move_starts
 from stiefel.attach.weights import ConstrainedWeight, bindings_of
 from stiefel.compat.geoopt import tag as tag_manifold
 from stiefel.compat.geoopt import untag as untag_manifold
 from stiefel.constraint import ManifoldMethod, Reparameterization
 from stiefel.errors import WeightError
-from stiefel.optim import mark, on_unknown, ownership, unmark
+from stiefel.optim import mark, on_due, on_unknown, ownership, unmark
 
 ASSIGNED, LOADED = "assigned", "loaded"
 """How a weight got its value, for a warning."""
@@ -33,7 +34,8 @@ def tag_weight(found: ConstrainedWeight) -> None:
         manifold = method.manifold(binding.layout)
         manifold.binding = binding
         tag_manifold(parameter, manifold)
-    marks = [mark(parameter, binding)]
+    moving = getattr(method, "rebase", None) is not None
+    marks = [mark(parameter, binding, computed=found.parametrization if moving else None)]
     # Gains and other trained parts are checked for divergence too, but count no steps.
     if isinstance(method, Reparameterization):
         parts = found.owner.parametrizations[found.tensor].parameters()  # type: ignore[index, union-attr]
@@ -109,6 +111,7 @@ def _tag_unknown(parameters: Iterable[Tensor]) -> None:
 
 
 on_unknown(_tag_unknown)
+on_due(move_starts)
 
 
 def untag_weight(found: ConstrainedWeight) -> None:

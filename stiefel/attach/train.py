@@ -13,7 +13,7 @@ from stiefel.attach.parallel import share_work
 from stiefel.attach.tagging import recognize
 from stiefel.attach.weights import ConstrainedWeight, constrained_weights
 from stiefel.compat.sharding import whole
-from stiefel.constraint import Binding, Constraint, Decay, ManifoldMethod, Penalty, StepMethod
+from stiefel.constraint import Binding, Constraint, Decay, ManifoldMethod, Penalized, StepMethod
 from stiefel.errors import OptimizerError
 from stiefel.linalg import full_precision, refuse_capture
 from stiefel.optim import keep_decay_off
@@ -100,13 +100,15 @@ def _made(
 def penalty(module: nn.Module) -> Tensor:
     """The sum of the model's penalties, ``Σ strength · s² Φ(W/s)``, to be added to the loss.
 
+    They are of weights, or, of a reparameterization that needs one, of the proxies: V in the place of W.
+
     Returns:
-        A scalar tensor; exactly 0, without a graph, where no weight has a penalty.
+        A scalar tensor; exactly 0, without a graph, where no method of the model has a penalty.
     """
     found = [
         w
         for w in constrained_weights(module)
-        if isinstance(w.binding.constraint, Penalty) and not w.binding.constraint.lifts
+        if isinstance(w.binding.constraint, Penalized) and not w.binding.constraint.lifts
     ]
     if not found:
         like = next((p for p in module.parameters() if p.is_floating_point()), torch.zeros(()))
@@ -115,7 +117,7 @@ def penalty(module: nn.Module) -> Tensor:
     for members in bucket(found, _measured_together):
         binding = members[0].binding
         method, scale = binding.constraint, binding.constraint.fixed_scale
-        assert isinstance(method, Penalty)
+        assert isinstance(method, Penalized)
         with full_precision(members[0].parameter.device):
             x = stack([w.binding.layout for w in members], [whole(w.parameter) for w in members], scaled=True)
             if method.scheduled:
@@ -134,5 +136,5 @@ def _measured_together(w: ConstrainedWeight) -> Hashable:
 
 def _taken(binding: Binding) -> int:
     """The steps taken, where the strength depends on them; a compiled penalty would depend on what it reads."""
-    assert isinstance(binding.constraint, Penalty)
+    assert isinstance(binding.constraint, Penalized)
     return binding.tally.steps if binding.constraint.scheduled else 0

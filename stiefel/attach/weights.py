@@ -14,7 +14,7 @@ from stiefel.attach.proxy.bucket import Bucket, Formula, computed_together
 from stiefel.attach.proxy.parametrization import Reparametrized
 from stiefel.compat.sharding import is_sharded, whole, write
 from stiefel.compat.torch_private import parameters_of, submodules_of
-from stiefel.constraint import Binding, Reparameterization, residual_of
+from stiefel.constraint import Binding, Penalized, Reparameterization, residual_of
 from stiefel.linalg import in_double, is_traced
 from stiefel.optim import Mark
 from stiefel.optim.buckets import bucket
@@ -75,8 +75,12 @@ class ConstrainedWeight:
 
     @property
     def may_be_off_set(self) -> bool:
-        """Whether values written from outside can put the weight off its set: with a proxy alone they cannot."""
-        if isinstance(self.binding.constraint, Reparameterization):
+        """Whether values written from outside can put the weight off its set: with a proxy alone they cannot.
+
+        Unless a penalty on the proxy is what keeps it near the set.
+        """
+        method = self.binding.constraint
+        if isinstance(method, Reparameterization) and not isinstance(method, Penalized):
             # Buffers are used as they are loaded: a trivialization from a start off the set gives weights off the set.
             return any(True for _ in self.owner.parametrizations[self.tensor].buffers())  # type: ignore[index, union-attr]
         return True

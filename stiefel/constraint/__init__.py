@@ -14,7 +14,8 @@ from stiefel.constraint.catalogue import available, control, get, method_class, 
 from stiefel.constraint.centred import Centred
 from stiefel.constraint.claim import ROUNDING, Claim
 from stiefel.constraint.options import is_count, is_number
-from stiefel.constraint.penalty import Penalty, Schedule
+from stiefel.constraint.penalty import Penalized, Penalty, Schedule
+from stiefel.constraint.transport import TransportMethod
 from stiefel.constraint.trivialization import Trivialization
 
 __all__ = [
@@ -27,11 +28,13 @@ __all__ = [
     "Control",
     "Decay",
     "ManifoldMethod",
+    "Penalized",
     "Penalty",
     "Reparameterization",
     "Schedule",
     "StepMethod",
     "Tally",
+    "TransportMethod",
     "Trivialization",
     "available",
     "control",

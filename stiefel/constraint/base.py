@@ -9,9 +9,9 @@ Weights have to stay on ``{W : W Wᵀ = s² I}`` while an optimizer trains them.
 
 The methods of the literature are these three with a choice of φ, Φ or the step. OWN takes the polar factor of V for φ,
 ONI and Björck an iteration towards it, trivializations a map from a flat space: the exponential, Cayley's, products of
-reflections. Soft orthogonality takes ``Φ = ‖XXᵀ − I‖_F²`` or a relative of it. Retractions and the projection end each
-step on the set; landing and POGO step in a direction that leaves the set a little, and pull the weight back; manifold
-Muon and SPEL take steps of length lr, whatever the gradient's length.
+reflections. Soft orthogonality takes ``Φ = ‖XXᵀ − I‖_F²`` or a relative of it, constraint dissolving a φ and a Φ(V).
+Retractions and the projection end each step on the set; landing and POGO step in a direction that leaves the set a
+little, and pull the weight back; manifold Muon and SPEL take steps of length lr, whatever the gradient's length.
 
 Methods differ in nothing else. So everything else is written once, and branches on where a method acts, never on its
 name: ``attach`` registers the tensors, ``layout`` reads a weight of any shape and scale as matrices, ``optim`` adapts

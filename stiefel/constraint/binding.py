@@ -19,6 +19,7 @@ class Tally:
 
     Args:
         steps: optimizer steps taken.
+        stepped: those of them for which the weight had a gradient.
         shortened: how many of them the method shortened to keep its claim; None for methods that never do. A tensor
             while the count is on a device, so that the host does not wait for it.
         resumed: the steps taken as an optimizer's loaded state has them.
@@ -26,6 +27,7 @@ class Tally:
     """
 
     steps: int = 0
+    stepped: int = 0
     shortened: Tensor | int | None = None
     resumed: int | None = None
     left: Hashable = None

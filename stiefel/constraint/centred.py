@@ -48,7 +48,7 @@ class Centred(Reparameterization):
 
     def nearest(self, points: Tensor, layout: Layout) -> Tensor:
         """The polar factor of the (centred) weight; where it lacks rank, the rows that complete it are centred too."""
-        if not self._centres(layout):
+        if not self.centres(layout):
             return nearest_orthonormal(points)
         # Reflected, a row of mean 0 begins with 0, and the other n − 1 entries are its coordinates. The reflection is
         # its own inverse.
@@ -57,13 +57,14 @@ class Centred(Reparameterization):
 
     def centred(self, v: Tensor, layout: Layout) -> Tensor:
         """V less its row means, where this method centres a weight of that layout."""
-        return v - v.mean(dim=-1, keepdim=True) if self._centres(layout) else v
+        return v - v.mean(dim=-1, keepdim=True) if self.centres(layout) else v
 
     def within(self, vectors: Tensor, layout: Layout) -> Tensor:
         """Centred rows, where this method centres."""
         return self.centred(vectors, layout)
 
-    def _centres(self, layout: Layout) -> bool:
+    def centres(self, layout: Layout) -> bool:
+        """Whether this method centres a weight of that layout."""
         return self.center is not False and _can_center(layout)
 
     def normalized(self, proxy: Tensor, layout: Layout) -> Tensor:

@@ -22,20 +22,14 @@ Schedule = float | Callable[[int], float]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Penalty(Constraint):
-    """Acts in the loss: adds ``strength · s² Φ(W/s)``.
+class Penalized(Constraint):
+    """Has a term in the loss, ``strength · s² Φ(W/s)``: of the weight, or of the proxy that it is computed from.
 
     Args:
         strength: λ ≥ 0, or a callable of the number of optimizer steps taken so far.
-        decoupled: act in the step instead, ``X ← X + U − lr · strength · ∇Φ(X)``, out of reach of the base optimizer's
-            momentum and second moments, as decoupled weight decay is. Under plain SGD both forms are the same.
     """
 
     strength: Schedule = 0.1
-    decoupled: bool = False
-
-    place = "loss"
-    decay = "acts"
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -44,13 +38,6 @@ class Penalty(Constraint):
                 f"strength={self.strength!r}: expected a number ≥ 0, or a callable that takes the number of optimizer "
                 "steps so far and returns one"
             )
-        if not isinstance(self.decoupled, bool):
-            raise OptionError(f"decoupled={self.decoupled!r}: expected True or False")
-
-    @property
-    def lifts(self) -> bool:
-        """Whether the penalty is decoupled."""
-        return self.decoupled
 
     @property
     def scheduled(self) -> bool:
@@ -76,6 +63,32 @@ class Penalty(Constraint):
     @abstractmethod
     def penalty(self, x: Float[Tensor, "b p n"], layout: Layout) -> Float[Tensor, " b"]:
         """Φ of each matrix, before strength and scale; several weights of one layout may come as one batch."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Penalty(Penalized):
+    """Acts in the loss: adds ``strength · s² Φ(W/s)``.
+
+    Args:
+        strength: λ ≥ 0, or a callable of the number of optimizer steps taken so far.
+        decoupled: act in the step instead, ``X ← X + U − lr · strength · ∇Φ(X)``, out of reach of the base optimizer's
+            momentum and second moments, as decoupled weight decay is. Under plain SGD both forms are the same.
+    """
+
+    decoupled: bool = False
+
+    place = "loss"
+    decay = "acts"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.decoupled, bool):
+            raise OptionError(f"decoupled={self.decoupled!r}: expected True or False")
+
+    @property
+    def lifts(self) -> bool:
+        """Whether the penalty is decoupled."""
+        return self.decoupled
 
     def step(
         self, x: Float[Tensor, "b p n"], displacement: Float[Tensor, "b p n"], rate: float, layout: Layout

@@ -1,6 +1,8 @@
 """Functions of matrices ``(*batch, p, n)`` and their gradients. Imports torch, numpy, the errors and ``compat``."""
 
+from stiefel.linalg.activations import WHITENINGS, whitening_of
 from stiefel.linalg.cayley import cayley_along, cayley_step, limited
+from stiefel.linalg.covariance import affine_map
 from stiefel.linalg.determinant import with_determinant
 from stiefel.linalg.devices import is_capturing, may_wait, refuse_capture
 from stiefel.linalg.exponential import exponential_step, matrix_exponential
@@ -38,12 +40,15 @@ from stiefel.linalg.qr import qf
 from stiefel.linalg.span import project_horizontal, with_horizontal_gradient
 from stiefel.linalg.spectral_map import spectral_map
 from stiefel.linalg.svd import nearest_in_step, nearest_orthonormal, nearest_where
-from stiefel.linalg.tracing import is_traced, readable
+from stiefel.linalg.tracing import is_traced, readable, state_of
+from stiefel.linalg.whitened_operation import whitened_batch
 from stiefel.linalg.whitening import whitened
 
 __all__ = [
     "EXACT_DTYPES",
+    "WHITENINGS",
     "add_product",
+    "affine_map",
     "are_finite",
     "balance",
     "cayley_along",
@@ -82,10 +87,13 @@ __all__ = [
     "spectral_map",
     "spectral_radius",
     "squared_residual",
+    "state_of",
     "sym",
     "unit_sized",
     "use_double",
     "whitened",
+    "whitened_batch",
+    "whitening_of",
     "widened",
     "with_determinant",
     "with_horizontal_gradient",

@@ -29,6 +29,7 @@ class _Lyapunov(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         h, _, d, s = inputs
         ctx.save_for_backward(h, d, s, output)
+        ctx.save_for_forward(h, d, s, output)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None]:
@@ -36,6 +37,13 @@ class _Lyapunov(torch.autograd.Function):
         # Ω ↦ HΩ + ΩH is self-adjoint: Z = ∂L/∂C solves the same equation with ∂L/∂Ω on the right.
         z = lyapunov(h, grads[0], d, s)
         return -(z @ omega.mH + omega.mH @ z), z, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor:
+        h, d, s, omega = ctx.saved_tensors
+        dh, dc = tangents[:2]
+        right = torch.zeros_like(omega) if dc is None else dc
+        return lyapunov(h, right if dh is None else right - dh @ omega - omega @ dh, d, s)
 
 
 def lyapunov(

@@ -1,11 +1,16 @@
-"""Whether code runs on ordinary tensors, or is being traced or transformed. Imports ``compat`` and ``devices``."""
+"""Whether code runs on ordinary tensors, or is being traced or transformed, and whether these are what they were.
+
+Imports ``compat`` and ``devices``.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Hashable
 
 import torch
 from torch import Tensor
 
-from stiefel.compat.torch_private import is_functorch_active
+from stiefel.compat.torch_private import is_functorch_active, version
 from stiefel.linalg.devices import may_wait
 
 
@@ -18,3 +23,8 @@ def readable(tensor: Tensor) -> bool:
     """Whether a tensor's values can be read without waiting for a device."""
     # A FakeTensor reports a device, but has no values.
     return may_wait(tensor) and not is_traced() and not hasattr(tensor, "fake_mode")
+
+
+def state_of(tensor: Tensor) -> tuple[Hashable, ...]:
+    """What is another where a tensor was written to, moved or replaced; but for writes to its ``data``."""
+    return version(tensor), tensor.data_ptr(), tensor.dtype, tensor.device

@@ -1,7 +1,11 @@
-"""PCA whitening with a gradient that stays finite where eigenvalues meet. Imports ``linalg``."""
+"""Whitening by PCA, with a gradient that stays finite where eigenvalues meet, and by Newton's iteration.
+
+Imports ``linalg``.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -9,12 +13,17 @@ from torch import Tensor
 
 from stiefel.linalg.precision import full_precision, widened
 from stiefel.linalg.products import newton_schulz, sym
+from stiefel.linalg.spectral_map import gram_factor, spectral_map
+from stiefel.linalg.zca import decomposed
 
 if TYPE_CHECKING:
     from jaxtyping import Float
 
+TIE = 1e-6
+"""Width of a tie of eigenvalues, relative to the largest, in the gradient of PCA."""
 
-def whitened(v: Float[Tensor, "*batch p n"], eps: float = 1e-6) -> Float[Tensor, "*batch p n"]:
+
+def whitened(v: Float[Tensor, "*batch p n"], eps: float = TIE) -> Float[Tensor, "*batch p n"]:
     """PCA-whitened rows ``X = Λ^{-1/2} Dᵀ V`` of ``V Vᵀ = D Λ Dᵀ``, eigenvalues ascending: V's right singular vectors.
 
     D is unique only where eigenvalues differ, and up to the signs of its columns, which are fixed by a positive largest
@@ -107,3 +116,97 @@ def _gradient(x: Tensor, d: Tensor, s: Tensor, gradient: Tensor, eps: float) -> 
         h = -(a * s.unsqueeze(-2) / s.unsqueeze(-1)) * k
         h = sym(h - torch.diag_embed(a.diagonal(dim1=-2, dim2=-1) / (2 * values)))  # E is symmetric
         return d @ (2 * (h * s.unsqueeze(-2)) @ x + g / s.unsqueeze(-1))  # E = Dᵀ dV XᵀS + its transpose
+
+
+def pca_matrix(sigma: Float[Tensor, "*batch p p"], tie: float = TIE) -> Float[Tensor, "*batch p p"]:
+    """``W = Λ^{-1/2} Dᵀ`` of ``Σ = D Λ Dᵀ``, eigenvalues ascending, columns of D with a positive largest entry.
+
+    The derivative of an eigenvector has 1/(λ_i − λ_j); with δ = λ_i − λ_j it is ``δ/(δ² + (tie · λ_max)²)`` here, which
+    differs only near a tie, where it is bounded instead of infinite.
+
+    Args:
+        sigma: symmetric, positive semidefinite; eigenvalues are floored as in :func:`zca_matrix`.
+        tie: width of a tie, relative to the largest eigenvalue.
+
+    Returns:
+        W. Differentiable once, also forwards; a second derivative is an error.
+
+    Raises:
+        BatchError: Σ is not finite.
+    """
+    return _PCA.apply(sigma, tie)[0]
+
+
+class _PCA(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(sigma: Tensor, tie: float) -> tuple[Tensor, Tensor, Tensor]:
+        with full_precision(sigma.device):
+            values, d = decomposed(sigma)
+            # The sign of each column's entry of largest size, (*batch, 1, p).
+            d = d * torch.sgn(torch.take_along_dim(d, d.abs().argmax(dim=-2, keepdim=True), dim=-2))
+            w = (d / values.sqrt().unsqueeze(-2)).mT
+        return w.to(sigma), d.to(sigma), values.to(sigma)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, float], output: tuple[Tensor, Tensor, Tensor]) -> None:
+        sigma, ctx.tie = inputs
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.save_for_backward(sigma, *output[1:])
+        ctx.save_for_forward(*output[1:])
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        """``D sym(H) Dᵀ``, ``H = −K∘(S⁻¹ G D) − ½ diag(S⁻³ G D)``, ``K_ij = 1/(λ_j − λ_i)``: the adjoint of jvp."""
+        sigma, d, values = ctx.saved_tensors
+        with torch.no_grad(), full_precision(sigma.device):
+            g = gradients[0].to(d.dtype) @ d
+            scaled = g / values.sqrt().unsqueeze(-1)
+            h = -scaled * _gaps(values, ctx.tie)
+            h = h - torch.diag_embed(scaled.diagonal(dim1=-2, dim2=-1) / (2 * values))
+            gradient = (d @ sym(h) @ d.mT).to(sigma.dtype)
+        return once(gradient, sigma, gradients[0]), None
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor, None, None]:
+        """With ``E = Dᵀ dΣ D``: ``dD = D (K∘E)``, ``dΛ = diag E``, ``dW = −[½ S⁻³ diag E + S⁻¹ (K∘E)] Dᵀ``."""
+        d, values = ctx.saved_tensors
+        with full_precision(d.device):
+            e = d.mT @ sym(tangents[0]).to(d.dtype) @ d
+            inner = e * _gaps(values, ctx.tie)
+            inner = inner + torch.diag_embed(e.diagonal(dim1=-2, dim2=-1) / (2 * values))
+            return -((inner / values.sqrt().unsqueeze(-1)) @ d.mT).to(tangents[0].dtype), None, None
+
+
+def _gaps(values: Tensor, tie: float) -> Tensor:
+    """``1/(λ_j − λ_i)``, bounded; 0 on the diagonal."""
+    gaps = values.unsqueeze(-2) - values.unsqueeze(-1)
+    return gaps / (gaps.square() + (tie * values[..., -1:, None]).square())
+
+
+def newton_matrix(sigma: Float[Tensor, "b p p"], iterations: int) -> Float[Tensor, "b p p"]:
+    """``Σ^{-1/2}`` in part: ``P ← ½ (3 P − P³ N)`` from ``P = I``, T times; ``N = Σ/tr Σ``, ``W = P/√(tr Σ)``.
+
+    An eigenvalue ν of N becomes a variance near 1 where ν · 1.5^{2T} is above 1, and stays small below: T trades
+    whiteness for noise. Computed as ``P ← T P``, ``N ← T N T`` with ``T = ½ (3 I − N)``: the same in exact arithmetic,
+    where the published form lets rounding grow.
+
+    Args:
+        sigma: symmetric, positive semidefinite; Σ = 0 gives P = 1.5^T I.
+        iterations: T.
+
+    Source: Huang, Zhou, Zhu, Liu and Shao, Iterative Normalization, CVPR 2019.
+    """
+    with full_precision(sigma.device):
+        trace = sigma.diagonal(dim1=-2, dim2=-1).sum(-1)[..., None, None]
+        trace = torch.where(trace > 0, trace, 1.0)
+        steps = _steps(iterations)
+        return spectral_map(lambda n: (steps(n), steps), sigma / trace) / trace.sqrt()
+
+
+def _steps(iterations: int) -> Callable[[Tensor], Tensor]:
+    def factor(n: Tensor) -> Tensor:
+        return 1.5 * torch.eye(n.shape[-1], dtype=n.dtype, device=n.device) - 0.5 * n
+
+    return lambda n: gram_factor(iterations * [factor], n)

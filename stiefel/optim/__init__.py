@@ -3,7 +3,7 @@
 from stiefel.optim.decay import keep_decay_off
 from stiefel.optim.guard import steps_seen
 from stiefel.optim.lift import Lift, lift
-from stiefel.optim.ownership import Mark, is_lent, mark, on_unknown, ownership, unmark
+from stiefel.optim.ownership import Mark, is_lent, mark, on_due, on_unknown, ownership, unmark
 
 __all__ = [
     "Lift",
@@ -12,6 +12,7 @@ __all__ = [
     "keep_decay_off",
     "lift",
     "mark",
+    "on_due",
     "on_unknown",
     "ownership",
     "steps_seen",

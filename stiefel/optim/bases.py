@@ -8,6 +8,7 @@ mix decay into that state.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -40,6 +41,13 @@ unstable. SGD's stays, since the papers set that rate by it.
 
 ADDITIVE = _of_torch("SGD", "Adam", "AdamW", "Adamax", "NAdam", "RAdam", "RMSprop", "Adagrad", "Adadelta", "Muon")
 """Classes whose step, apart from decay, does not depend on the parameter's value; a subclass may differ."""
+
+MOMENTUM = "momentum_buffer"
+"""The name under which SGD, RMSprop and Muon, and classes made after them, keep the direction of their next step.
+
+Adam's mean of gradients is none: it is divided, entry by entry, by what the gradients of that entry were. A mean that
+was turned since makes steps of up to 60 times the rate in some entries, where Adam's are about as long as the rate.
+"""
 
 
 def refuse(cls: type[torch.optim.Optimizer]) -> None:
@@ -76,6 +84,12 @@ def keeps_nothing(cls: type[torch.optim.Optimizer], group: dict[str, Any]) -> bo
 def is_additive(cls: type[torch.optim.Optimizer], group: dict[str, Any]) -> bool:
     """Whether the optimizer's displacement does not depend on where a parameter is."""
     return cls in ADDITIVE and not decays(group)
+
+
+def momentum_of(state: Mapping[str, Any], parameter: torch.Tensor) -> torch.Tensor | None:
+    """The direction of the next step in an optimizer's state of a parameter; None where it keeps none."""
+    kept = state.get(MOMENTUM)
+    return kept if isinstance(kept, torch.Tensor) and kept.shape == parameter.shape else None
 
 
 def decays(group: dict[str, Any]) -> list[str]:
@@ -116,6 +130,14 @@ def acting(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     """The optimizer that does the steps: that inside of another one, or the optimizer itself."""
     inner = getattr(optimizer, "optim", None)
     return inner if isinstance(inner, torch.optim.Optimizer) else optimizer
+
+
+def forget_curvature(optimizer: torch.optim.Optimizer) -> None:
+    """Let L-BFGS begin anew with the gradient: its pairs are of coordinates that its parameters have no longer."""
+    if isinstance(optimizer, torch.optim.LBFGS):
+        state = optimizer.state[optimizer.param_groups[0]["params"][0]]  # torch keeps all of it with the first one
+        if "n_iter" in state:
+            state["n_iter"] = 0
 
 
 def own_class(cls: type[torch.optim.Optimizer]) -> type[torch.optim.Optimizer]:

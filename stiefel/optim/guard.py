@@ -2,8 +2,9 @@
 
 A step raises before anything is changed if a gradient is NaN or infinite, if a plain optimizer steps a weight that a
 method moves (geoopt's Riemannian optimizers may, for weights on a manifold stay on it), or if such a weight has weight
-decay. Decay of a proxy that would turn its weight warns once. Each step taken advances the tally's steps. On a GPU,
-where the host need not wait for numbers, NaN and infinities raise a few steps later.
+decay. Decay of a proxy that would turn its weight warns once. Each step taken advances the tally's steps, and after it
+the starts of trivializations move for which it is time. On a GPU, where the host need not wait for numbers, NaN and
+infinities raise a few steps later.
 
 Imports ``optim.lift``, ``ownership``, ``decay``; geoopt only where it was imported already.
 """
@@ -13,7 +14,7 @@ from __future__ import annotations
 import warnings
 from functools import wraps
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor
@@ -24,13 +25,14 @@ from stiefel.compat.sharding import agree_on_least, is_sharded, local_of
 from stiefel.compat.torch_private import norms_of_all, not_compiled
 from stiefel.constraint import residual_of
 from stiefel.errors import DivergenceError, OptimizerError
-from stiefel.linalg import are_finite, is_capturing, may_wait
-from stiefel.optim.bases import acting, decays, refuse_late_start
+from stiefel.linalg import are_finite, is_capturing, may_wait, refuse_capture
+from stiefel.optim.bases import acting, decays, forget_curvature, refuse_late_start
 from stiefel.optim.decay import unwelcome
 from stiefel.optim.divergence import raise_later, raise_pending
 from stiefel.optim.lift import Lift, skipped
 from stiefel.optim.ownership import (
     Ownership,
+    move_starts,
     note_count,
     ownership,
     quoted,
@@ -42,6 +44,8 @@ from stiefel.optim.ownership import (
 _steps_seen = 0
 _told_of_changes: WeakKeyDictionary[torch.optim.Optimizer, set[str]] = WeakKeyDictionary()
 _told_of_decay: WeakKeyDictionary[torch.optim.Optimizer, set[str]] = WeakKeyDictionary()
+_inside: WeakSet[torch.optim.Optimizer] = WeakSet()
+"""Optimizers whose steps are a part of another one's."""
 
 
 def steps_seen() -> int:
@@ -55,6 +59,8 @@ def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> An
     _steps_seen += 1  # now, not after: an optimizer's own post-step hooks run before our global one
     if getattr(optimizer, "stepping", False):
         return None  # the base step inside a lifted one
+    if acting(optimizer) is not optimizer:
+        _inside.add(acting(optimizer))
     closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
     if closure is None:
         _check(optimizer)
@@ -80,6 +86,7 @@ def _check(optimizer: torch.optim.Optimizer) -> None:
     _refuse_decay(optimizer)
     refuse_late_start(optimizer)
     _tell_of_changes(optimizer, stepped)
+    _refuse_moving_start(stepped)
     for p, owned in stepped:
         if owned is not None and p.grad.is_conj() and not isinstance(optimizer, Lift):
             p.grad = p.grad.resolve_conj()  # of weights that were stacked: torch's optimizers refuse such views
@@ -122,6 +129,19 @@ def _refuse_decay(optimizer: torch.optim.Optimizer) -> None:
                 raise OptimizerError(message)
             _told_of_decay.setdefault(optimizer, set()).add(owned.label)
             warnings.warn(message, stacklevel=5)
+
+
+def _refuse_moving_start(members: list[tuple[Tensor, Ownership | None]]) -> None:
+    for p, owned in members:
+        if owned is None or owned.rebase is None:
+            continue
+        if owned.rebase > 1:  # at every step the start moves without a count
+            refuse_capture(p, f"the start of '{owned.binding.constraint.name}'")
+        if p.device.type == "cpu" and p.is_shared():
+            raise OptimizerError(
+                f"weight '{owned.label}' is in memory that processes share, and each would move its start (rebase="
+                f"{owned.rebase}) while others compute from it; use rebase=None there, or a method on the step"
+            )
 
 
 def _tell_of_changes(optimizer: torch.optim.Optimizer, members: list[tuple[Tensor, Ownership | None]]) -> None:
@@ -213,16 +233,31 @@ def _after_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> Non
     # The steps of an optimizer inside of another one are counted by themselves.
     inner = [] if acting(optimizer) is optimizer else acting(optimizer).param_groups
     counted = {id(p) for group in inner for p in group["params"]}
+    due = []
     for group in optimizer.param_groups:
         for p in group["params"]:
             owned = ownership(p)
-            if owned is not None and not owned.part and id(p) not in counted:
-                owned.binding.tally.steps += 1
-                if p.grad is None:
-                    continue  # not stepped
-                owned.binding.tally.left = state_of(p)
-                if owned.counts:
-                    note_count(optimizer, p, owned)
+            if owned is None or owned.part:
+                continue
+            if id(p) not in counted:
+                _count(optimizer, p, owned)
+            if p.grad is not None and owned.is_due:
+                due.append((owned.computed, p))
+    # Not within another one's step, which may yet send to all processes what each has stepped.
+    if due and optimizer not in _inside:
+        move_starts(due)
+        forget_curvature(acting(optimizer))
+
+
+def _count(optimizer: torch.optim.Optimizer, p: Tensor, owned: Ownership) -> None:
+    tally = owned.binding.tally
+    tally.steps += 1
+    if p.grad is None:
+        return  # not stepped
+    tally.stepped += 1
+    tally.left = state_of(p)
+    if owned.counts:
+        note_count(optimizer, p, owned)
 
 
 # At import, so that also a process that only reads a pickle of a constrained model has them.

@@ -9,7 +9,8 @@ steps would then be Euclidean and leave the set; a class is not lost. The weight
 :mod:`stiefel.optim.ownership`.
 
 A step evaluates the closure, replaces gradients by their tangent parts, takes the base step, lets the method step from
-the old weight by the base's displacement, and restores the user's gradients. If anything raises, the weights are reset.
+the old weight by the base's displacement (and carry its momentum along, if it does that), and restores the user's
+gradients. If anything raises, the weights are reset.
 
 Imports ``moves``, ``ownership``, ``bases`` and below.
 """
@@ -70,6 +71,8 @@ class Lift(_Base):
             else:
                 for move in moves:
                     move.finish()
+                for move in moves:
+                    move.transport(self.state)
                 for move in moves:  # once no step can be undone any more
                     move.count()
         except BaseException:

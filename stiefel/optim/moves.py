@@ -1,13 +1,13 @@
 """One step of a bucket's weights: whole ones, and sharded ones, of which each process steps a part.
 
-Both do the same in the same order: tangent gradients are handed over, the base steps, and the method moves the weights
-from their old values by the base's displacement. Imports ``constraint``, ``geometry``, ``linalg``, ``buckets``,
-``exchange``, ``ownership`` and the errors.
+Both do the same in the same order: tangent gradients are handed over, the base steps, the method moves the weights from
+their old values by the base's displacement, and carries the base's momentum along if it is one that does. Imports
+``constraint``, ``geometry``, ``linalg``, ``bases``, ``buckets``, ``exchange``, ``ownership`` and the errors.
 """
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from stiefel.compat.torch_private import copy_all_, zero_all_
-from stiefel.constraint import Binding, Penalty, StepMethod
+from stiefel.constraint import Binding, Penalty, StepMethod, TransportMethod
 from stiefel.errors import DivergenceError
 from stiefel.linalg import (
     are_finite,
@@ -28,6 +28,7 @@ from stiefel.linalg import (
     with_determinant,
 )
 from stiefel.manifold.geometry import tangent_gradient_
+from stiefel.optim.bases import momentum_of
 from stiefel.optim.buckets import dense, laid_out_as, stack, unstack
 from stiefel.optim.divergence import raise_later
 from stiefel.optim.ownership import quoted
@@ -71,6 +72,7 @@ class Batch:
         self.before = stack(self.layouts, weights, scaled=False, copy=True)
         self.shortened: Tensor | None = None
         self.finite: Tensor | None = None
+        self.path: tuple[Tensor, Tensor] | None = None
 
     def tangents(self, gradients: Sequence[Tensor]) -> list[Tensor]:
         """The tangent part of each gradient."""
@@ -105,9 +107,27 @@ class Batch:
             if sign is not None:  # a long step may have changed it
                 x = with_determinant(x, before + displacement, sign)
             x = self._finite(x, before)  # it may overflow, or a penalty be too strong
+            if isinstance(method, TransportMethod):
+                self.path = before, x
         if self.finite is not None and not is_capturing(self.finite):  # the replays of a graph tell nobody
             raise_later(self.finite, self._divergence)
         return unstack(self.layouts, x, scaled=True)
+
+    def transported(self, momenta: Sequence[Tensor | None]) -> list[Tensor]:
+        """Each weight's momentum at the point that the weight has moved to; 0 where it has none."""
+        method = self.bindings[0].constraint
+        assert isinstance(method, TransportMethod)
+        assert self.path is not None
+        # Of weights in one batch some may have none, in a group with other settings.
+        given = [
+            self.before.new_zeros(layout.shape) if m is None else m.to(self.before)
+            for m, layout in zip(momenta, self.layouts, strict=True)
+        ]
+        with full_precision(self.before.device):
+            moved = method.transport(*self.path, stack(self.layouts, given, scaled=False))
+            if method.subspace:
+                moved = project_horizontal(self.path[1], moved)
+        return unstack(self.layouts, moved, scaled=False)
 
     def old(self) -> list[Tensor]:
         """The weights before the step."""
@@ -145,6 +165,12 @@ class Batch:
         )
 
 
+def write_momenta(momenta: Sequence[Tensor | None], values: Sequence[Tensor]) -> None:
+    """Write momenta into the optimizer's own tensors: the replays of a captured step read those again."""
+    pairs = [(m, value) for m, value in zip(momenta, values, strict=True) if m is not None]
+    copy_all_([m for m, _ in pairs], [value for _, value in pairs])
+
+
 def note(binding: Binding, shortened: Tensor | bool) -> None:
     """Count a step that was shortened, or was not."""
     tally = binding.tally
@@ -175,6 +201,14 @@ class Move:
     def finish(self) -> None:
         """Let the method move the weights from their old values by the base step's displacement."""
         copy_all_(self.parameters, self.batch.moved(self.parameters))
+
+    def transport(self, states: Mapping[Tensor, Mapping[str, Any]]) -> None:
+        """Carry along the momenta in the base optimizer's states, where the method does that."""
+        if self.batch.path is None:
+            return
+        momenta = [momentum_of(states.get(p, {}), p) for p in self.parameters]
+        if any(m is not None for m in momenta):
+            write_momenta(momenta, self.batch.transported(momenta))
 
     def count(self) -> None:
         """Note for each weight whether its step was shortened."""

@@ -9,7 +9,7 @@ a parameter is made anew: by copies, for which a :class:`Mark` brings it back, a
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -28,10 +28,12 @@ class Ownership:
     Args:
         binding: of its weight.
         part: whether it is another trained part of a weight whose own parameter is owned: a learnable gain.
+        computed: the module that computes the weight from the parameter, where the start of its map moves.
     """
 
     binding: Binding
     part: bool = False
+    computed: Any = None
 
     @property
     def label(self) -> str:
@@ -49,10 +51,21 @@ class Ownership:
         return not self.part and self.binding.constraint.lifts
 
     @property
+    def rebase(self) -> int | None:
+        """After how many steps the start of its weight's map moves to the weight; None for never."""
+        return None if self.part else getattr(self.binding.constraint, "rebase", None)
+
+    @property
+    def is_due(self) -> bool:
+        """Whether the step just taken was the last of so many."""
+        return self.rebase is not None and self.binding.tally.stepped % self.rebase == 0
+
+    @property
     def counts(self) -> bool:
-        """Whether what its method does depends on the steps taken: draws, or a schedule of a penalty's strength."""
+        """Whether what its method does depends on the steps taken: draws, a moving start, a penalty's schedule."""
         method = self.binding.constraint
-        return not self.part and (getattr(method, "counts", False) or getattr(method, "scheduled", False))
+        counted = getattr(method, "counts", False) or getattr(method, "scheduled", False)
+        return not self.part and (counted or self.rebase is not None)
 
 
 _ATTRIBUTE = "_stiefel_ownership"  # on the parameter itself: a weak reference to it would forbid torch to swap it
@@ -69,13 +82,13 @@ def stepped_by(parameter: Tensor) -> Binding | None:
     return found.binding if found is not None and found.lifts else None
 
 
-def mark(parameter: Tensor, binding: Binding, *, part: bool = False) -> Mark:
-    """Make a parameter known to optimizers.
+def mark(parameter: Tensor, binding: Binding, *, part: bool = False, computed: Any = None) -> Mark:
+    """Make a parameter known to optimizers, as an :class:`Ownership` has it.
 
     Returns:
         A mark to keep on the parameter's module, so that in a copy of the module the parameter's copy is known.
     """
-    return Mark(parameter, Ownership(binding, part))
+    return Mark(parameter, Ownership(binding, part, computed))
 
 
 def unmark(parameter: Tensor) -> None:
@@ -144,7 +157,21 @@ def recognize(optimizer: torch.optim.Optimizer) -> None:
         _free[optimizer] = free + [p for p in unknown if ownership(p) is None]
 
 
-STEPS = "steps_taken"
+_movers: list[Callable[[Sequence[tuple[Any, Tensor]]], None]] = []
+
+
+def on_due(mover: Callable[[Sequence[tuple[Any, Tensor]]], None]) -> None:
+    """Register the function that moves starts: it gets what computes each weight, and the parameter that it is of."""
+    _movers.append(mover)
+
+
+def move_starts(due: Sequence[tuple[Any, Tensor]]) -> None:
+    """Move the start of each weight to where it is."""
+    for mover in _movers:
+        mover(due)
+
+
+STEPS, STEPPED = "steps_taken", "steps_with_gradient"
 """Where an optimizer's state has them too: formats that keep tensors alone lose a model's metadata."""
 
 
@@ -156,7 +183,10 @@ def note_count(optimizer: torch.optim.Optimizer, parameter: Tensor, owned: Owner
         parameter: the weight, or its proxy.
         owned: what is known of it.
     """
-    optimizer.state[parameter][STEPS] = owned.binding.tally.steps
+    tally = owned.binding.tally
+    optimizer.state[parameter][STEPS] = tally.steps
+    if owned.rebase is not None:
+        optimizer.state[parameter][STEPPED] = tally.stepped
 
 
 def restore_counts(optimizer: torch.optim.Optimizer) -> None:
@@ -164,4 +194,6 @@ def restore_counts(optimizer: torch.optim.Optimizer) -> None:
     for parameter, state in optimizer.state.items():
         owned = ownership(parameter)
         if owned is not None and owned.counts and STEPS in state:
-            owned.binding.tally.steps = owned.binding.tally.resumed = int(state[STEPS])
+            tally = owned.binding.tally
+            tally.steps = tally.resumed = int(state[STEPS])
+            tally.stepped = int(state.get(STEPPED, tally.stepped))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,12 +10,14 @@ from torch import Tensor
 
 from stiefel.compat.sharding import local_of
 from stiefel.compat.torch_private import copy_all_, zero_all_
+from stiefel.constraint import TransportMethod
 from stiefel.errors import DivergenceError
 from stiefel.linalg import may_wait
+from stiefel.optim.bases import momentum_of
 from stiefel.optim.buckets import bucket
 from stiefel.optim.divergence import raise_later
 from stiefel.optim.exchange import ReplicaExchange, Replicas, exchange_of, exchanged_together
-from stiefel.optim.moves import Batch, Gradients, Member, Move, moves_together, note
+from stiefel.optim.moves import Batch, Gradients, Member, Move, moves_together, note, write_momenta
 from stiefel.optim.ownership import quoted
 
 SHARED_FROM = 256
@@ -29,8 +31,9 @@ class ShardedMove:
     """The step of weights that processes share, each by its owner.
 
     With N entries on R processes, each receives (R−1)/R² · N entries for each of: the weight, its gradient and the
-    tangent part of it (these two only where the method wants that), the base's displacement, and the new weight. Of
-    weights that all have whole, it receives (R−1)/R · N for the tangent part and the new weight.
+    tangent part of it (these two only where the method wants that), the base's displacement, and the new weight; where
+    the method carries momenta along, twice that for these. Of weights that all have whole, it receives (R−1)/R · N for
+    the tangent part, the new weight, and the momentum.
 
     Args:
         members: the weights, sharded, or whole on every process.
@@ -94,6 +97,27 @@ class ShardedMove:
         if failure is not None:
             raise failure
         self._raise_for_others()
+
+    def transport(self, states: Mapping[Tensor, Mapping[str, Any]]) -> None:
+        """Let the owners carry along the momenta in the base optimizer's states, where the method does that."""
+        momenta: list[Tensor | None] = [None] * len(self.members)
+        for i, m in enumerate(self.members):
+            if isinstance(m.binding.constraint, TransportMethod):
+                kept = momentum_of(states.get(m.parameter, {}), m.parameter)
+                momenta[i] = None if kept is None else local_of(kept)
+        if all(m is None for m in momenta):
+            return
+        # Sent in the weights' precision: an exchange is of one.
+        whole = self.exchange.gather(
+            [[] if m is None else [m.to(part)] for m, part in zip(momenta, self.parts, strict=True)]
+        )
+        moved: dict[int, list[Tensor]] = {i: [] for i in self.exchange.owned}
+        for places, batch in self.batches:
+            if batch.path is not None:
+                results = batch.transported([whole[i][0] if whole[i] else None for i in places])
+                moved |= {i: [value] for i, value in zip(places, results, strict=True) if whole[i]}
+        cut = self.exchange.scatter(moved, [int(m is not None) for m in momenta])
+        write_momenta(momenta, [c[0] if c else part for c, part in zip(cut, self.parts, strict=True)])
 
     def _raise_for_others(self) -> None:
         taken = self.told[0]

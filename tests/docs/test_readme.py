@@ -77,7 +77,7 @@ def test_generated_parts_are_current(document):
 
 def test_every_snippet_is_run_below():
     counts = {path.name: len(snippets(path)) for path in DOCUMENTS}
-    run = {"README.md": 1, "CONTRIBUTING.md": 1, "training.md": 1, "comparison.md": 2, "jobs.md": 12}
+    run = {"README.md": 1, "CONTRIBUTING.md": 1, "training.md": 2, "comparison.md": 2, "jobs.md": 12}
     assert {name: count for name, count in counts.items() if count} == run
 
 
@@ -105,6 +105,12 @@ def test_monitor_snippet_runs_word_for_word(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "step time" in done.stdout
     assert (tmp_path / "log.jsonl").read_text().count("\n") > 1
+
+
+def test_whitening_snippet_runs_word_for_word():
+    command = [sys.executable, "-W", "error", "-c", snippet(TRAINING, "Whitening2d")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def compare(folder, source, *arguments):

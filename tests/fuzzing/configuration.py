@@ -170,6 +170,8 @@ def _values(r: Random, option: Field[Any], hint: Any, tuning: Sequence[Any]) -> 
         return words, wrong
     if isinstance(default, bool):
         return [True, False], wrong
+    if hint == int | None:  # a count, or never
+        return [*tuning, 2, 3], [value for value in wrong if value is not None]
     if isinstance(default, int):
         return [*tuning, default, 1, 2, 3 * default], wrong
     right = [*tuning, 1e-3, 0.3, *([default / 2, 2 * default] if default else [])]

@@ -89,6 +89,8 @@ def measured(trial: Trial, step: int) -> None:
     measure.redundancy(trial.model)
     for quantity in (measure.effective_rates, measure.dependence, measure.preservation, measure.activation_variance):
         quantity(trial.model, loss)
+    for of_layers in (measure.conditioning, measure.operator_spectrum):
+        of_layers(trial.model, loss, unconstrained=True)
     rows: list[object] = []
     with stiefel.Monitor(trial.model, sinks=[rows.append], every=1) as monitor:
         trial.model(0)

@@ -17,10 +17,12 @@ from fuzzing.faults import Fault, is_named
 from fuzzing.models import BORN, LOSSES, STARTS, Net, make
 from fuzzing.optimizers import OPTIMIZERS
 from stiefel.attach.weights import ConstrainedWeight, constrained_weights
-from stiefel.constraint import Claim, Penalty, Reparameterization
+from stiefel.constraint import Claim, Penalized, Penalty, Reparameterization
 
 EXTREME = 1e15
 """Sizes of steps from which a sum or a square overflows in float32 somewhere: what diverges there may say so."""
+CUBED = 1e12
+"""The same, in units of the scale, of a proxy whose weight is a polynomial of the third degree."""
 
 
 class Trial:
@@ -206,7 +208,8 @@ class Trial:
             trained = [p] if found.parametrization is None else [p, *found.parametrization.parameters()]
             self.longest = max(self.longest, *map(size, trained))
             broken = not all(t.isfinite().all() for t in [*trained, found.value])
-            if broken and method.place != "step" and self.longest >= EXTREME:
+            cubed = isinstance(method, Penalized) and found.parametrization is not None
+            if broken and method.place != "step" and self.longest >= (CUBED * method.fixed_scale if cubed else EXTREME):
                 self.overflowed = True
                 continue
             if broken:

@@ -340,7 +340,7 @@ def check_fixed_points(method: Constraint, dtype: torch.dtype, device: torch.dev
 
     ``tests/laws/test_fixed_points.py`` has the whole law. Here the rest that own leaves, of Adam's kind, is a constant.
     """
-    if method.claim is None:
+    if method.claim is None and method.coefficients is None:
         return
     for cls, hyper in bases():
         forms = [{"momentum": 0.9}, {}] if cls in (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW) else []
@@ -540,6 +540,12 @@ def variants(name: str) -> list[Constraint]:
 def claimed() -> list[Constraint]:
     """The forms of all methods that claim to hold a weight on its set."""
     return [m for name in stiefel.available() for m in variants(name) if m.claim is not None]
+
+
+def solving() -> list[Constraint]:
+    """Those, and the forms that hold no weight on its set but have the solutions of the set: they say how they move."""
+    found = [m for name in stiefel.available() for m in variants(name)]
+    return [m for m in found if m.claim is not None or m.coefficients is not None]
 
 
 def run(method: Constraint, check: str, dtype: torch.dtype, device: torch.device = CPU) -> None:

@@ -72,13 +72,15 @@ def captured(monkeypatch: pytest.MonkeyPatch) -> None:
         ("rsdm", SGD, {}, "the step of 'rsdm'"),
         ("soft", SGD, {"strength": lambda step: 1e-3 * step}, "the strength of 'soft'"),
         ("soft", SGD, {"strength": lambda step: 1e-3 * step, "decoupled": True}, "the strength of 'soft'"),
+        ("dissolving", SGD, {"strength": lambda step: 1e-3 * step}, "the strength of 'dissolving'"),
+        ("cayley", SGD, {"rebase": 2}, "the start of 'cayley'"),
     ],
-    ids=["Adam", "stabilize", "draws", "schedule", "decoupled schedule"],
+    ids=["Adam", "stabilize", "draws", "schedule", "decoupled schedule", "schedule of a proxy", "moving start"],
 )
 def test_what_the_host_counts_is_refused(
     method: str, base: type[torch.optim.Optimizer], hyper: dict[str, object], what: str
 ) -> None:
-    options = {k: hyper[k] for k in ("strength", "decoupled") if k in hyper}
+    options = {k: hyper[k] for k in ("strength", "decoupled", "rebase") if k in hyper}
     model = stiefel.constrain(nn.Linear(12, 8), method, **options)
     optimizer = stiefel.optimizer(model, base, lr=0.1, **{k: v for k, v in hyper.items() if k not in options})
 
@@ -88,3 +90,13 @@ def test_what_the_host_counts_is_refused(
 
     with pytest.raises(stiefel.OptimizerError, match=f"{what} depends on the number of steps taken"):
         step()
+
+
+@pytest.mark.usefixtures("captured")
+def test_a_start_that_moves_at_every_step_needs_no_count() -> None:
+    model = stiefel.constrain(nn.Linear(12, 8), "cayley", rebase=1)
+    optimizer = stiefel.optimizer(model, SGD, lr=0.1)
+    before = [b.clone() for b in model.buffers()]
+    model(torch.randn(4, 12)).square().sum().backward()
+    optimizer.step()
+    assert not any(map(torch.equal, model.buffers(), before))

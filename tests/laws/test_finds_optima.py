@@ -6,6 +6,7 @@ eigenvalues. A method with a ``caveat`` may stop short on the way: it must say s
 """
 
 import itertools
+from dataclasses import replace
 
 import conformance
 import pytest
@@ -20,7 +21,7 @@ SEEDS = 10
 GAP = 1e-6
 OFF = 1e-7
 """‖XXᵀ − I‖_F/√p at the optimum, of methods that approach the set instead of staying on it."""
-METHODS = conformance.claimed()
+METHODS = conformance.solving()
 SHAPES = [(3, 8), (5, 5), (1, 6), (6, 7)]
 CONDITIONS = [2.0, 30.0]
 QUICK = {((3, 8), 30.0), ((5, 5), 30.0), ((1, 6), 2.0), ((6, 7), 2.0)}
@@ -48,7 +49,7 @@ def shortfalls(method: stiefel.Constraint, start: Tensor, value, best: Tensor, s
         if method.step_length:
             optimizer.param_groups[0]["lr"] = 0.3 * 10 ** (-5 * k / 800)
         optimizer.zero_grad()
-        (-value(model.w).sum()).backward()
+        (stiefel.penalty(model) - value(model.w).sum()).backward()
         optimizer.step()
         if k % 50 == 49:
             gaps = (best - value(model.w.detach())) / best
@@ -61,6 +62,8 @@ def shortfalls(method: stiefel.Constraint, start: Tensor, value, best: Tensor, s
 
 def rate(method: stiefel.Constraint) -> float:
     """A rate at which the fastest of a method's directions moves as far as Euclidean Riemannian descent at 1/2."""
+    if method.claim is None:
+        return 0.2  # off the set the loss curves by 8λ, and by three times the normal gradient: 2 + 6 in a PCA
     if method.coefficients is not None:
         return 0.5 / max(method.coefficients)
     # Of those without a law, one that rotates a share of the coordinates moves that much less far on average.
@@ -116,3 +119,18 @@ def test_a_caveat_is_true(method: stiefel.Constraint) -> None:
         for condition in CONDITIONS:
             worst = max(worst, procrustes(method, shape, condition, 800)[1].max().item())
     assert worst > GAP
+
+
+MOVING = {"cayley": 3, "matrix_exp": 7}
+"""How many of ten runs a fixed start lets arrive in 3000 steps, of methods whose start can move."""
+
+
+@pytest.mark.parametrize("name", MOVING)
+def test_a_start_that_moves_finds_what_one_that_stays_misses(name: str) -> None:
+    """Procrustes with p = 5, n = 12 and condition 10 by plain SGD: 3 and 7 of 10, and 10 of 10."""
+    arrived = {}
+    for rebase in (None, 1, 10, 100):
+        _, gaps = procrustes(replace(stiefel.get(name), rebase=rebase), (5, 12), 10.0, 3000)
+        arrived[rebase] = int((gaps < GAP).sum())
+    assert arrived.pop(None) <= MOVING[name]
+    assert arrived == {1: SEEDS, 10: SEEDS, 100: SEEDS}

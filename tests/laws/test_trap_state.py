@@ -27,6 +27,7 @@ from traps import (
 
 import stiefel
 from stiefel.attach.weights import bindings_of
+from stiefel.constraint import Penalized
 
 #
 # pogo-torch creates its state at the optimizer's first step, so that a parameter with a later first gradient raises
@@ -139,7 +140,7 @@ def test_trap_13_averaged_weights_are_projected_back(method: stiefel.Constraint,
             optimizer.step()
             averaged.update_parameters(model)
         mean, live = averaged.module[0].weight.detach().clone(), model[0].weight.detach().clone()
-        held = method.place == "forward"
+        held = method.place == "forward" and not isinstance(method, Penalized)
         assert held or residual(mean, 1.5) > 1e-4  # it has left the set
         assert stiefel.project(averaged.module) is averaged.module
         after = averaged.module[0].weight.detach()

@@ -63,6 +63,66 @@ def test_weight_norm_trains_as_torchs(layer, scale):
     assert torch.linalg.norm(ours.weight.detach() - start) > 0.5
 
 
+def proxy_and_gain(layer):
+    parts = dict(layer.named_parameters())
+    return parts["parametrizations.weight.original"], parts["parametrizations.weight.0.parts.gain"]
+
+
+CENTRED = {
+    "wide": (lambda: nn.Linear(7, 3, bias=False), None),
+    "grouped": (lambda: nn.Conv2d(4, 6, 3, groups=2, bias=False), None),
+    "square, each row by itself": (lambda: nn.Linear(5, 5, bias=False), 1),
+    "tall, each row by itself": (lambda: nn.Linear(3, 7, bias=False), 1),
+}
+
+
+@pytest.mark.parametrize("layer", CENTRED)
+@pytest.mark.parametrize("scale", [1.0, 2.0])
+@pytest.mark.parametrize("size", [1e-6, 1.0, 1e6])
+def test_centred_weight_norm_equals_its_formula(layer, scale, size):
+    """Huang et al. (ICCV 2017): w = g (v − mean v)/‖v − mean v‖ for each filter, and its gradient."""
+    build, group_size = CENTRED[layer]
+    ours = stiefel.constrain(build().double(), "weight_norm", scale=scale, center=True, group_size=group_size)
+    proxy, gain = proxy_and_gain(ours)
+    rows = ours.weight.detach().flatten(1)
+    assert close(rows.sum(1), torch.zeros(len(rows)).double())
+    assert close(rows.norm(dim=1), scale * torch.ones(len(rows)).double())
+    if group_size is None:
+        for block in rows.chunk(2 if layer == "grouped" else 1):
+            assert close(block @ block.T, scale**2 * torch.eye(len(block)).double())
+    v, g = size * (gaussian(*proxy.shape, seed=2) + 1), gaussian(*gain.shape, seed=3)
+    c = gaussian(*proxy.shape, seed=4)
+    with torch.no_grad():
+        proxy.copy_(v)
+        gain.copy_(g)
+    v = v.requires_grad_()
+    centred = v.flatten(1) - v.flatten(1).mean(1, keepdim=True)
+    expected = (g.reshape(-1, 1) * centred / centred.norm(dim=1, keepdim=True)).reshape(v.shape)
+    assert close(ours.weight, expected)
+    (ours.weight * c).sum().backward()
+    (gradient,) = torch.autograd.grad((expected * c).sum(), v)
+    assert close(size * proxy.grad, size * gradient, 1e-11)
+
+
+def test_centred_weight_norm_keeps_its_mean_at_zero_while_it_trains():
+    torch.manual_seed(0)
+    layer = stiefel.constrain(nn.Linear(9, 4), "weight_norm", center=True)
+    optimizer = stiefel.optimizer(layer, torch.optim.Adam, lr=0.1)
+    start = layer.weight.detach().clone()
+    for step in range(20):
+        optimizer.zero_grad()
+        (layer(gaussian(8, 9, seed=step, dtype=torch.float32)) - 1).square().mean().backward()
+        optimizer.step()
+    assert torch.linalg.norm(layer.weight.detach() - start) > 0.5
+    assert layer.weight.detach().sum(1).abs().max() < 1e-5
+    proxy, _ = proxy_and_gain(layer)
+    with torch.no_grad():
+        proxy[0] = 3.0  # a filter that is its own mean has no direction
+    layer(torch.ones(2, 9)).sum().backward()
+    assert all(p.grad.isfinite().all() for p in layer.parameters())
+    assert layer.weight.detach().sum(1).abs().max() < 1e-5
+
+
 @pytest.mark.parametrize("layer", LAYERS)
 @pytest.mark.parametrize("size", [1e-6, 1.0, 1e6])
 def test_spectral_norm_equals_numpys_and_torchs(layer, size):

@@ -22,14 +22,15 @@ from features import documented, in_several
 from filelock import FileLock
 
 import stiefel
+from stiefel.constraint import TransportMethod
 
 if not (torch.distributed.is_available() and torch.distributed.is_gloo_available()):
     pytest.skip("this torch has no gloo", allow_module_level=True)
 
 SCRIPT = Path(__file__).parents[1] / "support" / "processes.py"
 METHODS = [m for m in stiefel.available() if not m.startswith("test_")]
-SOME = ["cayley", "own", "pogo", "retraction", "riemannian", "rsdm", "soft"]
-"""One of each kind: a proxy with and without a base point, steps that shorten or draw, a penalty."""
+SOME = ["cayley", "momentum_stiefel", "own", "pogo", "retraction", "riemannian", "rsdm", "soft"]
+"""One of each kind: a proxy with and without a base point, steps that shorten, draw or transport, a penalty."""
 PROXIED = [m for m in METHODS if stiefel.get(m).place == "forward"]
 MOVED = [m for m in METHODS if stiefel.get(m).moves]
 # Not continuous: a sign, or the order of equal singular values, may turn on the last digit of a sum.
@@ -50,6 +51,7 @@ PAIR = (
     "loaded_sharded",
     "tensor_parallel",
     "data_parallel",
+    "moving_start",
     "wrapped_first",
 )
 
@@ -166,7 +168,10 @@ def test_a_part_that_is_not_finite_stops_every_process_before_the_step():
 
 @pytest.mark.parametrize("size", [2, 4])
 def test_the_work_and_the_traffic_of_a_process_fall_with_their_number(size):
-    """(R−1)/R² · N entries received for each of X, G, P(G), U and the new X; each matrix is stepped once."""
+    """(R−1)/R² · N entries received for each of X, G, P(G), U and the new X, and twice for a momentum that is carried.
+
+    Each matrix is stepped once.
+    """
     for method, result in found(
         "work", size, None if size == 2 else [*(m for m in MOVED if m in ASKED), "own", "soft"]
     ).items():
@@ -177,7 +182,8 @@ def test_the_work_and_the_traffic_of_a_process_fall_with_their_number(size):
             continue
         assert sum(matrices) == result["weights"]
         assert max(matrices) <= -(-result["weights"] // size)
-        most = 5 * (size - 1) / size**2 * result["entries"]
+        carries = isinstance(stiefel.get(method), TransportMethod)
+        most = (5 + 2 * carries) * (size - 1) / size**2 * result["entries"]
         assert 0 < received <= 1.15 * most, (method, received, most)  # shards are uneven
 
 
@@ -231,6 +237,16 @@ def test_data_parallel_and_zero():
             assert result[f"{name} ranks"] == 0, (method, result)
             assert method in CHAOTIC or result[name] < 2e-12, (method, result)
             assert result[f"{name} steps"] == [10, 10, 10, 10], (method, result)
+
+
+def test_a_start_moves_on_all_processes_as_on_one():
+    results = {m: r for m, r in found("moving_start").items() if r}
+    assert results
+    for method, result in results.items():
+        sharded, resumed, parallel = result["sharded"], result["resumed"], result["parallel"]
+        assert all(sharded[f"{name} ranks"] == 0 and sharded[name] < 2e-12 for name in ("momentum", "adamw")), method
+        assert resumed == {"at once": 0, "async": 0}, (method, resumed)
+        assert all(parallel[f"{name} ranks"] == 0 and parallel[name] < 2e-12 for name in ("ddp", "zero")), method
 
 
 def test_a_model_that_data_parallel_holds_already_is_refused_where_it_would_not_be_averaged():

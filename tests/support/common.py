@@ -79,7 +79,8 @@ def compare(problem: Path, *arguments: str) -> int:
 def forms(name: str, **options: Any) -> list[stiefel.Constraint]:
     """A method with these options, first as it is, and with every combination of its options that take a word.
 
-    Those are the ones whose type is a ``Literal``, or for which its tuning space names words.
+    Those are the ones whose type is a ``Literal``, or for which its tuning space names words. A start that stays or
+    moves makes two forms as well.
     """
     first, words = stiefel.get(name, **options), {}
     hints = get_type_hints(type(first))
@@ -88,6 +89,7 @@ def forms(name: str, **options: Any) -> list[stiefel.Constraint]:
         if values := [v for v in first.tuning.get(option, literal) if isinstance(v, str)]:
             words[option] = sorted(values, key=lambda v: v != getattr(first, option))  # its own value comes first
     found = [replace(first, **dict(zip(words, choice, strict=True))) for choice in product(*words.values())]
+    found += [replace(method, rebase=2) for method in found if getattr(method, "rebase", 2) is None]
     return [method for method in found if method.orthogonal_start]  # laws are of sets, and of none the network as it is
 
 

@@ -62,9 +62,13 @@ def data(dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
     return x, torch.randint(5, (8,), generator=generator)
 
 
+OPTIONS: dict[str, Any] = {}
+"""Of the method, while a feature tries it with others than its own."""
+
+
 def constrained(method: str, dtype: torch.dtype = torch.float64, width: int = 33) -> nn.Module:
     """The model with all layers but the head constrained."""
-    return stiefel.constrain(net(dtype, width), method, exclude=[HEAD], scale="relu")
+    return stiefel.constrain(net(dtype, width), method, exclude=[HEAD], scale="relu", **OPTIONS)
 
 
 def share(batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
@@ -450,6 +454,17 @@ def data_parallel(method: str) -> dict[str, Any]:
     return found
 
 
+def moving_start(method: str) -> dict[str, Any]:
+    """A trivialization whose start moves after every third step: sharded, saved and resumed, and data-parallel."""
+    if not hasattr(stiefel.get(method), "rebase"):
+        return {}
+    OPTIONS["rebase"] = 3
+    try:
+        return {"sharded": double(method), "resumed": resumed(method), "parallel": data_parallel(method)}
+    finally:
+        OPTIONS.clear()
+
+
 def wrapped_first(method: str) -> dict[str, Any]:
     """A model that DistributedDataParallel holds already, in each of its ways."""
     found: dict[str, Any] = {}
@@ -487,6 +502,7 @@ FEATURES: dict[str, Callable[[str], dict[str, Any]]] = {
         loaded_sharded,
         tensor_parallel,
         data_parallel,
+        moving_start,
         wrapped_first,
     )
 }

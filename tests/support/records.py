@@ -86,6 +86,22 @@ def diagnosed(layers: int, level: float) -> dict:
     }
 
 
+def conditioned(layers: int, level: float) -> dict:
+    """Conditions and norms of layers, which the records of earlier versions do not have."""
+    names = [f"l{k}" for k in range(layers)]
+    return {
+        "conditioning": {
+            name: {
+                "input_condition": 10.0 ** (k + 1),
+                "input_rank": 5 - k,
+                "block_condition": None if k else 100 + level,
+            }
+            for k, name in enumerate(names)
+        },
+        "operator": {names[0]: {"operator_largest": 2 + level, "operator_smallest": None}},
+    }
+
+
 def timed(root: Path, run: RunSpec, ratio: float, spread=0.05, environment=CPU, **changes):
     """The record of a cost run."""
     control = {"median": 0.01, "q1": 0.0099, "q3": 0.0102, "n": 60}

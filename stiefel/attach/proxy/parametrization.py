@@ -50,7 +50,7 @@ class Reparametrized(Convertible):
         if binding.constraint.scale == "learnable":
             b, p, _ = binding.layout.matrix_shape
             self.gain = nn.Parameter(torch.ones(b * p, dtype=weight.dtype.to_real(), device=weight.device))
-        proxy, parts = self._started(start)
+        proxy, parts = self.started(start)
         self.names = tuple(parts)  # a replica of a module (DataParallel) has no dictionary of its parameters
         for name, part in parts.items():
             # A bucket concatenates the parts of several weights along that dimension.
@@ -136,7 +136,7 @@ class Reparametrized(Convertible):
         if self.first is not None:
             return self.first
         layout, points = self.binding.layout, self.binding.layout.points(weight)
-        proxy, parts = self._started(self.binding.constraint.closest(self.without_gains(points), layout))
+        proxy, parts = self.started(self.binding.constraint.closest(self.without_gains(points), layout))
         for name, part in parts.items():
             write(getattr(self.parts, name), part)
         return proxy
@@ -158,7 +158,7 @@ class Reparametrized(Convertible):
             found["0.gain"] = factors
             factors = factors.reshape(*points.shape[:2], 1)
             points = points / torch.where(factors == 0, 1, factors)
-        proxy, parts = self._started(self.binding.constraint.closest(points, layout))
+        proxy, parts = self.started(self.binding.constraint.closest(points, layout))
         return {"original": proxy, **found, **{f"0.parts.{name}": part for name, part in parts.items()}}
 
     def entry(self, name: str, proxy: Tensor) -> Tensor:
@@ -168,7 +168,7 @@ class Reparametrized(Convertible):
         return self.gain if name == "0.gain" and self.gain is not None else getattr(self.parts, name.rpartition(".")[2])
 
     @torch.no_grad()
-    def _started(self, closest: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def started(self, closest: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """The proxy, in the weight's shape, and the parts that give a point of the set."""
         method, layout = self.binding.constraint, self.binding.layout
         assert isinstance(method, Reparameterization)

@@ -30,12 +30,14 @@ class Signal:
         title: of its panel in the figure by depth; empty where it has none.
         among: the measurement whose layers hold it by ``name``; without one it is a measurement itself.
         least: values below are rounding, and drawn as this one.
+        optional: whether its panel is left out where no record has it.
     """
 
     name: str
     title: str = ""
     among: str = ""
     least: float = 0.0
+    optional: bool = False
 
     def of(self, measured: dict[str, Any], layer: str) -> float:
         """Its value in a row of measurements; NaN where that has none."""
@@ -51,6 +53,14 @@ SIGNALS = (
     Signal("backward_total", among="energy"),
     Signal("variance", "variance of activations"),
     Signal("redundancy", "redundancy, mean |cos| of filters", least=1e-7),
+    Signal("input_condition", "condition of inputs, κ(E hhᵀ)", among="conditioning", optional=True),
+    Signal("input_rank", among="conditioning"),
+    Signal("input_size", among="conditioning"),
+    Signal("gradient_condition", among="conditioning"),
+    Signal("gradient_rank", among="conditioning"),
+    Signal("block_condition", "condition of Fisher blocks", among="conditioning", optional=True),
+    Signal("operator_largest", "norm of the convolution, ‖T‖₂", among="operator", optional=True),
+    Signal("operator_smallest", among="operator"),
     Signal("effective_rate", "effective rate, at the end"),
 )
 
@@ -113,8 +123,10 @@ class Why:
 
         ``turned_by_others`` and ``turned_by_itself`` are medians over pairs of layers and over layers, in degrees for a
         step of 1 %, ``per_step`` the former for an SGD step at the method's rate; ``variance_kept`` the variance of the
-        last layer's output over that of the first; ``forward`` and ``backward`` geometric means over layers,
-        ``redundancy`` the mean; ``rate`` the median effective rate, between ``rate_low`` and ``rate_high``.
+        last layer's output over that of the first; ``forward`` and ``backward``, ``input_condition`` and
+        ``block_condition`` geometric means over layers, ``redundancy`` the mean; ``operator_largest`` and
+        ``operator_smallest`` the extremes of all convolutions; ``rate`` the median effective rate, between ``rate_low``
+        and ``rate_high``.
         """
         rows = []
         for label in [row.label for row in self.setting.rows]:
@@ -131,6 +143,10 @@ class Why:
                     "backward": _geometric(ends.backward),
                     "variance_kept": last / first if first > 0 else math.nan,
                     "redundancy": ends.redundancy.mean(),
+                    "input_condition": _geometric(ends.input_condition),
+                    "block_condition": _geometric(ends.block_condition),
+                    "operator_largest": ends.operator_largest.max(),
+                    "operator_smallest": ends.operator_smallest.min(),
                     "turned_by_others": others.degrees.median(),
                     "turned_by_itself": own.degrees.median(),
                     "per_step": others.degrees_per_step.median(),

@@ -37,6 +37,13 @@ if TYPE_CHECKING:
 
 CURVES = 4
 """Settings of a report whose curves are drawn into the page; ``--figures`` draws all."""
+MORE = {
+    "input_condition": "condition\nof inputs",
+    "block_condition": "condition of\nFisher blocks",
+    "operator_largest": "convolution,\nlargest",
+    "operator_smallest": "convolution,\nsmallest",
+}
+"""Columns of :attr:`Why.methods` that are shown where a method has a value."""
 FAILURES = 60
 """Failures that the page lists, each kind once; runs.csv has all."""
 
@@ -159,14 +166,19 @@ class Section:
         for setting in self.summary.settings[: self.curves]:
             yield setting, orthogonality(self.summary, setting), curves(self.summary, setting)
 
-    def why(self) -> Iterator[tuple[Setting, Sheet, Sheet | None, list[dict[str, Any]], list[str]]]:
-        """The settings whose layers are known: through depth, dependence where known, a row per method, what failed."""
+    def why(self) -> Iterator[tuple[Setting, Sheet, Sheet | None, list[dict[str, Any]], list[str], dict[str, str]]]:
+        """The settings whose layers are known: through depth, dependence where known, a row per method, what failed.
+
+        Last the further columns of these rows that have a value: name and heading.
+        """
         for setting in self.summary.settings[: self.curves]:
             why = Why(setting)
             through = depth(self.summary, why)
             if through is not None:
-                methods = why.methods.to_dict("records")
-                yield setting, through, heat(self.summary, why), methods, why.reasons  # type: ignore[misc]
+                methods = why.methods
+                more = {name: text for name, text in MORE.items() if name in methods and methods[name].notna().any()}
+                rows: Any = methods.to_dict("records")
+                yield setting, through, heat(self.summary, why), rows, why.reasons, more
 
 
 def write_html(report: Results, path: Path) -> None:

@@ -178,7 +178,7 @@ def _row(row: dict[str, Any]) -> Iterator[bool]:
     yield _by_name(row["validation"]) and _by_name(row.get("test", {}))
     yield _or_null(row["orthogonality"]["worst"]) and _by_name(row["orthogonality"]["layers"])
     yield all(_by_name(row.get(key) or {}) for key in ("variance", "redundancy", "effective_rate"))
-    yield all(map(_by_name, row.get("energy", {}).values()))
+    yield all(_by_name(layer) for key in ("energy", "conditioning", "operator") for layer in row.get(key, {}).values())
     yield isinstance(row.get("gradients_reason", ""), str)
     found = row.get("dependence")
     if found is not None:

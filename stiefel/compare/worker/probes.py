@@ -12,13 +12,17 @@ from typing import Any
 
 from stiefel.compare.problem.batches import Batch, Batches
 from stiefel.compare.worker.training import Training
+from stiefel.measure.model.conditioning import Conditioning, conditioning
 from stiefel.measure.model.dependence import dependence
 from stiefel.measure.model.effective_rate import effective_rates
+from stiefel.measure.model.operators import operator_spectrum
 from stiefel.measure.model.signal import preservation, redundancy
 from stiefel.measure.model.variance import activation_variance
 
 SIGNAL_BATCH = 256
 """Examples on which signals and gradients are measured."""
+WINDOWS = 8
+"""Windows of a convolution's images from which second moments are taken, for each entry of a window."""
 RATES = 10
 """Epochs of a reported run, evenly spread, after which effective rates are measured; tuning runs measure none."""
 
@@ -79,6 +83,29 @@ def _redundancy(training: Training, batch: Batch) -> dict[str, Any]:
     return redundancy(training.model)
 
 
+def _conditioning(training: Training, batch: Batch) -> dict[str, Any]:
+    layers = conditioning(training.model, lambda: training.problem.loss(training.model, batch), per_entry=WINDOWS)
+    return {name: _conditions(found) for name, found in layers.items()}
+
+
+def _conditions(found: Conditioning) -> dict[str, float | None]:
+    """Ranks, and conditions over what is not zero: records hold no infinity."""
+    a, s, block = found.inputs, found.gradients, found.block
+    return {
+        "input_condition": a.condition_nonzero if a else None,
+        "input_rank": a.rank if a else None,
+        "input_size": a.size if a else None,
+        "gradient_condition": s.condition_nonzero if s else None,
+        "gradient_rank": s.rank if s else None,
+        "block_condition": block.condition_nonzero if block else None,
+    }
+
+
+def _operator(training: Training, batch: Batch) -> dict[str, Any]:
+    layers = operator_spectrum(training.model, lambda: training.problem.loss(training.model, batch))
+    return {name: {"operator_largest": o.largest, "operator_smallest": o.smallest} for name, o in layers.items()}
+
+
 def _effective_rate(training: Training, batch: Batch) -> dict[str, Any]:
     return effective_rates(training.model, lambda m: training.problem.loss(m, batch))
 
@@ -92,6 +119,8 @@ PROBES = (
     Probe("energy", _energy, lambda moment: moment.at_end),
     Probe("variance", _variance, lambda moment: moment.at_end),
     Probe("redundancy", _redundancy, lambda moment: moment.at_end),
+    Probe("conditioning", _conditioning, lambda moment: moment.at_reported_end),
+    Probe("operator", _operator, lambda moment: moment.at_reported_end),
     Probe("effective_rate", _effective_rate, lambda moment: moment.sampled, copies=True),
     Probe("dependence", _dependence, lambda moment: moment.at_reported_end, copies=True),
 )

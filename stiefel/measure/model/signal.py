@@ -7,16 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from stiefel.attach import constrained_weights
 from stiefel.attach.select import CONVOLUTIONS
 from stiefel.errors import OptionError
 from stiefel.linalg import in_double
+from stiefel.measure.model.taps import UNCALLED, UNREACHED, Place, Taps, linear_maps
 
 
 @dataclass(frozen=True)
@@ -111,7 +110,6 @@ class _Sums:
     squares: dict[str, Tensor] = field(default_factory=dict)
 
     def add(self, which: str, x: Tensor) -> None:
-        x = x.detach()
         # abs, since vector_norm computes a complex tensor in complex dtypes only; float64, since squares in half
         # precision overflow.
         square = torch.linalg.vector_norm(x.abs() if x.is_complex() else x, dtype=torch.float64) ** 2
@@ -129,32 +127,27 @@ class Probe:
         loss_of(model).backward()
     probe.layers()
 
-    A layer's input is replaced by a view of itself, so that the gradient through this layer alone is seen; an input
-    that needs no gradient by one that does. Outputs may be changed in place afterwards, as by ReLU(inplace=True).
+    Inputs and outputs of layers are seen as :class:`Taps` shows them.
     """
 
     def __init__(self, model: nn.Module) -> None:
         # A released layer or another optimizer may come later: the weights are looked up now, and the hooks removed.
-        self._weights = list(constrained_weights(model, ties=True))
+        watched, self._others = linear_maps(model)
+        self._names = [weight.name for weight in constrained_weights(model, ties=True)]
         self._sums: dict[str, _Sums] = {}
-        self._handles: list[RemovableHandle] = []
-        self.inputs: list[Tensor] = []
+        self._taps = Taps(watched, self._see)
+
+    @property
+    def inputs(self) -> list[Tensor]:
+        """What the layers were given, for :func:`torch.autograd.grad`; empty once the probe is left."""
+        return self._taps.inputs
 
     def __enter__(self) -> Probe:
-        for weight in self._weights:
-            if _is_linear_map(weight.owner, weight.tensor):
-                before, after = self._hooks(weight.name)
-                # Our hooks run next to the layer, since other hooks may change its input or output.
-                self._handles += [
-                    weight.owner.register_forward_pre_hook(before, with_kwargs=True),
-                    weight.owner.register_forward_hook(after, with_kwargs=True, prepend=True),
-                ]
+        self._taps.__enter__()
         return self
 
     def __exit__(self, *error: object) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles, self.inputs = [], []
+        self._taps.__exit__(*error)
 
     def layers(self) -> dict[str, LayerSignal]:
         """What was seen so far; waits for the device."""
@@ -166,46 +159,15 @@ class Probe:
         for name, sums in self._sums.items():
             x, y, dx, dy = map(sums.norm, ("x", "y", "dx", "dy"))
             totals = _ratio(y, first), _ratio(dx, last)
-            reason = None if dx is not None else "no gradient has reached it"
+            reason = None if dx is not None else UNREACHED
             found[name] = LayerSignal(_ratio(y, x), _ratio(dx, dy), *totals, sums.calls, reason)
-        for weight in self._weights:
-            if weight.name not in found:
-                linear = _is_linear_map(weight.owner, weight.tensor)
-                why = (
-                    "it was not called, or the model was compiled before, and new hooks do not run"
-                    if linear
-                    else f"a {type(weight.owner).__name__} does not return the product with {weight.tensor} alone"
-                )
-                found[weight.name] = LayerSignal(None, None, None, None, 0, why)
-        return found
+        unseen = [name for name in self._names if name not in found]
+        return found | {n: LayerSignal(None, None, None, None, 0, self._others.get(n, UNCALLED)) for n in unseen}
 
-    def _hooks(self, name: str) -> tuple[Callable[..., Any], Callable[..., None]]:
-        def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            # Layers may be called as layer(x) or layer(input=x).
-            x = args[0] if args else kwargs["input"]
-            sums = self._sums.setdefault(name, _Sums())
-            sums.calls += 1
-            sums.add("x", x)
-            if not torch.is_grad_enabled() or x.is_inference():
-                return None
-            # A hook on x itself would see the gradients through all layers that x enters.
-            # An input without a gradient gets one here, or ∂L/∂x of the first layer would not be computed.
-            seen = x.view_as(x) if x.requires_grad else x.detach().requires_grad_()
-            seen.register_hook(lambda gradient: sums.add("dx", gradient))
-            self.inputs.append(seen)
-            return ((seen, *args[1:]), kwargs) if args else (args, kwargs | {"input": seen})
-
-        def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> None:
-            sums = self._sums[name]
-            sums.add("y", _without_bias(y.detach(), module))
-            if y.requires_grad:
-                y.register_hook(lambda gradient: sums.add("dy", gradient))
-
-        return before, after
-
-
-def _is_linear_map(owner: nn.Module, tensor: str) -> bool:
-    return isinstance(owner, (nn.Linear, CONVOLUTIONS)) and tensor == "weight"
+    def _see(self, name: str, module: nn.Module, place: Place, tensor: Tensor) -> None:
+        sums = self._sums.setdefault(name, _Sums())
+        sums.calls += place == "x"
+        sums.add(place, _without_bias(tensor, module) if place == "y" else tensor)
 
 
 def _without_bias(y: Tensor, module: nn.Module) -> Tensor:

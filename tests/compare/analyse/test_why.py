@@ -11,7 +11,7 @@ from typing import ClassVar
 import numpy as np
 import pytest
 import torch
-from records import comparison, diagnosed, measured, spec, trained
+from records import comparison, conditioned, diagnosed, measured, spec, trained
 from rich.console import Console
 from torch import nn
 
@@ -127,6 +127,45 @@ def test_a_model_that_cannot_be_copied_costs_these_fields_and_not_the_run(tmp_pa
     assert "effective_rate" not in rows[-1]
 
 
+@dataclass(frozen=True, kw_only=True)
+class Images(Toy):
+    """A convolution whose operator is periodic, one whose images have more entries than are written out, a Linear."""
+
+    def make_model(self) -> nn.Module:
+        first = nn.Conv2d(1, 4, 3, padding=1, padding_mode="circular")
+        rest = (nn.ReLU(), nn.Flatten(), nn.Linear(800, 2))
+        return nn.Sequential(nn.Unflatten(1, (1, 10, 20)), first, nn.ReLU(), nn.Conv2d(4, 4, 3, padding=1), *rest)
+
+    def make_data(self) -> Data:
+        x = torch.randn(96, 200)
+        y = (x[:, 0] > 0).long()
+        return Data((x[:64], y[:64]), (x[64:80], y[64:80]), (x[80:], y[80:]))
+
+
+def test_reported_runs_record_conditions_and_norms_at_their_ends(tmp_path):
+    rows = run(Images(), tmp_path / "a")
+    assert [("conditioning" in row, "operator" in row) for row in rows] == [
+        (True,) * 2,
+        *[(False,) * 2] * 2,
+        (True,) * 2,
+    ]
+    for row in (rows[0], rows[-1]):
+        assert list(row["conditioning"]) == list(row["energy"]) == ["1.weight", "3.weight", "6.weight"]
+        first, second, last = row["conditioning"].values()
+        assert (first["input_rank"], first["input_size"]) == (9, 9)
+        assert second["input_size"] == 36
+        assert (last["input_size"], last["input_rank"]) == (800, 16)  # of 16 examples
+        assert first["block_condition"] == pytest.approx(first["input_condition"] * first["gradient_condition"])
+        assert list(row["operator"]) == ["1.weight", "3.weight"]
+        assert 1 <= row["operator"]["1.weight"]["operator_largest"] <= 3
+        assert row["operator"]["1.weight"]["operator_smallest"] <= 1
+        assert row["operator"]["3.weight"]["operator_smallest"] is None
+    assert not any({"conditioning", "operator"} & set(row) for row in run(Images(), tmp_path / "b", phase="tuning"))
+    vectors = run(Toy(), tmp_path / "c")[-1]
+    assert vectors["operator"] == {}
+    assert all(layer["input_condition"] >= 1 for layer in vectors["conditioning"].values())
+
+
 # --- what the report makes of it ---
 
 
@@ -184,6 +223,32 @@ def test_figures_show_all_methods_beside_the_start(tmp_path):
     assert image[0, 0] == pytest.approx(1.2 * PERCENT)
 
 
+def test_conditions_and_norms_have_panels_and_columns_where_they_were_recorded(tmp_path):
+    for method, level in (("own", 1.0), ("soft", 2.0)):
+        signals = diagnosed(3, level) | conditioned(3, level)
+        rows = [measured(epoch, 0.5, 1e-8, layers=3, **signals) for epoch in (0, 1)]
+        trained(tmp_path, spec(method=method, phase="final", seed=FRESH), 0.9, rows=rows)
+    summary = summary_of(tmp_path)
+    why = Why(summary.settings[0])
+    own = why.layers[(why.layers.method == "own") & (why.layers.moment == "end")]
+    assert own.input_condition.tolist() == [10, 100, 1000]
+    assert own.input_rank.tolist() == [5, 4, 3]
+    assert own.operator_largest.tolist()[:1] == [3]
+    methods = why.methods.set_index("method")
+    assert methods.loc["soft", "input_condition"] == pytest.approx(100)
+    assert methods.loc["soft", ["block_condition", "operator_largest"]].tolist() == pytest.approx([102, 4])
+    axes = why_figures.depth(summary, why).figure().axes
+    titles = [ax.get_ylabel() + ax.get_title() for ax in axes]
+    assert len(axes) == 9
+    (inputs,) = (ax for ax, title in zip(axes, titles, strict=True) if "condition of inputs" in title)
+    assert inputs.lines[0].get_ydata().tolist() == [10, 100, 1000]
+    publish(Report.of(*read_all([tmp_path])), html=tmp_path / "report.html", console=Console(file=io.StringIO()))
+    page = (tmp_path / "report.html").read_text()
+    assert "condition<br>of inputs" in page
+    assert "convolution,<br>largest" in page
+    assert "convolution,<br>smallest" not in page  # of which nothing is known
+
+
 def test_a_rate_far_above_all_others_is_told_and_not_drawn(tmp_path):
     for method, rate in (("own", 0.5), ("soft", 0.9), ("pogo", 2000.0)):
         signals = diagnosed(2, 0.1) | {"effective_rate": {"l0": rate, "l1": rate * 1.1}}
@@ -206,6 +271,7 @@ def test_pages_with_and_without(tmp_path):
     html, text = page(tmp_path / "with")
     assert '<h3 id="why">' in html
     assert "turned by<br>others" in html
+    assert "condition<br>of inputs" not in html  # of records without
     assert "step of layer" in html
     assert "http" not in html.replace("http://www.w3.org", "")
     start, low, high = (PERCENT * 0.375 * (1 + level) for level in (0.0, 0.1, 0.4))  # of 0.5, 0.25, 0.125

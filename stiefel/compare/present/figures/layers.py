@@ -35,13 +35,14 @@ FAR = 10.0
 
 
 def depth(summary: Summary, why: Why) -> Sheet | None:
-    """Per layer at the end: energy kept both ways, variance, redundancy, effective rate; that rate against steps.
+    """Per layer at the end: energy kept, variance, redundancy, conditions, norms, effective rate; that against steps.
 
     A line is the median over the fresh seeds; the start, which methods share, is dotted. None where nothing is known.
     """
     if why.layers.empty:
         return None
-    shown = [signal for signal in SIGNALS if signal.title]
+    titled = [signal for signal in SIGNALS if signal.title]
+    shown = [signal for signal in titled if not signal.optional or why.layers[signal.name].notna().any()]
     styles = method_styles(summary)
     ends, starts = (why.layers[why.layers.moment == moment] for moment in ("end", "start"))
     shared = starts.groupby("depth")[[signal.name for signal in shown]].median()

@@ -110,7 +110,7 @@ class Results:
         return frames.epochs(self.records)
 
     def layers(self) -> pd.DataFrame:
-        """A row per problem, setting, method, moment (start, end) and layer: energies, variance, redundancy, rate."""
+        """A row per problem, setting, method, moment (start, end) and layer: energies, conditions, norms, rates …"""
         return layers.frames(self.problems, "layers")
 
     def dependence(self) -> pd.DataFrame:

@@ -52,6 +52,7 @@ def depth(summary: Summary, why: Why) -> Sheet | None:
             _points(ax, rows.depth, rows[signal.name], styles[str(label)], signal.least)
         _points(ax, shared.index, shared[signal.name], START, signal.least)
         label_axis(ax, signal.title, "constrained layer", log=True)
+        ax.set_xlim(0.8, why.layers.depth.max() + 0.2)  # also where few layers have it
         ax.xaxis.set_major_locator(MaxNLocator(integer=True, nbins=8))
         _finish(ax, rates=signal is shown[-1])  # the effective rate comes last among the signals
 

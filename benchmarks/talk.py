@@ -18,11 +18,12 @@ import shlex
 import sys
 import time
 from pathlib import Path
-
-from claims.outcome import Claim
-from claims.training import SHOWN, TINY
+from typing import TYPE_CHECKING
 
 from stiefel.compare import cli
+
+if TYPE_CHECKING:
+    from claims.outcome import Claim
 
 HERE = Path(__file__).parent
 EXPERIMENTS = ("conditioning", "choices", "axes", "distortion", "signal", "rates")
@@ -123,9 +124,11 @@ def compare(name: str, folder: Path, *, tiny: bool, more: list[str]) -> int:
 
 def experiment(name: str, folder: Path, *, tiny: bool) -> int:
     """Run an experiment, and write what it leaves."""
+    from claims import training  # here, since it registers methods: a comparison loads what it needs itself
+
     found, start = claim(name), time.perf_counter()
     print(found.says, flush=True)
-    outcome = found.run(TINY if tiny else SHOWN)
+    outcome = found.run(training.TINY if tiny else training.SHOWN)
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "rows.csv").open("w", newline="") as stream:
         writer = csv.DictWriter(stream, list(outcome.rows[0]))

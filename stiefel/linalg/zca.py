@@ -18,8 +18,6 @@ from stiefel.linalg.tracing import readable
 if TYPE_CHECKING:
     from jaxtyping import Float
 
-SMALL = 64
-"""Size up to which eigenvectors in float64 are as fast as those in float32 and their :func:`correction`."""
 NOT_FINITE = (
     "the covariance of a batch has entries that are NaN or infinite, since the samples have; look for a loss that "
     "diverged, or for inputs that are not finite"
@@ -73,14 +71,13 @@ def zca_matrix_by_iteration(sigma: Float[Tensor, "b p p"]) -> Float[Tensor, "b p
 
 
 def eigenvectors(sigma: Float[Tensor, "*batch p p"]) -> tuple[Tensor, Tensor]:
-    """Eigenvalues, ascending, and eigenvectors; in float64, but for a large float32 Σ on a CPU.
+    """Eigenvalues, ascending, and eigenvectors; in float64 where the device of Σ has no eigenvectors of its own.
 
     Raises:
         BatchError: LAPACK has found that Σ is not finite, which it does not in every case.
     """
-    narrow = may_wait(sigma) and sigma.shape[-1] > SMALL
     try:
-        return torch.linalg.eigh(sigma if narrow else in_double(sigma))
+        return torch.linalg.eigh(sigma if may_wait(sigma) else in_double(sigma))
     except torch.linalg.LinAlgError as error:
         raise BatchError(NOT_FINITE) from error
 
@@ -118,10 +115,10 @@ def inverse_root_and_spectrum(sigma: Float[Tensor, "b p p"]) -> tuple[Tensor, Te
     return inverse_root(sigma, d, s).to(sigma), d.to(sigma), s.to(sigma)
 
 
-def inverse_root(sigma: Tensor, d: Tensor, s: Tensor) -> Tensor:
+def inverse_root(sigma: Tensor, d: Tensor, s: Tensor, corrected: bool = True) -> Tensor:
     """``D diag(1/s) Dᵀ``, in float32 corrected: its eigenvectors have an error of 1e-6, which 1/s magnifies."""
     z = torch.bmm(d / s.unsqueeze(-2), d.mT)
-    if z.dtype != torch.float32:
+    if z.dtype != torch.float32 or not corrected:
         return z
     return z + correction(sym(z @ sigma @ z - torch.eye(z.shape[-1], dtype=z.dtype, device=z.device)), d, s)
 

@@ -9,11 +9,13 @@ import torch
 from torch import Tensor
 
 from stiefel.constraint import Claim, TransportMethod, register
-from stiefel.linalg import add_product, frobenius, nearest_in_step, skew, sym
+from stiefel.linalg import add_product, frobenius, may_wait, nearest_in_step, newton_schulz, skew, sym
 from stiefel.manifold.geometry import project_tangent
 
 LONGEST = 1.0
 """Largest ‖A‖_F, the paper's 2q with q = ½: an iteration then halves the distance to the transform, or more."""
+POLISH = 4
+"""Newton-Schulz steps for the longest Y in double: YYᵀ − I goes from 0.06 to 3e-3, 7e-6, 4e-11 and 1e-21."""
 
 
 @register
@@ -28,10 +30,11 @@ class CayleySGD(TransportMethod):
     per matrix, as ``riemannian`` has under Adam; here Adam keeps its own, of single entries, and its mean of gradients
     as it is.
 
-    Y is off the set by ‖A‖₂⁴/4 for s = 2, always inwards, and as published this adds up over steps. The released code
-    iterates five times, normalizes each row before a step, and takes a QR factor at random, in one step of a hundred.
-    Here the polar factor of Y ends each step: one Newton-Schulz step where that is enough. To second order in T the
-    step is the same.
+    Y is off the set by ‖A‖₂⁴/4 for s = 2, always inwards, and as published this adds up: 2000 steps at rate 0.1 and
+    momentum 0.9 along noise of norm 1 leave ‖XXᵀ − I‖_F at 3e-3 for 64×576 and at 0.2 for 1×10. The released code
+    iterates five times, normalizes each row before a step, and takes a QR factor in one step of a hundred, at random.
+    Here the polar factor of Y ends each step, by Newton-Schulz steps, of which one is enough where T is short. To third
+    order in T the step is the same.
 
     Args:
         iterations: s; the paper has 2, its released code 5.
@@ -71,7 +74,7 @@ class CayleySGD(TransportMethod):
         length = (2 * t_norm.square() - s_norm.square()).clamp_min(0).sqrt()
         kept = LONGEST / length.clamp_min(LONGEST)
         y = self._transformed(x, kept * tangent, kept * s)
-        return nearest_in_step(y), ((size > LONGEST) | (kept < 1))[..., 0, 0]
+        return _polished(y), ((size > LONGEST) | (kept < 1))[..., 0, 0]
 
     def _transformed(self, x: Tensor, tangent: Tensor, s: Tensor) -> Tensor:
         """Y. All iterates are ``(I + C)X + DT`` with C and D p×p, since ``XA = T`` and ``TA = ST − VVᵀX``."""
@@ -82,3 +85,12 @@ class CayleySGD(TransportMethod):
             c, d = -0.5 * d @ vv, identity + 0.5 * add_product(c, d, skew(s))
         # sym(S), 0 but for rounding, is taken out of T.
         return add_product(add_product(x, add_product(c, d, sym(s), alpha=-1), x), d, tangent)
+
+
+def _polished(y: Tensor) -> Tensor:
+    """The polar factor of Y, which is near the set; where the host may not wait, by what the longest needs."""
+    if may_wait(y):
+        return nearest_in_step(y)
+    for _ in range(POLISH):
+        y = newton_schulz(y)
+    return y

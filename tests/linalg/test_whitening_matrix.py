@@ -10,7 +10,7 @@ from torch.autograd import gradcheck, gradgradcheck
 import stiefel
 from stiefel.linalg.covariance import SAMPLES, affine_map, covariance
 from stiefel.linalg.whitening import newton_matrix, pca_matrix
-from stiefel.linalg.zca import SMALL, zca_matrix, zca_matrix_by_iteration
+from stiefel.linalg.zca import zca_matrix, zca_matrix_by_iteration
 
 SPECTRA = {
     "identity": [1.0, 1.0, 1.0, 1.0],
@@ -53,7 +53,7 @@ def test_autograd_through_an_eigendecomposition_has_no_gradient_where_ours_has()
     assert close(ours, -sym(g) / 2)  # d Σ^{-1/2} = −½ dΣ at I
 
 
-@pytest.mark.parametrize("p", [SMALL, SMALL + 32])
+@pytest.mark.parametrize("p", [5, 64, 200])
 def test_zca_of_float32_is_right_to_its_rounding(p):
     sigma = symmetric(torch.logspace(0, -2, p).tolist()).float()
     z, exact = zca_matrix(sigma).double(), zca_matrix(sigma.double())

@@ -140,6 +140,25 @@ def test_cayley_sgd_stays_orthonormal_for_thousands_of_wild_steps(shape, dtype):
         assert residual(x).max() <= 64 * torch.finfo(dtype).eps * shape[1] ** 0.5
 
 
+@every_dtype
+@every_shape
+@pytest.mark.parametrize("iterations", [1, 2, 5])
+def test_a_fixed_number_of_newton_schulz_steps_is_enough(monkeypatch, iterations, shape, dtype):
+    """As on a GPU, where the host does not look how many are: for the longest steps, in one plane or in many."""
+    method, x = stiefel.get("cayley_sgd", iterations=iterations), orthonormal(6, *shape).to(dtype)
+    u = gaussian(6, *shape, seed=1).to(dtype)
+    u[0] = x[0].flip(-2)  # in the span of the rows
+    u[1] = gaussian(shape[0], 1, seed=2).to(dtype) @ gaussian(1, shape[1], seed=3).to(dtype)
+    for size in (1e-3, 0.3, 1e6):
+        here = method.step(x, size * u, 0.1)
+        with monkeypatch.context() as patch:
+            patch.setattr("stiefel.methods.cayley_sgd.may_wait", lambda tensor: False)
+            there = method.step(x, size * u, 0.1)
+        assert close(here[0], there[0], 32 * torch.finfo(dtype).eps)
+        assert torch.equal(here[1], there[1])
+        assert residual(there[0]).max() <= 32 * torch.finfo(dtype).eps * shape[0] ** 0.5
+
+
 @pytest.mark.parametrize("iterations", [0, -1, 1.5, True, "2"])
 def test_iterations_are_a_positive_whole_number(iterations):
     with pytest.raises(stiefel.OptionError, match="iterations="):

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from conformance import CHECKS
 from formulas import ORIENTATIONS, close, gaussian, orthonormal
 from torch import nn
 
@@ -102,6 +103,11 @@ def test_centred_weight_norm_equals_its_formula(layer, scale, size):
     (ours.weight * c).sum().backward()
     (gradient,) = torch.autograd.grad((expected * c).sum(), v)
     assert close(size * proxy.grad, size * gradient, 1e-11)
+
+
+@pytest.mark.parametrize("check", CHECKS)
+def test_centred_weight_norm_obeys_every_law(check):
+    CHECKS[check](stiefel.get("weight_norm", center="auto"), torch.float64, torch.device("cpu"))
 
 
 def test_centred_weight_norm_keeps_its_mean_at_zero_while_it_trains():

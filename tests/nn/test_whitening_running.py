@@ -320,6 +320,14 @@ def test_a_step_makes_few_tensors_of_the_batchs_size():
     assert peak.bytes < 4.5 * x.numel() * x.element_size()
 
 
+def test_the_backward_pass_holds_one_tensor_of_the_batchs_size():
+    layer, x, kept = Whitening1d(32), gaussian(2000, 32, dtype=torch.float32).requires_grad_(), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t) or t, lambda t: t):
+        layer(x)
+    large = [t for t in kept if t.numel() >= x.numel()]
+    assert {t.untyped_storage().data_ptr() for t in large} == {x.untyped_storage().data_ptr()}
+
+
 def test_the_library_has_the_layers():
     assert stiefel.nn.Whitening1d is Whitening1d
     assert "stiefel.nn.whitening" in Whitening1d.__module__

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from common import compare
+from torch import nn
 
 import stiefel
 from stiefel.compare import load_problem

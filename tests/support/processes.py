@@ -138,7 +138,16 @@ def as_one_process(method: str, dtype: torch.dtype, steps: int, mesh: Any = None
         found[name] = apart(one, many)
         found[f"{name} ranks"] = between_ranks(many)
         found["report"] = abs(stiefel.report(many).worst - stiefel.report(one).worst)
+        found[f"{name} rounding"] = apart(one, reordered(method, name, dtype, steps))
     return found
+
+
+def reordered(method: str, name: str, dtype: torch.dtype, steps: int) -> nn.Module:
+    """One process's model of the batch in another order: what the rounding of sums makes of the same training."""
+    model, (cls, hyper) = constrained(method, dtype), OPTIMIZERS[name]
+    x, y = data(dtype)
+    train(model, stiefel.optimizer(model, cls, **hyper), (x.flip(0), y.flip(0)), steps)
+    return model
 
 
 def double(method: str) -> dict[str, Any]:

@@ -19,11 +19,11 @@ from stiefel.constraint import Constraint, ManifoldMethod
 from stiefel.manifold.geometry import project_tangent
 
 STEPS = 20
-NOISE, SENSITIVE = 10.0, 100.0
-"""How many times what ``own`` shows in the same cell a method may leave a solution by; one with a caveat, more.
+NOISE, UNHELD, SENSITIVE = 10.0, 20.0, 100.0
+"""How many times what ``own`` shows in the same cell a method may leave a solution by.
 
-A weight that jumps where eigenvalues cross turns far where they are near: it makes more of an optimizer's noise. So
-does one that leaves the set, in the directions normal to it, along which the loss curves most.
+One that no claim holds to its set leaves it too, in the directions normal to it, along which the loss curves most. A
+weight that jumps where eigenvalues cross turns far where they are near: with a caveat it is more.
 """
 METHODS = conformance.solving()
 BASES = bases()
@@ -48,8 +48,8 @@ def limit(method: Constraint, index: int, decay: dict[str, Any], steps: int, sca
     """How far a method may get: the one exception is SGD's decay of a proxy, through its momentum."""
     cls, hyper = BASES[index]
     if cls.__name__ not in EXACT:
-        sensitive = method.caveat or method.claim is None
-        return max(1e-10, (SENSITIVE if sensitive else NOISE) * noise(index, steps, scale))
+        most = SENSITIVE if method.caveat else NOISE if method.claim else UNHELD
+        return max(1e-10, most * noise(index, steps, scale))
     shrinks = method.decay == "rescales" and decay.get("weight_decay") and hyper.get("momentum")
     return 1e-3 if shrinks else 1e-10
 
@@ -91,7 +91,7 @@ def test_a_solution_stays_for_500_steps(method: Constraint, index: int, scale: f
 def test_a_complex_solution_stays(method: Constraint, cls: Cls) -> None:
     hyper = {"momentum": 0.9} if cls is torch.optim.SGD else {"weight_decay": 0.1}
     gap = departure(method, cls, hyper, STEPS, dtype=torch.complex128)
-    assert gap <= (1e-10 if cls is torch.optim.SGD or method.lifts else 1e-3 if method.claim else 1e-2)
+    assert gap <= (1e-10 if cls is torch.optim.SGD or method.lifts else 1e-3 if method.claim else 3e-3)
 
 
 def ends(method: Constraint, cls: Cls, hyper: dict[str, Any], steps: int) -> torch.Tensor:

@@ -1,13 +1,32 @@
 """What holds for every test."""
 
 import sys
+from collections import defaultdict
 from collections.abc import Iterator
 
 import pytest
 from common import Projection, registered
+from sampling import sample
 
 import stiefel
 import stiefel.methods  # all of them, before a test could seem to have registered one
+
+
+@pytest.hookimpl(tryfirst=True)  # before those that are slow are left out
+def pytest_collection_modifyitems(items: list[pytest.Function]) -> None:
+    """Mark as slow what a test's ``sampled`` leaves out."""
+    tests: dict[tuple[str, bool], list[pytest.Function]] = defaultdict(list)
+    for item in items:
+        if item.get_closest_marker("sampled") and not item.get_closest_marker("slow"):
+            elsewhere = item.get_closest_marker("skipif") is not None  # a device that most machines lack
+            tests[item.nodeid.partition("[")[0], elsewhere].append(item)
+    for found in tests.values():
+        marker = found[0].get_closest_marker("sampled")
+        assert marker is not None
+        kept = sample({i.nodeid: i.callspec.params for i in found}, *marker.args, **marker.kwargs)
+        for item in found:
+            if item.nodeid not in kept:
+                item.add_marker("slow")
 
 
 @pytest.fixture(autouse=True)

@@ -44,6 +44,7 @@ def distance(a: list[Tensor], b: list[Tensor]) -> float:
     return max(float((x - y).norm() / y.norm()) for x, y in zip(a, b, strict=True))
 
 
+@pytest.mark.sampled(8)
 @pytest.mark.parametrize("saved", METHODS)
 @pytest.mark.parametrize("loaded", METHODS)
 @pytest.mark.parametrize("strict", [True, False])

@@ -62,6 +62,7 @@ def test_double_precision(method: str, when: str) -> None:
         assert stiefel.report(model).worst < 1e-12
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("choice", OPTIMIZERS)
 @pytest.mark.parametrize("through", ["memory", "file"])

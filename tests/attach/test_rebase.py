@@ -93,6 +93,7 @@ def close(one: nn.Module, other: nn.Module, tolerance: float = 1e-12) -> None:
 # --- what it is ---
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.complex128], ids=str)
 @pytest.mark.parametrize("scale", [1.0, 3.0])
 @pytest.mark.parametrize("base", BASES)
@@ -310,6 +311,7 @@ def test_a_closure_is_evaluated_with_one_start():
 # --- copies, checkpoints, caches, compilers ---
 
 
+@pytest.mark.sampled(3, values=False)
 @pytest.mark.parametrize("how", ["state dicts", "weights_only", "objects", "optimizer first"])
 @pytest.mark.parametrize("base", ["nesterov", "Adam"])
 @pytest.mark.parametrize("method", DYNAMIC)

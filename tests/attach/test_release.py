@@ -47,6 +47,7 @@ def test_release_leaves_an_ordinary_module(method: str) -> None:
         stiefel.report(model)
 
 
+@pytest.mark.sampled(3, values=False)
 @pytest.mark.parametrize("method", METHODS)
 def test_a_released_model_is_pickled_trained_and_constrained_again(method: str) -> None:
     model, x, file = stiefel.release(trained(method)), batch(4, 6), io.BytesIO()

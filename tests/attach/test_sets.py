@@ -56,6 +56,7 @@ OPTIMIZERS = {
 }
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("choice", OPTIMIZERS)
 @pytest.mark.parametrize("sign", [1, -1])
 @pytest.mark.parametrize("method", HELD)

@@ -94,6 +94,7 @@ TORCHS = {
 LIFTABLE = [name for name in TORCHS if name not in ("LBFGS", "Rprop", "SparseAdam")]
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("choice", LIFTABLE)
 @pytest.mark.parametrize("method", [m for m in METHODS if stiefel.get(m).lifts])
 def test_every_dense_optimizer_is_lifted(method: str, choice: str) -> None:

@@ -7,6 +7,7 @@ from contract import METHODS
 from features import FEATURES, REFUSED, RIGHT, SEVERAL, documented, outcome
 
 
+@pytest.mark.sampled(4, values=False)
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", FEATURES)
 def test_a_row_of_the_table_is_current(name):

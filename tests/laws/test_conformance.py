@@ -19,6 +19,8 @@ DEVICES = [
     ),
 ]
 METHODS = [method for name in stiefel.available() for method in conformance.variants(name)]
+PLAIN = [conformance.variants(name)[0] for name in stiefel.available()]
+FORMS = [method for method in METHODS if method not in PLAIN]
 OF_STATE = ("copy", "groups", "late_gradient", "momentum", "release", "resume", "seed")
 """Checks of what is kept and by whom: usually in single precision alone, where a claim is hardest too."""
 SINGLE, DOUBLE = (torch.float32, torch.complex64), (torch.float64, torch.complex128)
@@ -36,13 +38,33 @@ def is_quick(check: str, dtype: torch.dtype) -> bool:
     return dtype in SINGLE or not (check == "claim" or check in OF_STATE)
 
 
-@pytest.mark.parametrize("device", DEVICES, ids=str)
-@pytest.mark.parametrize("method", METHODS, ids=str)
-@pytest.mark.parametrize("check", conformance.CHECKS)
-def test_conforms(check: str, method: stiefel.Constraint, device: torch.device) -> None:
+def conforms(check: str, method: stiefel.Constraint, device: torch.device) -> None:
     for dtype in dtypes(check, method):
         if is_quick(check, dtype):
             conformance.run(method, check, dtype, device)
+
+
+@pytest.mark.sampled(2)
+@pytest.mark.parametrize("device", DEVICES, ids=str)
+@pytest.mark.parametrize("method", PLAIN, ids=str)
+@pytest.mark.parametrize("check", [check for check in conformance.CHECKS if check != "fixed_points"])
+def test_conforms(check: str, method: stiefel.Constraint, device: torch.device) -> None:
+    conforms(check, method, device)
+
+
+@pytest.mark.sampled(12)
+@pytest.mark.parametrize("device", DEVICES, ids=str)
+@pytest.mark.parametrize("method", FORMS, ids=str)
+@pytest.mark.parametrize("check", conformance.CHECKS)
+def test_other_forms_conform(check: str, method: stiefel.Constraint, device: torch.device) -> None:
+    conforms(check, method, device)
+
+
+@pytest.mark.sampled(8, values=False)  # test_fixed_points.py has the whole law
+@pytest.mark.parametrize("device", DEVICES, ids=str)
+@pytest.mark.parametrize("method", PLAIN, ids=str)
+def test_fixed_points_conform(method: stiefel.Constraint, device: torch.device) -> None:
+    conforms("fixed_points", method, device)
 
 
 @pytest.mark.slow

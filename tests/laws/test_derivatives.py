@@ -39,6 +39,7 @@ def proxy_of(method, shape, at, dtype):
     return forward, (proxy.clone().requires_grad_(), *(parts[k].detach().clone().requires_grad_() for k in trained))
 
 
+@pytest.mark.sampled(3)
 @every_proxy
 @pytest.mark.parametrize("dtype", [torch.float64, torch.complex128], ids=["real", "complex"])
 @pytest.mark.parametrize("at", ["start", "random"])

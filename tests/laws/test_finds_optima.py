@@ -70,6 +70,7 @@ def rate(method: stiefel.Constraint) -> float:
     return 0.2 if method.caveat else 1.5
 
 
+@pytest.mark.sampled(4, values=False)
 @pytest.mark.parametrize(("shape", "condition"), cases(SHAPES), ids=str)
 @pytest.mark.parametrize("method", METHODS, ids=str)
 def test_procrustes(method: stiefel.Constraint, shape: tuple[int, int], condition: float) -> None:
@@ -90,6 +91,7 @@ def procrustes(
     return shortfalls(method, start, lambda w: (w * t).sum((-2, -1)), best, steps)
 
 
+@pytest.mark.sampled(4, values=False)
 @pytest.mark.parametrize(("shape", "condition"), cases([s for s in SHAPES if s != (5, 5)]), ids=str)
 @pytest.mark.parametrize("method", METHODS, ids=str)
 def test_pca(method: stiefel.Constraint, shape: tuple[int, int], condition: float) -> None:

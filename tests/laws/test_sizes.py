@@ -76,6 +76,7 @@ def test_there_are_some() -> None:
     assert len(FORGETFUL) > len(HELD)
 
 
+@pytest.mark.sampled(4)
 @every_forgetful
 @every_precision
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -98,6 +99,7 @@ def test_every_size_gives_the_same_weight_and_the_gradient_divided_by_it(
         assert (scaled - gradient).abs().max() <= 256 * info.eps * gradient.abs().max(), f"2^{exponent}"
 
 
+@pytest.mark.sampled(6)
 @every_forgetful
 @pytest.mark.parametrize("dtype", [torch.float32, torch.complex64], ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

@@ -251,6 +251,7 @@ def test_every_kind_of_layer_is_measured(owner, tensor, run, method):
 # --- effective rates ---
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("scale", [1.0, "relu", 0.5])
 @pytest.mark.parametrize("method", [m for m in COMMON_START if stiefel.get(m).coefficients is not None])
 def test_at_the_start_the_rate_is_that_of_the_coefficients(method, scale):

@@ -191,6 +191,7 @@ def test_momentum_stiefel_by_hand():
     assert close(method.transport(x, moved, matrix([[[0.0, k]]])), 0.8 * k * matrix([[[-0.6, 0.8]]]))
 
 
+@pytest.mark.sampled(4, values=False)
 @every_dtype
 @pytest.mark.parametrize("shape", [(2, 3, 7), (2, 5, 5), (3, 1, 6)], ids=str)
 @every_metric

@@ -51,6 +51,7 @@ def test_rsdm_mean_step_is_the_stated_share_of_the_whole(monkeypatch, n, drawn):
     assert close(whole, (u - x @ u.mT @ x) / 2, 1e-10)  # (a, b) = (1, ½)
 
 
+@pytest.mark.sampled(3, values=False)
 @every_dtype
 @pytest.mark.parametrize("share", [0.25, 0.5, 1.0])
 def test_rsdm_stays_orthonormal_for_thousands_of_steps(dtype, share):

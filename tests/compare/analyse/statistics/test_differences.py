@@ -74,6 +74,7 @@ def tuned_once(k, n, rates=7, gap=0.6):
     return draw
 
 
+@pytest.mark.sampled(4, values=False)
 @pytest.mark.parametrize("n", [5, 10])
 @pytest.mark.parametrize("k", [2, 3, 5, 10, 20])
 def test_equal_methods_are_not_told_apart(k, n):

@@ -20,7 +20,12 @@ RAN = {"done", "target missed"}
 
 
 @pytest.mark.parametrize(
-    ("name", "setting"), [("omdsm", ()), ("mlp", ()), ("cnn", ("--net", "vgg"))], ids=["omdsm", "mlp", "cnn"]
+    ("name", "setting"),
+    [
+        pytest.param("omdsm", (), id="omdsm", marks=pytest.mark.slow),
+        pytest.param("mlp", (), id="mlp", marks=pytest.mark.slow),
+        pytest.param("cnn", ("--net", "vgg"), id="cnn"),
+    ],
 )
 def test_every_method_runs_every_problem_or_is_skipped_for_a_reason(name, setting, tmp_path):
     arguments = ("--budget", "tiny", "--scale", "relu", "--lr", "0.05", "--seeds", "1", "--no-cost")

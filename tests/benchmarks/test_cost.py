@@ -21,6 +21,7 @@ from costs.targets import Results, faster, targets, within
 
 import stiefel
 
+pytestmark = pytest.mark.xdist_group("cost")  # one process measures for all
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 CPU = torch.device("cpu")
 CASE = Case(3, 4, 9, dtype=torch.float64)

@@ -81,6 +81,7 @@ def test_equal_methods_are_not_told_apart(k, n):
     assert max(false_rates(normal(k, n), 800 if k < 10 else 300)) <= FALSE
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("n", [5, 10])
 @pytest.mark.parametrize("draw", [loud, rising, heavy, accuracies, tuned], ids=lambda draw: draw.__name__)
 def test_nor_are_they_where_spreads_differ_tails_are_heavy_or_each_replicate_is_tuned(draw, n):

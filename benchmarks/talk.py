@@ -27,61 +27,61 @@ if TYPE_CHECKING:
 
 HERE = Path(__file__).parent
 EXPERIMENTS = ("conditioning", "choices", "axes", "distortion", "signal", "rates")
-PAPER = """unconstrained default own olm_as_released own_pca olm_var_as_released soft
-    riemannian:metric=euclidean,retraction=qr riemannian:metric=canonical,retraction=qr ei_qr_as_released"""
+PAPER = """unconstrained default own olm_as_released own_pca soft riemannian:metric=euclidean,retraction=qr
+    ei_qr_as_released"""
 COMPARISONS = {
     "small_batches": (
         "Batch normalization fails in small batches; layers, groups and orthogonal weights do not need them large.",
-        "mlp.py --norm none batch layer group --methods own unconstrained --no-cost",
-        "--batch-size 2 8 32 256 --epochs 5 --seeds 3",
+        "mlp.py --norm none batch layer group --methods own unconstrained --scale relu --no-cost",
+        "--batch-size 2 16 128 --epochs 5 --lr 0.01 0.1 0.3 1 --studies 3",
         "--batch-size 32 256 --epochs 1 --seeds 2 --lr 0.1",
     ),
     "omdsm": (
         "On several dependent Stiefel manifolds OWN trains where penalties and Riemannian methods do not.",
         f"omdsm.py --bias True False --scale 1 --no-cost --methods {PAPER}",
-        "--depth 8 --epochs 35 --seeds 5 --lr 0.1 0.3 1 3 10",
+        "--depth 8 --epochs 35 --lr 0.1 0.3 1 3 10 --studies 2",
         "--budget tiny --bias False --seeds 2 --lr 0.3",
     ),
     "convolutions": (
         "Orthogonal convolutions help: all of them, or the first few; with batch normalization too.",
-        "cnn.py --methods own unconstrained default --scale 1 --no-cost",
-        "--layers all first4 first2 first --norm none batch --epochs 5 --seeds 3",
+        "cnn.py --methods own unconstrained --scale relu --no-cost",
+        "--layers all first4 first2 first --norm none batch --lr 0.03 0.1 0.3 1 --studies 3",
         "--budget tiny --net vgg --layers all first --norm none batch --seeds 2 --lr 0.05",
     ),
     "networks": (
         "So it is in batch-normalized Inception and in wide ResNets.",
         "cnn.py --net inception wrn --methods own unconstrained --scale 1 --no-cost --pixels 8",
-        "--layers all first --epochs 3 --batch-size 64 --width 0.0625 --examples 1024 --seeds 3 --lr 0.01 0.03 0.1 0.3",
+        "--layers all first --epochs 3 --batch-size 64 --width 0.0625 --examples 1024 --lr 0.03 0.1 0.3 --studies 2",
         "--budget tiny --layers all --seeds 2 --lr 0.05",
     ),
     "groups": (
         "Groups of rows trade orthogonality against capacity.",
-        "cnn.py --methods own --scale 1 --no-cost",
-        "--groups 1 16 32 64 --norm none --epochs 5 --seeds 3",
+        "cnn.py --methods own --scale relu --no-cost",
+        "--groups 1 16 32 64 --norm none batch --lr 0.03 0.1 0.3 1 --studies 3",
         "--budget tiny --net vgg --groups 1 16 --seeds 2 --lr 0.05",
     ),
     "adam": (
         "By Adam too.",
         "mlp.py --optim adam --methods own own:scale=learnable weight_norm unconstrained default --no-cost",
-        "--lr 0.0001 0.0003 0.001 0.003 0.01 0.03 0.1 --seeds 3",
+        "--scale relu --lr 0.0003 0.001 0.003 0.01 0.03 --studies 3",
         "--epochs 1 --seeds 2 --lr 0.003",
     ),
     "gan": (
         "A constrained discriminator makes the game of a GAN steadier.",
         "gan.py --methods own spectral_norm unconstrained --no-cost",
-        "--epochs 2 20 --lr 1e-4 3e-4 1e-3 3e-3 --seeds 3",
+        "--epochs 2 20 --lr 3e-4 1e-3 3e-3 --studies 2",
         "--budget tiny --seeds 2 --lr 1e-3",
     ),
     "memory": (
         "Orthogonal recurrent matrices remember for longer: copying over 100 and 200 steps.",
         "rnn.py --methods own riemannian unconstrained --no-cost",
-        "--task copying --delay 100 200 --epochs 10 --lr 3e-4 1e-3 3e-3 --seeds 2",
+        "--task copying --delay 100 200 --epochs 10 --lr 3e-4 1e-3 3e-3 --studies 2",
         "--budget tiny --task copying --seeds 2 --lr 1e-3",
     ),
     "pixels": (
         "And over the 784 pixels of an image.",
         "rnn.py --methods own riemannian unconstrained --no-cost",
-        "--task digits --data fashion-mnist --examples 2048 --epochs 5 --lr 3e-4 1e-3 3e-3 --seeds 2",
+        "--task digits --data fashion-mnist --examples 2048 --epochs 5 --lr 3e-4 1e-3 3e-3 --studies 2",
         "--budget tiny --task digits --seeds 2 --lr 1e-3",
     ),
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ from torch import nn
 
 import stiefel
 from stiefel.compare import cli, load_problem
+from stiefel.compare.record.measurements import lines_of, parsed
 from stiefel.compare.record.records import Record, read_all
 from stiefel.compare.record.spec import RunSpec
 from stiefel.errors import ProblemError
@@ -40,6 +42,8 @@ def test_every_method_runs_end_to_end(name, settings, lr, tmp_path):
     for record in records:
         assert record.status in ("done", "target missed", "skipped"), f"{record.label}: {record.reason}"
         assert record.status != "skipped" or record.reason
+        lines = lines_of(record)
+        assert parsed(lines) == [json.loads(line) for line in lines], "rows are written that are not read"
         if name == "gan" and record.status != "skipped":
             assert (record.path / "samples.png").read_bytes()[:4] == b"\x89PNG"
     skipped = {r.spec.method for r in tuned if r.status == "skipped"}

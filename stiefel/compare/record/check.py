@@ -178,7 +178,7 @@ def _row(row: dict[str, Any]) -> Iterator[bool]:
     yield _by_name(row["validation"]) and _by_name(row.get("test", {}))
     yield _or_null(row["orthogonality"]["worst"]) and _by_name(row["orthogonality"]["layers"])
     yield all(_by_name(row.get(key) or {}) for key in ("variance", "redundancy", "effective_rate"))
-    yield all(_by_name(layer) for key in ("energy", "conditioning", "operator") for layer in row.get(key, {}).values())
+    yield all(_layer(layer) for key in ("energy", "conditioning", "operator") for layer in row.get(key, {}).values())
     yield isinstance(row.get("gradients_reason", ""), str)
     found = row.get("dependence")
     if found is not None:
@@ -190,6 +190,11 @@ def _row(row: dict[str, Any]) -> Iterator[bool]:
 
 def _or_null(value: Any) -> bool:
     return value is None or is_number(value)
+
+
+def _layer(values: Mapping[str, Any]) -> bool:
+    """What of a layer was measured, or the reason why not."""
+    return _by_name({**values, "reason": None}) and isinstance(values.get("reason") or "", str)
 
 
 def _by_name(values: Mapping[str, Any]) -> bool:

@@ -223,6 +223,7 @@ def test_a_run_with_torn_measurements_is_named_and_scored(tmp_path):
         ("orthogonality", {"worst": 0.1, "layers": {"a": [1]}}),
         ("energy", {"l0": 1.0}),
         ("energy", {"l0": {"forward": "much"}}),
+        ("energy", {"l0": {"forward": None, "reason": [1]}}),
         ("conditioning", {"l0": 1.0}),
         ("conditioning", {"l0": {"input_rank": [1]}}),
         ("operator", {"l0": {"operator_largest": "much"}}),
@@ -241,6 +242,11 @@ def test_a_row_of_other_types_is_left_out(key, value):
     good = measured(1, 0.9, 1e-8)
     odd = json.dumps(good | {key: value})
     assert parsed([json.dumps(good), odd, json.dumps(good)]) == [good, good]
+
+
+def test_a_row_of_a_layer_that_could_not_be_measured_is_kept():
+    row = measured(1, 0.9, 1e-8) | {"energy": {"l0": {"forward": None, "backward": None, "reason": "never called"}}}
+    assert parsed([json.dumps(row)]) == [row]
 
 
 # --- the time of the end ---

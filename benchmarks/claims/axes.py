@@ -81,11 +81,11 @@ def _weights(size: Size, kind: str, lr: float, seed: int) -> Run:
 
 
 def _acts(size: Size, kind: str, lr: float, seed: int) -> Run:
-    """The network without a constraint, its hidden layers' outputs whitened in one group."""
+    """The network without a constraint, its hidden layers' outputs whitened, as ``norm`` does it or by PCA."""
     one = Run(size.problem(bias=False, norm="whitening"), "unconstrained", lr, seed)
     for name, part in list(one.model.named_children()):
         if isinstance(part, Whitening1d):
-            setattr(one.model, name, Whitening1d(size.width, kind=ACTIVATIONS[kind]))
+            setattr(one.model, name, Whitening1d(size.width, group_size=part.group_size, kind=ACTIVATIONS[kind]))
     one.optimizer = stiefel.optimizer(one.model, torch.optim.SGD, lr=lr)
     one.schedule = one.problem.schedule(one.optimizer)
     return one

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import torch
+from parts.norms import norm
 from torch import Tensor, nn
 
 import stiefel
 from claims.outcome import COLOURS, Claim, Outcome, Rows, best_rate, figure, mean, spread
 from claims.training import Run, Size
 from stiefel.nn import Whitening1d
-
-GROUPS = 10
-"""Groups of features that are whitened together: a batch of 128 says little of the covariance of 100 features."""
 
 
 class Standardize(nn.Module):
@@ -47,7 +45,7 @@ CHOICES = {
     "mini-batch, computed, standardized": lambda n: Standardize(n, "batch"),
     "mini-batches, estimated, standardized": lambda n: Standardize(n, "estimate"),
     "data set, computed, standardized": lambda n: Standardize(n, "data"),
-    "mini-batch, computed, whitened in groups": lambda n: Whitening1d(n, group_size=max(1, n // GROUPS)),
+    "mini-batch, computed, whitened in groups": lambda n: norm("whitening", n),
     "mini-batch, computed, whitened": Whitening1d,
 }
 """Whose statistics; whether they are computed, so that the gradient knows of them, or estimated; what they do."""

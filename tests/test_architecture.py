@@ -48,7 +48,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "layout",
         "compat",
     },
-    "nn": {"attach", "constraint", "linalg"},
+    "nn": {"attach", "constraint", "linalg", "compat"},
     "measure": {"measure/model", "measure/cost", "measure/monitor"},
     "measure/model": {
         "measure/cost",

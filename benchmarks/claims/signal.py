@@ -32,6 +32,8 @@ def run(size: Size) -> Outcome:
                 if when == "start":
                     one.go()
     made, axes = figure(2, 2)
+    for row in (0, 1):
+        axes[row, 1].sharey(axes[row, 0])
     layers = range(1, size.depth + 1)
     for column, when in enumerate(("start", "end")):
         for row, key in enumerate(("energy", "redundancy")):
@@ -42,8 +44,6 @@ def run(size: Size) -> Outcome:
             label = "‖output‖/‖input of the first‖" if key == "energy" else "mean |cos| between filters"
             axes[row, column].set(xlabel="layer", ylabel=label, title=f"at the {when}")
         axes[0, column].set_yscale("log")
-        for row in (0, 1):
-            axes[row, column].sharey(axes[row, 0])
     axes[0, 0].legend(frameon=False, fontsize=7)
     kept = ", ".join(
         f"{name} {mean(rows, 'energy', name=name, when='start', layer=size.depth):.3g} and "

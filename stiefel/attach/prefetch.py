@@ -28,7 +28,7 @@ from stiefel.attach.weights import constrained_weights, first_parametrization
 from stiefel.compat.sharding import is_sharded
 from stiefel.compat.torch_private import has_hook, remove_hooks, saves_tensors_elsewhere
 from stiefel.constraint import Reparameterization
-from stiefel.linalg import full_precision, is_traced
+from stiefel.linalg import full_precision, is_traced, nested_gradients
 from stiefel.optim import is_lent
 from stiefel.optim.buckets import bucket, stack, unstack
 
@@ -185,17 +185,14 @@ class _Together(torch.autograd.Function):
         used = [i for i, g in enumerate(gradients) if g is not None]
         width = len(ctx.tensors) // len(gradients)
         own = [k for i in used for k in range(i * width, (i + 1) * width)]  # the tensors of the weights used
-        weights = Bucket([ctx.bucket.formulas[i] for i in used]).weights([ctx.tensors[k] for k in own])
-        wanted = [k for k in own if ctx.needs_input_grad[1 + k]]
-        found = torch.autograd.grad(
-            weights,
-            [ctx.tensors[k] for k in wanted],
-            [gradients[i] for i in used],
-            create_graph=True,
-            allow_unused=True,
+        again = Bucket([ctx.bucket.formulas[i] for i in used])
+        found = nested_gradients(
+            lambda *tensors: again.weights(tensors),
+            [ctx.tensors[k] for k in own],
+            [g for g in gradients if g is not None],
         )
         result: list[Tensor | None] = [None] * len(ctx.tensors)
-        for k, gradient in zip(wanted, found, strict=True):
+        for k, gradient in zip(own, found, strict=True):
             result[k] = gradient
         return result
 

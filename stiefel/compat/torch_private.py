@@ -26,6 +26,7 @@ __all__ = [
     "compiler_callbacks",
     "copy_all_",
     "drop_flat_weights",
+    "forward_levels",
     "has_hook",
     "is_batched_gradient",
     "is_called_by",
@@ -51,6 +52,8 @@ __all__ = [
 ]
 
 PRIVATE_NAMES: dict[str, str] = {
+    "torch._C._functorch.TransformType": "2.8 to 2.14",
+    "torch._C._functorch.get_interpreter_stack": "2.8 to 2.14",
     "torch._C._functorch.is_legacy_batchedtensor": "2.8 to 2.14",
     "torch._C._functorch.peek_interpreter_stack": "2.8 to 2.14",
     "torch._C._dispatch_tls_is_dispatch_key_excluded": "2.8 to 2.14",
@@ -108,6 +111,12 @@ def is_batched_gradient(gradient: Tensor) -> bool:
 def is_forward_mode() -> bool:
     """Whether forward-mode derivatives are being computed (:func:`torch.autograd.forward_ad.dual_level`)."""
     return torch.autograd.forward_ad._current_level >= 0
+
+
+def forward_levels() -> int:
+    """How many forward-mode transforms of :mod:`torch.func` (jvp, jacfwd) are under way, one within another."""
+    stack = torch._C._functorch.get_interpreter_stack() or ()
+    return sum(level.key() == torch._C._functorch.TransformType.Jvp for level in stack)
 
 
 def saves_tensors_elsewhere() -> bool:
@@ -258,14 +267,19 @@ def on_conversion(cls: type[nn.Module], call: Callable[[Any], object]) -> None:
 
 
 class Convertible(nn.Module):
-    """A module with a hook that runs before its tensors are moved or converted."""
+    """A module with hooks that run before and after its tensors are moved or converted."""
 
     def before_conversion(self) -> None:
         """Called before the module's tensors are moved or converted."""
 
+    def after_conversion(self) -> None:
+        """Called after the module's tensors were moved or converted."""
+
     def _apply(self, *args: Any, **kwargs: Any) -> Self:
         self.before_conversion()
-        return super()._apply(*args, **kwargs)
+        super()._apply(*args, **kwargs)
+        self.after_conversion()
+        return self
 
 
 def drop_flat_weights(recurrent: nn.RNNBase) -> None:

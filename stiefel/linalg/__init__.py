@@ -11,6 +11,7 @@ from stiefel.linalg.iteration import iterated
 from stiefel.linalg.lu import one_by_one
 from stiefel.linalg.lyapunov import lyapunov
 from stiefel.linalg.msign import msign
+from stiefel.linalg.nested import nested_gradients
 from stiefel.linalg.norm import largest_singular_value, spectral_radius
 from stiefel.linalg.polar import polar
 from stiefel.linalg.precision import (
@@ -75,6 +76,7 @@ __all__ = [
     "nearest_in_step",
     "nearest_orthonormal",
     "nearest_where",
+    "nested_gradients",
     "newton_schulz",
     "one_by_one",
     "polar",

@@ -11,11 +11,13 @@ from stiefel.compat.torch_private import is_forward_mode
 from stiefel.errors import BatchError
 from stiefel.linalg.covariance import affine_map, covariance, moments
 from stiefel.linalg.devices import may_wait
+from stiefel.linalg.nested import nested_gradients
 from stiefel.linalg.precision import full_precision, has_double, wide_dtype, widened
 from stiefel.linalg.products import sym
 from stiefel.linalg.tracing import is_traced, readable
 from stiefel.linalg.whitening import newton_matrix, pca_matrix
 from stiefel.linalg.zca import (
+    NOT_FINITE,
     along,
     correction,
     eigenvectors,
@@ -63,7 +65,8 @@ def whitened_samples(
 
     The covariance Σ and W are computed in float64; of float32 samples in float32 for ZCA on a CPU where the condition
     number of Σ is at most 100, and for up to 7 of Newton's steps. Samples whose squares would overflow or vanish are
-    scaled by a power of two first, which changes no digit. Derivatives of any order are exact; of PCA the first.
+    scaled by a power of two first, which changes no digit. Derivatives of any order are exact, one of them in forward
+    mode at most; of PCA the first.
 
     Args:
         x: float32 or float64; each column a sample; b independent batches.
@@ -132,26 +135,34 @@ def _differentiable(
 ) -> Whitened:
     mean = x.detach().mean(-1, keepdim=True)
     samples, factor = _scaled(x - mean, eps)
-    ridge = eps * factor.square()
+    ridge = _ridge(eps, factor)
     in_single = kind == "newton" and iterations <= FEW and x.dtype == torch.float32
-    r, sigma = covariance(samples, ridge, double=not in_single)
+    r, sigma = covariance(samples, double=not in_single)
+    if kind == "newton" and readable(sigma) and not bool(sigma.isfinite().all()):  # the others look themselves
+        raise BatchError(NOT_FINITE)
+    ridged = sigma + torch.diag_embed(ridge.to(sigma.dtype).expand(sigma.shape[:-1]))
     if kind == "zca":
-        w = _zca_matrix(samples, sigma, ridge)
+        w = _zca_matrix(samples, ridged, ridge)
     else:
-        w = pca_matrix(sigma) if kind == "pca" else newton_matrix(sigma, iterations)
+        w = pca_matrix(ridged) if kind == "pca" else newton_matrix(ridged, iterations)
     if weight is not None:
         w = weight * w
     constant = -(w @ r.unsqueeze(-1))
     if bias is not None:
         constant = bias + constant
     y = affine_map(w.to(x.dtype), samples, constant.to(x.dtype))
-    return Whitened(y, *_of_batch(mean, r, sigma, eps, factor)) if statistics else Whitened(y)
+    return Whitened(y, *_of_batch(mean, r, sigma, factor)) if statistics else Whitened(y)
 
 
-def _of_batch(mean: Tensor, r: Tensor, sigma: Tensor, eps: float, factor: Tensor) -> tuple[Tensor, Tensor]:
+def _ridge(eps: float, factor: Tensor) -> Tensor:
+    """``eps · 4^k`` of each batch, where 4^k itself may overflow."""
+    return eps * factor * factor if eps else torch.zeros_like(factor)
+
+
+def _of_batch(mean: Tensor, r: Tensor, sigma: Tensor, factor: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and covariance of the batch from those of its shifted and scaled samples."""
-    square = factor.square()
-    return mean.squeeze(-1) + r.detach() / factor, _ridged(sigma, -eps * square) / square.unsqueeze(-1)
+    scale = factor.unsqueeze(-1)
+    return mean.squeeze(-1) + r.detach() / factor, sigma.detach() / scale / scale
 
 
 def _zca_matrix(x: Tensor, sigma: Tensor, ridge: Tensor) -> Tensor:
@@ -166,14 +177,15 @@ def _by_samples(x: Tensor, z: Tensor, d: Tensor, s: Tensor, ridge: Tensor) -> Te
 
     Σ has the rounding of its largest eigenvalue, which Z magnifies by the condition number; theirs has not.
     """
-    return correction(sym(moments(z @ x, -1.0)[1] + ridge.unsqueeze(-1) * (z @ z)), d, s)
+    eye = torch.eye(z.shape[-1], dtype=z.dtype, device=z.device)
+    return correction(sym(moments(z @ x)[1] - eye + ridge.unsqueeze(-1) * (z @ z)), d, s)
 
 
 # --- ZCA where numbers can be read, as one operation ---
 
 
 class _Statistics(NamedTuple):
-    """Samples, shifted and scaled; their mean r, Σ with the ridge, Σ^{-1/2}, eigenvectors, roots of eigenvalues."""
+    """Samples, shifted and scaled; their mean r and Σ; with the ridge Σ^{-1/2}, eigenvectors, roots of eigenvalues."""
 
     samples: Tensor
     r: Tensor
@@ -190,22 +202,23 @@ def _by_eigenvalues(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: 
         found = _in_single(samples, eps)
         if found is None:
             samples, factor = _scaled(samples, eps)
-            found = _in_double(samples, eps * factor.square())
+            found = _in_double(samples, _ridge(eps, factor))
     y = _Whitened.apply(x, weight, bias, mean, found, factor, eps)
     if not statistics:
         return Whitened(y)
     if factor is None:
-        return Whitened(y, mean.squeeze(-1) + found.r, _ridged(found.sigma, -eps))
-    return Whitened(y, *_of_batch(mean, found.r, found.sigma, eps, factor))
+        return Whitened(y, mean.squeeze(-1) + found.r, found.sigma)
+    return Whitened(y, *_of_batch(mean, found.r, found.sigma, factor))
 
 
 def _in_single(x: Tensor, eps: float) -> _Statistics | None:
     """In float32; None where that has too few digits, or is not asked for."""
     if x.dtype != torch.float32:
         return None
-    r, sigma = moments(x, eps, double=False)
+    r, sigma = moments(x, double=False)
+    ridged = _ridged(sigma, eps)
     try:
-        values, d = eigenvectors(sigma)
+        values, d = eigenvectors(ridged)
     except BatchError:  # squares may have overflowed
         return None
     # Read as numbers: comparisons of tensors would take as long as the products of a small batch.
@@ -214,12 +227,12 @@ def _in_single(x: Tensor, eps: float) -> _Statistics | None:
         return None  # also where some are NaN
     s = values.sqrt()
     corrected = any(b > CLOSE * a for a, b in zip(low, high, strict=True))
-    return _Statistics(x, r, sigma, inverse_root(sigma, d, s, corrected), d, s)
+    return _Statistics(x, r, sigma, inverse_root(ridged, d, s, corrected), d, s)
 
 
 def _in_double(x: Tensor, ridge: Tensor) -> _Statistics:
-    r, sigma = moments(x, ridge)
-    z, d, s = inverse_root_and_spectrum(sigma)
+    r, sigma = moments(x)
+    z, d, s = inverse_root_and_spectrum(_ridged(sigma, ridge))
     if x.dtype == torch.float64 and not bool((s[:, 0] >= WELL * s[:, -1]).all()):
         z = z + _by_samples(x, z, d, s, ridge)
     return _Statistics(x, r, sigma, z, d, s)
@@ -252,10 +265,9 @@ class _Whitened(torch.autograd.Function):
         x, weight, bias, mean, r, z, d, s = ctx.saved_tensors
         with full_precision(x.device):
             if torch.is_grad_enabled():  # under create_graph: the gradient as a function of all it depends on
-                y = _differentiable(x, weight, bias, "zca", ctx.eps, 1).y
-                inputs = [t for t in (x, weight, bias) if t is not None and t.requires_grad]
-                found = iter(torch.autograd.grad(y, inputs, gradients[0], create_graph=True))
-                asked = [next(found) if t is not None and t.requires_grad else None for t in (x, weight, bias)]
+                asked = nested_gradients(
+                    lambda a, b, c: _differentiable(a, b, c, "zca", ctx.eps, 1).y, (x, weight, bias), gradients
+                )
                 return *asked, None, None, None, None
             samples = x - mean  # again: kept, they would take as much memory as the batch
             if ctx.factor is not None:

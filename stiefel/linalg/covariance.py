@@ -9,7 +9,7 @@ from torch import Tensor
 
 from stiefel.compat.torch_private import is_forward_mode
 from stiefel.linalg.precision import full_precision, widened
-from stiefel.linalg.tracing import is_traced
+from stiefel.linalg.tracing import is_traced, refuse_nested_forward_mode
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -18,23 +18,20 @@ ENTRIES, SAMPLES = 2**18, 1024
 """Entries of a chunk in double, which then stays in a cache; and samples whose products are summed in float32."""
 
 
-def covariance(
-    x: Float[Tensor, "b p m"], ridge: Float[Tensor, "b 1"] | float = 0.0, double: bool = True
-) -> tuple[Float[Tensor, "b p"], Float[Tensor, "b p p"]]:
-    """Mean ``r = (1/m) X 1`` and covariance ``Σ = (1/m) X Xᵀ − r rᵀ + ridge · I`` of m samples, the columns of X.
+def covariance(x: Float[Tensor, "b p m"], double: bool = True) -> tuple[Float[Tensor, "b p"], Float[Tensor, "b p p"]]:
+    """Mean ``r = (1/m) X 1`` and covariance ``Σ = (1/m) X Xᵀ − r rᵀ`` of m samples, the columns of X.
 
     The mean should be small beside the deviations: subtract a constant near it first, such as a rounded mean.
 
     Args:
         x: real. No tensor of its size is made.
-        ridge: added to the variances; a constant.
         double: the products in float64, where the device has it; otherwise in the dtype of ``x``, 1024 samples at a
             time, and the sums of those in float64: to 1e-7 of the largest variance.
 
     Returns:
         r and Σ, in float64 or, without ``double``, in the dtype of ``x``. Differentiable to any order.
     """
-    return _Covariance.apply(x, ridge, double)
+    return _Covariance.apply(x, double)
 
 
 def affine_map(
@@ -72,13 +69,12 @@ class _AffineMap(torch.autograd.Function):
             )
 
 
-def moments(x: Tensor, ridge: Tensor | float = 0.0, double: bool = True) -> tuple[Tensor, Tensor]:
+def moments(x: Tensor, double: bool = True) -> tuple[Tensor, Tensor]:
     """:func:`covariance` without a gradient, in the precision that is set."""
     b, p, m = x.shape
     total, gram = _summed(x, max(ENTRIES // max(b * p, 1), 64) if double else SAMPLES, double)
     mean = total / m
     sigma = torch.addcmul(gram / m, mean.unsqueeze(-1), mean.unsqueeze(-2), value=-1)
-    sigma.diagonal(dim1=-2, dim2=-1).add_(ridge)
     return (mean, sigma) if double else (mean.to(x.dtype), sigma.to(x.dtype))
 
 
@@ -100,27 +96,28 @@ class _Covariance(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(x: Tensor, ridge: Tensor | float, double: bool) -> tuple[Tensor, Tensor]:
+    def forward(x: Tensor, double: bool) -> tuple[Tensor, Tensor]:
         with full_precision(x.device):
-            return moments(x, ridge, double)
+            return moments(x, double)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, Any, bool], output: tuple[Tensor, Tensor]) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Tensor, bool], output: tuple[Tensor, Tensor]) -> None:
         ctx.save_for_backward(inputs[0], output[0])
         ctx.save_for_forward(inputs[0], output[0])
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
         """``∂L/∂X = (1/m) [(S + Sᵀ) X + (g − (S + Sᵀ) r) 1ᵀ]`` with S = ∂L/∂Σ and g = ∂L/∂r."""
         x, mean = ctx.saved_tensors
         g, s = gradients
         twice = (s + s.mT) / x.shape[-1]
         constant = (g / x.shape[-1]).unsqueeze(-1) - twice @ mean.unsqueeze(-1)
         with full_precision(x.device):
-            return affine_map(twice.to(x.dtype), x, constant.to(x.dtype)), None, None
+            return affine_map(twice.to(x.dtype), x, constant.to(x.dtype)), None
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor, Tensor]:
+        refuse_nested_forward_mode()
         x, mean = ctx.saved_tensors
         assert tangents[0] is not None
         dx = tangents[0].to(mean.dtype)

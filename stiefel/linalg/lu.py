@@ -1,4 +1,4 @@
-"""Solves and inverses by LU factorization, over batches. Imports only torch."""
+"""Solves and inverses by LU factorization, over batches. Imports ``tracing``."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from stiefel.linalg.tracing import refuse_nested_forward_mode
 
 TOGETHER = 128
 """Largest matrix size of a batch that torch gets in one call on a CPU: with the MKL tried, calls fail from 150 on."""
@@ -72,6 +74,7 @@ class _Solve(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor:
+        refuse_nested_forward_mode()
         # From A X = B: A dX = dB − dA X.
         a, x = ctx.saved_tensors
         da, db = tangents

@@ -1,6 +1,6 @@
 """The Lyapunov equation: with a given eigendecomposition, differentiable to any order; and by products alone.
 
-Imports ``lu`` and ``products``.
+Imports ``lu``, ``products`` and ``tracing``.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from stiefel.linalg.lu import inverse_of
 from stiefel.linalg.products import add_product, inner
+from stiefel.linalg.tracing import refuse_nested_forward_mode
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -40,6 +41,7 @@ class _Lyapunov(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor:
+        refuse_nested_forward_mode()
         h, d, s, omega = ctx.saved_tensors
         dh, dc = tangents[:2]
         right = torch.zeros_like(omega) if dc is None else dc

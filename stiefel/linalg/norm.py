@@ -1,4 +1,4 @@
-"""Largest eigenvalues and singular values, by products. Imports ``fill``, ``tracing``, ``devices``."""
+"""Largest eigenvalues and singular values, by products. Imports ``fill``, ``nested``, ``tracing``, ``devices``."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from torch import Tensor
 
 from stiefel.linalg.devices import may_wait
 from stiefel.linalg.fill import fill_like
+from stiefel.linalg.nested import nested_gradients
 from stiefel.linalg.tracing import is_traced
 
 if TYPE_CHECKING:
@@ -76,10 +77,10 @@ class _Largest(torch.autograd.Function):
         ctx.save_for_backward(*inputs, *output)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor | None:
         v, sigma, p = ctx.saved_tensors
         if torch.is_grad_enabled():  # a second derivative is that of the singular values
-            return torch.autograd.grad(_of_svd(v), v, gradients[0], create_graph=True)[0]
+            return nested_gradients(_of_svd, [v], gradients[:1])[0]
         return (gradients[0] / sigma)[..., None, None] * (p @ v)
 
 
@@ -98,12 +99,16 @@ def _leading(h: Tensor, iterations: int) -> Tensor:
     return _normalized(v)
 
 
+def _leading_norms(h: Tensor, iterations: int) -> Tensor:
+    return torch.linalg.vector_norm(h @ _leading(h, iterations), dim=(-2, -1))
+
+
 class _SpectralRadius(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
     def forward(h: Tensor, iterations: int) -> Tensor:
-        return torch.linalg.vector_norm(h @ _leading(h, iterations), dim=(-2, -1))
+        return _leading_norms(h, iterations)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, int], output: Tensor) -> None:
@@ -111,15 +116,14 @@ class _SpectralRadius(torch.autograd.Function):
         ctx.save_for_backward(h)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, None]:
         (h,), scale = ctx.saved_tensors, gradients[0][..., None, None]
         if not torch.is_grad_enabled():
             # ∂‖Hv‖/∂H = (Hv/‖Hv‖) vᴴ
             v = _leading(h, ctx.iterations)
             return scale * _normalized(h @ v) @ v.mH, None
         # For a second derivative the whole iteration is differentiated, not v as a constant.
-        norms = torch.linalg.vector_norm(h @ _leading(h, ctx.iterations), dim=(-2, -1))
-        return torch.autograd.grad(norms, h, gradients[0], create_graph=True)[0], None
+        return nested_gradients(lambda h: _leading_norms(h, ctx.iterations), [h], gradients)[0], None
 
 
 def _normalized(v: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ from stiefel.linalg.lyapunov import lyapunov, lyapunov_by_doubling, lyapunov_by_
 from stiefel.linalg.precision import full_precision, in_double, real_dtype, widened
 from stiefel.linalg.products import newton_schulz
 from stiefel.linalg.single import polar_in_single
-from stiefel.linalg.tracing import is_traced, readable
+from stiefel.linalg.tracing import is_traced, readable, refuse_nested_forward_mode
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -38,7 +38,7 @@ def polar(
         ∂L/∂V = D [ (A − Aᴴ)_ij / (s_i + s_j) ] Dᴴ X + D diag(1/s) Dᴴ G (I − XᴴX)
 
     It has no ``1/(s_i² − s_j²)``, the term that makes autograd through ``eigh`` or ``svd`` return NaN at an orthonormal
-    V. Second and higher derivatives are exact too.
+    V. Second and higher derivatives are exact too, one of them in forward mode at most.
 
     A rank-deficient V is completed: X is orthonormal, and one of the nearest. In the gradient singular values below
     ``eps · s_max`` are raised to it, which keeps it finite. V = 0 gives X = 0 with gradient G: a gradient step leaves
@@ -133,6 +133,11 @@ def _floor(s: Tensor, eps: float) -> Tensor:
 
 
 class _Polar(torch.autograd.Function):
+    """D and s are outputs so as to be saved; their derivative is taken as 0.
+
+    torch.func has no outputs without a derivative where a jvp surrounds a vmap.
+    """
+
     generate_vmap_rule = True
 
     @staticmethod
@@ -147,9 +152,9 @@ class _Polar(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: tuple[Tensor, float], output: tuple[Tensor, Tensor, Tensor]) -> None:
         v, ctx.eps = inputs
         x, d, s = output
-        ctx.mark_non_differentiable(d, s)
         ctx.save_for_backward(v, x, d, s)
-        ctx.save_for_forward(x, d, s)
+        # The same for both: torch.func keeps one list of batch dimensions, of what is saved last.
+        ctx.save_for_forward(v, x, d, s)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
@@ -163,11 +168,13 @@ class _Polar(torch.autograd.Function):
         return gradient.to(v.dtype), None
 
     @staticmethod
-    def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor, None, None]:
-        x, d, s = ctx.saved_tensors
+    def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        refuse_nested_forward_mode()
+        v, x, d, s = ctx.saved_tensors
         assert tangents[0] is not None
-        with full_precision(x.device):  # the derivative is self-adjoint
-            return _along(x.to(d.dtype), d, s, tangents[0].to(d.dtype)).to(x.dtype), None, None
+        with full_precision(v.device):  # the derivative is self-adjoint; as a function of V, for a gradient of it
+            tangent = _differentiable_gradient(v.to(d.dtype), tangents[0].to(d.dtype), d, s, ctx.eps)
+        return tangent.to(x.dtype), torch.zeros_like(d), torch.zeros_like(s)
 
 
 def _along(x: Tensor, d: Tensor, s: Tensor, g: Tensor) -> Tensor:

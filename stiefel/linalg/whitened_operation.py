@@ -51,7 +51,8 @@ def whitened_in_graph(
 @whitened_in_graph.register_fake
 def _(x: Tensor, weight: Tensor, bias: Tensor, kind: str, eps: float, iterations: int) -> tuple[Tensor, Tensor, Tensor]:
     b, p, m = x.shape
-    y = x.new_empty(b, p, m) if x.stride(-1) == 1 else x.new_empty(b, m, p).mT
+    # Of strided samples the computation makes dense ones, laid out as torch lays out a result: by the larger stride.
+    y = x.new_empty(b, p, m) if torch.empty_like(x).stride(-1) == 1 else x.new_empty(b, m, p).mT
     wide = torch.float64 if has_double(x.device) else x.dtype
     return y, x.new_empty(b, p, dtype=wide), x.new_empty(b, p, p, dtype=wide)
 

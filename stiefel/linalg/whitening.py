@@ -14,6 +14,7 @@ from torch import Tensor
 from stiefel.linalg.precision import full_precision, widened
 from stiefel.linalg.products import newton_schulz, sym
 from stiefel.linalg.spectral_map import gram_factor, spectral_map
+from stiefel.linalg.tracing import refuse_nested_forward_mode
 from stiefel.linalg.zca import decomposed
 
 if TYPE_CHECKING:
@@ -97,6 +98,8 @@ class _Once(torch.autograd.Function):
             "derivative is unbounded where singular values meet; avoid create_graph=True, or use another method"
         )
 
+    jvp = backward
+
 
 @torch.no_grad()
 def _gradient(x: Tensor, d: Tensor, s: Tensor, gradient: Tensor, eps: float) -> Tensor:
@@ -138,6 +141,11 @@ def pca_matrix(sigma: Float[Tensor, "*batch p p"], tie: float = TIE) -> Float[Te
 
 
 class _PCA(torch.autograd.Function):
+    """D and Λ are outputs so as to be saved; their derivative is taken as 0.
+
+    torch.func has no outputs without a derivative where a jvp surrounds a vmap.
+    """
+
     generate_vmap_rule = True
 
     @staticmethod
@@ -152,9 +160,9 @@ class _PCA(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor, float], output: tuple[Tensor, Tensor, Tensor]) -> None:
         sigma, ctx.tie = inputs
-        ctx.mark_non_differentiable(*output[1:])
         ctx.save_for_backward(sigma, *output[1:])
-        ctx.save_for_forward(*output[1:])
+        # The same for both: torch.func keeps one list of batch dimensions, of what is saved last.
+        ctx.save_for_forward(sigma, *output[1:])
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
@@ -169,14 +177,16 @@ class _PCA(torch.autograd.Function):
         return once(gradient, sigma, gradients[0]), None
 
     @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor, None, None]:
+    def jvp(ctx: Any, *tangents: Any) -> tuple[Tensor, Tensor, Tensor]:
         """With ``E = Dᵀ dΣ D``: ``dD = D (K∘E)``, ``dΛ = diag E``, ``dW = −[½ S⁻³ diag E + S⁻¹ (K∘E)] Dᵀ``."""
-        d, values = ctx.saved_tensors
+        refuse_nested_forward_mode()
+        sigma, d, values = ctx.saved_tensors
         with full_precision(d.device):
             e = d.mT @ sym(tangents[0]).to(d.dtype) @ d
             inner = e * _gaps(values, ctx.tie)
             inner = inner + torch.diag_embed(e.diagonal(dim1=-2, dim2=-1) / (2 * values))
-            return -((inner / values.sqrt().unsqueeze(-1)) @ d.mT).to(tangents[0].dtype), None, None
+            tangent = -((inner / values.sqrt().unsqueeze(-1)) @ d.mT).to(tangents[0].dtype)
+        return once(tangent, sigma, tangents[0]), torch.zeros_like(d), torch.zeros_like(values)
 
 
 def _gaps(values: Tensor, tie: float) -> Tensor:

@@ -13,7 +13,7 @@ from stiefel.linalg.inverse_root import ITERATIONS, SMALLEST_ROOT, iterated_inve
 from stiefel.linalg.lyapunov import lyapunov, lyapunov_by_doubling
 from stiefel.linalg.precision import full_precision, in_double
 from stiefel.linalg.products import sym
-from stiefel.linalg.tracing import readable
+from stiefel.linalg.tracing import readable, refuse_nested_forward_mode
 
 if TYPE_CHECKING:
     from jaxtyping import Float
@@ -32,7 +32,7 @@ def zca_matrix(sigma: Float[Tensor, "b p p"]) -> Float[Tensor, "b p p"]:
         ∂L/∂Σ = −D [ (Dᵀ sym(G) D)_ij / (s_i s_j (s_i + s_j)) ] Dᵀ
 
     It has no ``1/(s_i² − s_j²)``, the term that makes autograd through ``eigh`` return NaN where eigenvalues repeat.
-    Derivatives of any order are exact, forward ones too.
+    Derivatives of any order are exact, one of them in forward mode at most (torch.func.jvp).
 
     Args:
         sigma: symmetric, positive semidefinite. Eigenvalues below the rounding of the largest, ``p ε λ_max``, are
@@ -43,6 +43,7 @@ def zca_matrix(sigma: Float[Tensor, "b p p"]) -> Float[Tensor, "b p p"]:
 
     Raises:
         BatchError: Σ is not finite.
+        RuntimeError: a forward derivative of a forward derivative.
 
     Source: Huang, Yang, Lang and Deng, Decorrelated Batch Normalization, CVPR 2018, for the map; the gradient has the
     divided differences of ``λ^{-1/2}`` (Daleckii and Krein; Higham 2008, chapter 3) without their cancellation.
@@ -52,7 +53,9 @@ def zca_matrix(sigma: Float[Tensor, "b p p"]) -> Float[Tensor, "b p p"]:
 
 def zca_and_spectrum(sigma: Float[Tensor, "b p p"]) -> tuple[Tensor, Tensor, Tensor]:
     """:func:`zca_matrix`, eigenvectors D (columns) and the roots s of Σ's eigenvalues, these two without a gradient."""
-    return _Root.apply(sigma)
+    z, *spectrum = _Root.apply(sigma)
+    d, s = (t.detach() for t in spectrum)
+    return z, d, s
 
 
 def zca_matrix_by_iteration(sigma: Float[Tensor, "b p p"]) -> Float[Tensor, "b p p"]:
@@ -132,6 +135,11 @@ def along(d: Float[Tensor, "b p p"], s: Float[Tensor, "b p"], g: Float[Tensor, "
 
 
 class _Root(torch.autograd.Function):
+    """D and s are outputs so as to be saved; their derivative is taken as 0.
+
+    torch.func has no outputs without a derivative where a jvp surrounds a vmap.
+    """
+
     generate_vmap_rule = True
 
     @staticmethod
@@ -141,9 +149,9 @@ class _Root(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Tensor], output: tuple[Tensor, Tensor, Tensor]) -> None:
-        ctx.mark_non_differentiable(*output[1:])
         ctx.save_for_backward(*inputs, *output[1:])
-        ctx.save_for_forward(*output[1:])
+        # The same for both: torch.func keeps one list of batch dimensions, of what is saved last.
+        ctx.save_for_forward(*inputs, *output[1:])
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:
@@ -154,11 +162,13 @@ class _Root(torch.autograd.Function):
             return along(d, s, gradients[0])
 
     @staticmethod
-    def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor, None, None]:
-        d, s = ctx.saved_tensors
+    def jvp(ctx: Any, *tangents: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        refuse_nested_forward_mode()
+        sigma, d, s = ctx.saved_tensors
         assert tangents[0] is not None
-        with full_precision(d.device):  # the derivative is self-adjoint
-            return along(d, s, tangents[0]), None, None
+        with full_precision(d.device):  # the derivative is self-adjoint; as a function of Σ, for a gradient of it
+            tangent = _differentiable_gradient(sigma, tangents[0], d, s)
+        return tangent, torch.zeros_like(d), torch.zeros_like(s)
 
 
 class _RootOfProducts(torch.autograd.Function):

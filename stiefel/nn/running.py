@@ -1,6 +1,6 @@
 """The state of a whitening layer: running mean and covariance, and the matrix that is made of these in ``eval()``.
 
-Imports ``linalg`` and the errors.
+Imports ``linalg``, ``compat`` and the errors.
 """
 
 from __future__ import annotations
@@ -8,13 +8,14 @@ from __future__ import annotations
 from typing import Any, Self
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from stiefel.compat.torch_private import Convertible
 from stiefel.errors import BatchError
 from stiefel.linalg import EXACT_DTYPES, is_traced, state_of, whitening_of
 
 
-class RunningCovariance(nn.Module):
+class RunningCovariance(Convertible):
     """Averages of the means and covariances of batches, and the whitening matrix of the average covariance.
 
     It is the covariance that is averaged, not the matrix: the average of inverse roots is not the inverse root of the
@@ -55,7 +56,8 @@ class RunningCovariance(nn.Module):
         self.register_buffer("num_batches_tracked", count)
         # Made in eval(), where compilers and exporters find it.
         self.register_buffer("matrix", None, persistent=False)
-        self._made_of: tuple[Any, ...] | None = None
+        self._made_of: tuple[Tensor | None, tuple[Any, ...] | None] = (None, None)
+        """The layer's own covariance, and the state of it that the matrix was made of."""
         self.register_load_state_dict_post_hook(_after_loading)
 
     def reset_running_stats(self) -> None:
@@ -86,24 +88,35 @@ class RunningCovariance(nn.Module):
         self.running_cov.lerp_((covariance * (count / (count - 1))).to(self.running_cov), share)
 
     def current_matrix(self) -> Tensor:
-        """The whitening matrix of the running covariance, which is computed once while nothing changes."""
+        """The whitening matrix of the running covariance, which is computed once while nothing changes.
+
+        That of another covariance, put in the place of the layer's own by ``torch.func.functional_call``, is not kept.
+        """
         assert self.running_cov is not None
         # A compiler does not see what else is written to the covariance: it takes the matrix as eval() left it.
-        if is_traced():
-            if self.matrix is None or self.matrix.dtype != self.running_cov.dtype:
+        if torch.compiler.is_compiling() or torch.jit.is_tracing():
+            fits = self.matrix is not None and self.matrix.dtype == self.running_cov.dtype
+            return self.matrix if fits and self.matrix is not None else self._computed()
+        own, state = self._made_of
+        if own is not self.running_cov:
+            return self._computed()
+        if self.matrix is None or state != self._state():
+            if is_traced():
                 return self._computed()
-            return self.matrix
-        if self.matrix is None or self._made_of != self._state():
             self.refresh()
         return self._computed() if self.matrix is None else self.matrix
 
     def refresh(self) -> None:
         """Make the matrix anew in ``eval()``; drop it in ``train()``."""
-        self.matrix, self._made_of = None, None
+        self.matrix, self._made_of = None, (self.running_cov, None)
         if self.training or self.running_cov is None or self.running_cov.is_meta:
             return
         with torch.inference_mode(False), torch.no_grad():  # an inference tensor could not be saved for a gradient
-            self.matrix, self._made_of = self._computed(), self._state()
+            self.matrix, self._made_of = self._computed(), (self.running_cov, self._state())
+
+    def after_conversion(self) -> None:
+        """Take the tensors that the layer has now for its own; the matrix is made anew when it is next used."""
+        self._made_of = (self.running_cov, None)
 
     def _computed(self) -> Tensor:
         assert self.running_cov is not None

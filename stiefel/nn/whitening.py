@@ -73,7 +73,7 @@ class _Whitening(RunningCovariance):
         found = whitened_batch(
             samples, weight, bias, kind=self.kind, eps=self.eps, iterations=self.iterations, statistics=tracked
         )
-        if found.mean is not None and found.covariance is not None:
+        if tracked and found.mean is not None and found.covariance is not None:  # in a graph they always come
             self.track(found.mean, found.covariance, count)
         return found.y
 

@@ -66,11 +66,15 @@ def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> An
         _check(optimizer)
         return None
 
+    evaluated = False
+
     @wraps(closure)
     def checked() -> Any:
         """The closure, then the checks, since the closure computes the gradients."""
+        nonlocal evaluated
         loss = closure()
-        _check(optimizer)
+        _check(optimizer, evaluated)
+        evaluated = True
         return loss
 
     if len(args) > 1:
@@ -78,7 +82,8 @@ def _before_step(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> An
     return args, {**kwargs, "closure": checked}
 
 
-def _check(optimizer: torch.optim.Optimizer) -> None:
+def _check(optimizer: torch.optim.Optimizer, under_way: bool = False) -> None:
+    """The checks before a step, or within one that is under way: its closure has been evaluated before."""
     recognize(optimizer)
     known = [(p, ownership(p)) for group in optimizer.param_groups for p in group["params"]]
     stepped = [(p, owned) for p, owned in known if p.grad is not None]
@@ -91,8 +96,10 @@ def _check(optimizer: torch.optim.Optimizer) -> None:
         if owned is not None and p.grad.is_conj() and not isinstance(optimizer, Lift):
             p.grad = p.grad.resolve_conj()  # of weights that were stacked: torch's optimizers refuse such views
     if stepped:
+        # An optimizer that evaluates its closure again has moved weights in between.
+        moved = "The weights are where this step tried them last" if under_way else "This step changed no weight"
         # Values are checked of all constrained weights, gradients of those that have one.
-        _refuse_divergence(optimizer, [(p, owned) for p, owned in known if owned is not None])
+        _refuse_divergence(optimizer, [(p, owned) for p, owned in known if owned is not None], moved)
 
 
 def _refuse_plain_step(optimizer: torch.optim.Optimizer, members: list[tuple[Tensor, Ownership | None]]) -> None:
@@ -164,7 +171,7 @@ def _tell_of_changes(optimizer: torch.optim.Optimizer, members: list[tuple[Tenso
             )
 
 
-def _refuse_divergence(optimizer: torch.optim.Optimizer, members: list[tuple[Tensor, Ownership]]) -> None:
+def _refuse_divergence(optimizer: torch.optim.Optimizer, members: list[tuple[Tensor, Ownership]], moved: str) -> None:
     if not members or getattr(optimizer, "found_inf", None) is not None:
         return  # under torch.amp.GradScaler a fused optimizer itself skips steps that are not finite
     if torch.compiler.is_compiling() or is_capturing(members[0][0]):
@@ -205,13 +212,13 @@ def _refuse_divergence(optimizer: torch.optim.Optimizer, members: list[tuple[Ten
     for what, labels in spoilt.items():
         if labels:
             raise DivergenceError(
-                f"{what} weight {quoted(labels)} is NaN or infinite: the loss has diverged. This step changed no "
-                "weight; lower the learning rate, or look at the loss before it"
+                f"{what} weight {quoted(labels)} is NaN or infinite: the loss has diverged. {moved}; lower the "
+                "learning rate, or look at the loss before it"
             )
     if sharded is not None:
         raise DivergenceError(
             f"the part of weight {quoted(w.label for _, w in members)} or of its gradient that another process holds "
-            "is NaN or infinite: the loss has diverged. This step changed no weight"
+            f"is NaN or infinite: the loss has diverged. {moved}"
         )
 
 

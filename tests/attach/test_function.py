@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.func import vmap
+from torch.autograd import forward_ad
+from torch.func import grad, jacrev, jvp, vmap
 
 import stiefel
 
@@ -14,6 +15,7 @@ MAPS = [
     for m in stiefel.available()
     if not m.startswith("test_") and stiefel.get(m).place == "forward" and stiefel.get(m).claim is not None
 ]
+FORWARD = [m for m in MAPS if m != "own_pca"]  # that has no forward derivative, and no second one
 DOUBLE = torch.float64
 
 
@@ -54,6 +56,57 @@ def test_it_maps_over_a_batch(method):
     v = gaussian(4, 3, 5)
     one_by_one = torch.stack([stiefel.orthogonalize(each, method) for each in v])
     torch.testing.assert_close(vmap(lambda t: stiefel.orthogonalize(t, method))(v), one_by_one, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (3, 3), (5, 2)], ids=str)
+@pytest.mark.parametrize("method", MAPS)
+def test_it_has_derivatives_mapped_over_a_batch(method, shape):
+    v, direction, c = gaussian(4, *shape).requires_grad_(), gaussian(4, *shape, seed=2), gaussian(*shape, seed=1)
+
+    def loss(t: Tensor) -> Tensor:
+        return (stiefel.orthogonalize(t, method) * c).pow(3).sum()
+
+    def total(t: Tensor) -> Tensor:
+        return vmap(loss)(t).sum()
+
+    plain = torch.stack([torch.autograd.grad(loss(t), t)[0] for t in v.detach().requires_grad_().unbind()])
+    torch.testing.assert_close(torch.autograd.grad(total(v), v)[0], plain, rtol=1e-11, atol=1e-12)
+    torch.testing.assert_close(grad(total)(v.detach()), plain, rtol=1e-11, atol=1e-12)
+    if method in FORWARD:
+        along = jvp(total, (v.detach(),), (direction,))[1]
+        torch.testing.assert_close(along, (plain * direction).sum(), rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (3, 3)], ids=str)
+@pytest.mark.parametrize("method", FORWARD)
+def test_second_derivatives_in_every_order_of_modes(method, shape):
+    v, d, c = gaussian(*shape), gaussian(*shape, seed=2), gaussian(*shape, seed=1)
+
+    def loss(t: Tensor) -> Tensor:
+        return (stiefel.orthogonalize(t, method) * c).pow(3).sum()
+
+    def along(t: Tensor) -> Tensor:
+        return jvp(loss, (t,), (d,))[1]
+
+    step, leaf = 1e-5, v.clone().requires_grad_()
+    expected = (grad(loss)(v + step * d) - grad(loss)(v - step * d)) / (2 * step)
+    with forward_ad.dual_level():
+        dual = forward_ad.unpack_dual(loss(forward_ad.make_dual(leaf, d))).tangent
+    for found in (
+        grad(lambda t: (grad(loss)(t) * d).sum())(v),
+        jvp(grad(loss), (v,), (d,))[1],
+        grad(along)(v),
+        torch.autograd.grad(dual, leaf)[0],
+        (jacrev(jacrev(loss))(v) * d).sum((-2, -1)),
+    ):
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+    twice, message = (expected * d).sum(), "forward-mode derivatives"
+    try:
+        twice = jvp(along, (v,), (d,))[1]
+    except RuntimeError as error:  # where torch would give a wrong value
+        message = str(error)
+    assert "forward-mode derivatives" in message
+    torch.testing.assert_close(twice, (expected * d).sum(), rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("sign", [1, -1])

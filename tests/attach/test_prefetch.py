@@ -211,6 +211,46 @@ def test_second_derivatives() -> None:
     assert_same(*found, eps=1e-12)
 
 
+@pytest.mark.parametrize("method", MAPS)
+@pytest.mark.parametrize("together", [True, False])
+def test_hooks_of_proxies_see_the_gradient_once_under_create_graph(method: str, together: bool) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4)).double()
+    stiefel.constrain(net, method)
+    if not together:
+        stop_prefetch(net)
+    calls: list[str] = []
+    wanted = dict(net.named_parameters())
+    for name, p in wanted.items():
+        p.register_hook(lambda g, name=name: calls.append(name))
+    loss = net(torch.randn(5, 4, dtype=torch.float64)).pow(3).sum()
+    plain = torch.autograd.grad(loss, list(wanted.values()), retain_graph=True)
+    calls.clear()
+    graph = torch.autograd.grad(loss, list(wanted.values()), create_graph=True)
+    assert sorted(calls) == sorted(wanted)
+    for a, b in zip(plain, graph, strict=True):
+        torch.testing.assert_close(b, a, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("method", MAPS)
+def test_an_ensemble_has_the_gradients_of_its_members(method: str) -> None:
+    nets = [stiefel.constrain(nn.Linear(6, 4, bias=False).double(), method) for _ in range(3)]
+    x = inputs(dtype=torch.float64)[:, :6]
+    # By hand: torch's stack_module_state asks for one class, and parametrizing gives each layer a class of its own.
+    first = nets[0]
+    parameters = {k: torch.stack([net.get_parameter(k) for net in nets]) for k, _ in first.named_parameters()}
+    buffers = {k: torch.stack([net.get_buffer(k) for net in nets]) for k, _ in first.named_buffers()}
+
+    def output(parameters: dict[str, Tensor], buffers: dict[str, Tensor]) -> Tensor:
+        return functional_call(first, (parameters, buffers), (x,))
+
+    found = torch.autograd.grad(vmap(output)(parameters, buffers).pow(3).sum(), list(parameters.values()))
+    for i, net in enumerate(nets):
+        own = torch.autograd.grad(net(x).pow(3).sum(), list(net.parameters()))
+        for a, b in zip(found, own, strict=True):
+            torch.testing.assert_close(a[i], b, rtol=1e-10, atol=1e-10)
+
+
 def test_adversarial_training_with_two_forward_passes() -> None:
     """Both passes of a discriminator, then each loss backward, and a generator's step through it."""
     found = []

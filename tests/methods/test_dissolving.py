@@ -76,6 +76,21 @@ def test_second_derivative_along_normal_directions(dtype):
     assert close(second, expected.to(second), 1e-12)
 
 
+@pytest.mark.parametrize("scale", [0.5, 1.0, 2.0])
+def test_at_a_scale_the_penalty_counts_its_square_in_the_second_derivative(scale):
+    w, g, s = scale * orthonormal(3, 7), gaussian(3, 7, seed=1), hermitian(3, 2)
+    model, found = held(w, strength=0.3, scale=scale)
+    with torch.no_grad():
+        v, values = found.parameter.clone(), []
+        for k in (-2, -1, 0, 1, 2):
+            found.parameter.copy_(v + 1e-3 * k * (s @ v))
+            values.append(((model.w * g).sum() + stiefel.penalty(model)).item())
+    second = np.dot([-1, 16, -30, 16, -1], values) / 12e-6
+    gamma = (g @ w.T + w @ g.T) / 2
+    expected = 8 * 0.3 * scale**2 * torch.linalg.norm(s) ** 2 - 3 * (s @ s @ gamma).trace()
+    assert second == pytest.approx(expected.item(), abs=1e-6)
+
+
 @pytest.mark.parametrize("scale", [1.0, 2.5])
 @pytest.mark.parametrize("shape", [(3, 7), (7, 3)], ids=str)
 def test_the_loss_is_the_papers(shape, scale):

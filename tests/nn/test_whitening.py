@@ -10,6 +10,8 @@ from formulas import close, orthonormal
 from torch import nn
 
 import stiefel
+from stiefel.linalg.activations import whitened_samples
+from stiefel.linalg.whitened_operation import whitened_in_graph
 from stiefel.nn import Whitening1d, Whitening2d
 
 KINDS = ["zca", "pca", "newton"]
@@ -236,16 +238,14 @@ def test_integers_complex_numbers_and_layers_in_half_precision_are_refused():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_batch_that_is_not_finite_is_refused_or_stays_so(kind):
+@pytest.mark.parametrize("dtype", EPS)
+def test_a_batch_that_is_not_finite_is_refused(kind, dtype):
     for value in (torch.nan, torch.inf):
-        x = gaussian(20, 3, dtype=torch.float32)
+        x = gaussian(20, 3, dtype=dtype)
         x[4, 1] = value
-        layer = Whitening1d(3, kind=kind)
-        if kind == "newton":
-            assert layer(x).isnan().any()
-        else:
+        for options in ({}, {"group_size": 1}, {"iterations": 9}):
             with pytest.raises(stiefel.BatchError, match="not finite"):
-                layer(x)
+                Whitening1d(3, kind=kind, dtype=dtype, **options)(x)
 
 
 def test_a_batch_of_too_few_samples_is_refused_with_what_to_do():
@@ -266,12 +266,45 @@ def test_a_batch_of_too_few_samples_is_refused_with_what_to_do():
     assert Whitening2d(12)(gaussian(1, 12, 4, 4, dtype=torch.float32)).isfinite().all()  # pixels are samples
 
 
-def test_a_refused_batch_leaves_the_layer_as_it_was():
-    layer = Whitening1d(4)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_refused_batch_leaves_the_layer_as_it_was(kind):
+    layer = Whitening1d(4, kind=kind)
     before = copy.deepcopy(layer.state_dict())
     x = gaussian(20, 4, dtype=torch.float32)
     x[0, 0] = torch.nan
-    for batch in (x[:3], x):
+    for batch in (x[:1], x):
         with pytest.raises(stiefel.BatchError):
             layer(batch)
     assert all(torch.equal(a, b) for a, b in zip(before.values(), layer.state_dict().values(), strict=True))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_without_eps_samples_whose_squares_vanish_are_whitened(kind):
+    x = gaussian(1, 3, 40)
+    found = whitened_samples(x * 1e-200, kind=kind, statistics=True)
+    exact = whitened_samples(x, kind=kind)
+    assert close(found.y, exact.y, 1e-12)
+    assert close(found.mean / 1e-200, x.mean(-1), 1e-12)
+    assert close(found.covariance, torch.zeros_like(found.covariance), 1e-300)
+    leaf = (x * 1e-160).requires_grad_()  # its factor squared overflows, and the gradient does not
+    (gradient,) = torch.autograd.grad(whitened_samples(leaf, kind=kind).y[..., 0].sum(), leaf)
+    leaf = x.clone().requires_grad_()
+    (expected,) = torch.autograd.grad(whitened_samples(leaf, kind=kind).y[..., 0].sum(), leaf)
+    assert close(gradient * 1e-160, expected, 1e-10)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("size", [1e-9, 1e-4, 1e-3])
+def test_eps_costs_a_small_covariance_no_digits(kind, size):
+    x = size * gaussian(1, 3, 40, dtype=torch.float32)
+    found = whitened_samples(x, kind=kind, eps=1.0, statistics=True).covariance.double()
+    assert close(found[0] / size**2, np.cov(x[0].double().numpy(), bias=True) / size**2, 1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_operation_of_a_graph_knows_its_results_layout(kind):
+    ones = torch.ones(2, 3, 1)
+    x = gaussian(2, 12, 40, dtype=torch.float32)
+    for samples in (x[:, :3], x[:, :3, ::2], x[:, ::4], x[..., :3].mT, x[..., :6:2].mT):
+        arguments = (samples, ones, 0 * ones, kind, 1e-5, 5)
+        torch.library.opcheck(whitened_in_graph, arguments, test_utils=("test_schema", "test_faketensor"))

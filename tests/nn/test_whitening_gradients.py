@@ -5,9 +5,10 @@ import scipy.linalg
 import torch
 from common import gaussian
 from formulas import close, orthonormal
-from torch.autograd import gradcheck, gradgradcheck
-from torch.func import functional_call, grad, hessian, jvp, vmap
+from torch.autograd import forward_ad, gradcheck, gradgradcheck
+from torch.func import functional_call, grad, hessian, jacrev, jvp, vmap
 
+from stiefel.linalg.activations import whitened_samples
 from stiefel.nn import Whitening1d, Whitening2d
 
 
@@ -211,3 +212,76 @@ def test_a_network_with_whitening_trains():
         optimizer.step()
     assert loss < 0.1
     assert (model.eval()(x).argmax(1) == target).float().mean() > 0.95
+
+
+@pytest.mark.parametrize("kind", ["zca", "pca", "newton"])
+def test_first_derivatives_of_layers_mapped_over_batches(kind):
+    made = layer(3, kind=kind, eps=0.1)
+    x, direction = gaussian(5, 7, 3).requires_grad_(), gaussian(5, 7, 3, seed=2)
+
+    def loss(x):
+        return vmap(made)(x).pow(3).sum()
+
+    plain = torch.stack([torch.autograd.grad(made(b).pow(3).sum(), b)[0] for b in x.detach().requires_grad_().unbind()])
+    assert close(torch.autograd.grad(loss(x), x)[0], plain, 1e-12)
+    assert close(grad(loss)(x.detach()), plain, 1e-12)
+    assert close(jvp(loss, (x.detach(),), (direction,))[1], (plain * direction).sum(), 1e-11)
+
+
+@pytest.mark.parametrize("kind", ["zca", "pca", "newton"])
+def test_second_derivatives_in_every_order_of_modes(kind):
+    made = layer(3, kind=kind, eps=0.1, affine=False)
+    x, g, v = gaussian(7, 3), gaussian(7, 3, seed=1), gaussian(7, 3, seed=2)
+
+    def loss(x):
+        return (made(x) * g).sum()
+
+    def along(x):
+        return jvp(loss, (x,), (v,))[1]
+
+    def dual(x):
+        with forward_ad.dual_level():
+            return forward_ad.unpack_dual(loss(forward_ad.make_dual(x, v))).tangent
+
+    orders = {
+        "reverse, reverse": lambda: grad(lambda x: (grad(loss)(x) * v).sum())(x),
+        "forward over reverse": lambda: jvp(grad(loss), (x,), (v,))[1],
+        "reverse over forward": lambda: grad(along)(x),
+        "backward after a dual level": lambda: torch.autograd.grad(dual(leaf), leaf)[0],
+        "all entries": lambda: (jacrev(jacrev(loss))(x) * v).sum((-2, -1)),
+    }
+    step, leaf = 1e-4, x.clone().requires_grad_()
+    expected = (grad(loss)(x + step * v) - grad(loss)(x - step * v)) / (2 * step)
+    for order in orders.values():
+        if kind == "pca":
+            with pytest.raises(RuntimeError, match="differentiable once"):
+                order()
+        else:
+            assert close(order(), expected, 1e-5)
+    with pytest.raises(RuntimeError, match="forward-mode derivatives"):  # which torch would take for 0
+        jvp(along, (x,), (v,))
+
+
+def test_a_gain_that_depends_on_the_samples_counts_once_under_create_graph():
+    x = gaussian(1, 3, 20).requires_grad_()
+
+    def loss(x):
+        weight = 1 + x.mean(-1, keepdim=True).square() + x.std(-1, keepdim=True)
+        return whitened_samples(x, weight, x.amax(-1, keepdim=True), eps=1e-3).y.pow(3)
+
+    (plain,) = torch.autograd.grad(loss(x).sum(), x)
+    (graph,) = torch.autograd.grad(loss(x).sum(), x, create_graph=True)
+    assert close(graph, plain, 1e-12)
+    assert gradgradcheck(loss, x, fast_mode=True)
+
+
+@pytest.mark.parametrize("kind", ["zca", "pca", "newton"])
+def test_hooks_see_the_gradient_once_under_create_graph(kind):
+    leaves = [t.requires_grad_() for t in (gaussian(1, 3, 9), gaussian(1, 3, 1, seed=1), gaussian(1, 3, 1, seed=2))]
+    given = [t * 1 for t in leaves]
+    for t in given:
+        t.register_hook(lambda g: 2 * g)
+    loss = whitened_samples(*given, kind=kind, eps=1e-3).y.pow(3).sum()
+    plain = torch.autograd.grad(loss, leaves, retain_graph=True)
+    graph = torch.autograd.grad(loss, leaves, create_graph=True)
+    assert all(close(a, b, 1e-11) for a, b in zip(plain, graph, strict=True))

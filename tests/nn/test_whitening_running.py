@@ -12,6 +12,7 @@ from common import PeakMemory, gaussian
 from costs.elsewhere import elsewhere
 from formulas import close
 from torch import nn
+from torch.func import functional_call, grad, stack_module_state, vmap
 
 import stiefel
 from stiefel.linalg import whitening_of
@@ -213,7 +214,71 @@ def test_averaged_models_average_the_covariances():
     assert close(averaged.eval()(x), fresh.eval()(x), 1e-12)
 
 
+# --- states that a layer is called with ---
+
+
+def called_with(state, x):
+    """What a layer of this state computes."""
+    fresh = Whitening1d(6, groups=2, dtype=torch.float64)
+    fresh.load_state_dict(state)
+    return fresh.eval()(x)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_transform_takes_the_state_that_it_is_given(kind):
+    layer, x = trained(kind=kind).eval(), batch(seed=7)
+    states = [trained(batches=n, kind=kind).state_dict() for n in (1, 2, 5)]
+    layers = [Whitening1d(6, groups=2, kind=kind, dtype=torch.float64) for _ in states]
+    for each, state in zip(layers, states, strict=True):
+        each.load_state_dict(state)
+    expected = torch.stack([each.eval()(x) for each in layers])
+    stacked = {name: torch.stack([state[name] for state in states]) for name in states[0]}
+    assert close(vmap(lambda state: functional_call(layer, state, (x,)))(stacked), expected, 1e-12)
+    assert close(vmap(lambda *state: functional_call(layer, state, (x,)))(*stack_module_state(layers)), expected, 1e-12)
+    own = grad(lambda x: layers[1](x).pow(2).sum())(x)
+    assert close(grad(lambda x: functional_call(layer, states[1], (x,)).pow(2).sum())(x), own, 1e-12)
+
+
+@pytest.mark.usefixtures("_compiler")
+def test_a_state_that_a_layer_was_called_with_leaves_no_matrix(counted):
+    layer, x = trained().eval(), batch(seed=7)
+    other, before = trained(batches=6).state_dict(), layer(x)
+    assert close(functional_call(layer, other, (x,)), called_with(other, x), 1e-12)
+    counted.clear()
+    assert close(layer(x), before, 1e-14)
+    assert close(vmap(lambda t: layer(t[None])[0])(x), before, 1e-12)
+    assert close(torch.compile(layer, backend="eager")(x), before, 1e-12)
+    assert close(torch.export.export(layer, (x,)).module()(x), before, 1e-12)
+    assert not counted
+
+
+def test_a_transform_follows_what_was_written_to_the_covariance():
+    layer, x = trained().eval(), batch(seed=7)
+    layer.running_cov.mul_(9)
+    leaf = x.clone().requires_grad_()
+    found = grad(lambda x: layer(x).pow(2).sum())(x)  # before a plain call has made the matrix anew
+    (expected,) = torch.autograd.grad(called_with(layer.state_dict(), leaf).pow(2).sum(), leaf)
+    assert close(found, expected, 1e-12)
+
+
+@pytest.mark.parametrize("move", [lambda layer: layer.float().double(), copy.deepcopy], ids=["conversion", "copy"])
+def test_a_converted_or_copied_layer_computes_its_matrix_once(counted, move):
+    layer, x = move(trained().eval()), batch(seed=7)
+    counted.clear()
+    for _ in range(3):
+        assert close(layer(x), called_with(layer.state_dict(), x), 1e-12)
+    assert len(counted) == 1 + 3  # and those of the layers that it is compared with
+
+
 # --- exporters and compilers ---
+
+
+@pytest.mark.usefixtures("_compiler")
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("mode", [True, False])
+def test_a_layer_without_running_statistics_is_compiled(kind, mode):
+    layer = Whitening1d(6, kind=kind, track_running_stats=False, dtype=torch.float64).train(mode)
+    assert close(torch.compile(layer, backend="eager")(batch()), layer(batch()), 1e-12)
 
 
 @pytest.fixture

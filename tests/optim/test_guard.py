@@ -54,6 +54,24 @@ def test_a_closure_that_diverges_is_told_before_the_step(method, by):
     assert same(net, before)
 
 
+@pytest.mark.parametrize("at", [1, 3])
+def test_a_step_that_diverges_says_whether_it_has_moved_weights(at):
+    net, calls = model("own"), []
+    optimizer, before = torch.optim.LBFGS(net.parameters(), lr=0.1, max_iter=5), kept(net)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        calls.append(1)
+        value = loss(net, float("nan") if len(calls) == at else 1.0)
+        value.backward()
+        return value
+
+    with pytest.raises(stiefel.DivergenceError) as caught:
+        optimizer.step(closure)
+    assert same(net, before) == (at == 1) == ("This step changed no weight" in str(caught.value))
+    assert ("where this step tried them last" in str(caught.value)) == (at == 3)
+
+
 @pytest.mark.parametrize("method", [*MOVED, "riemannian"])
 @pytest.mark.parametrize("cls", [torch.optim.SGD, torch.optim.LBFGS])
 def test_a_plain_optimizer_with_a_closure_is_refused_at_its_first_step(method, cls):

@@ -20,36 +20,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 __all__ = [
-    "PRIVATE_NAMES",
-    "Convertible",
-    "TorchDispatchMode",
-    "compiler_callbacks",
-    "copy_all_",
-    "drop_flat_weights",
-    "forward_levels",
-    "has_hook",
-    "is_batched_gradient",
-    "is_called_by",
-    "is_forward_mode",
-    "is_functorch_active",
-    "is_in_onnx_export",
-    "is_joining",
-    "norms_of_all",
-    "not_compiled",
-    "on_conversion",
-    "operator_of",
-    "parameters_of",
-    "recording_within",
-    "remove_hooks",
-    "restore_flat_weights",
-    "saves_tensors_elsewhere",
-    "submodules_of",
-    "takes_tensors",
-    "tree_leaves",
-    "tree_map",
-    "version",
-    "zero_all_",
-]
+    "PRIVATE_NAMES", "Convertible", "TorchDispatchMode", "compiler_callbacks", "copy_all_", "drop_flat_weights",
+    "forward_levels", "has_hook", "is_batched_gradient", "is_called_by", "is_forward_mode", "is_functorch_active",
+    "is_in_onnx_export", "is_joining", "norms_of_all", "not_compiled", "on_conversion", "operator_of",
+    "parameters_of", "recording_within", "remove_hooks", "restore_flat_weights", "saves_tensors_elsewhere",
+    "submodules_of", "takes_tensors", "tree_leaves", "tree_map", "version", "zero_all_",
+]  # fmt: skip
 
 PRIVATE_NAMES: dict[str, str] = {
     "torch._C._functorch.TransformType": "2.8 to 2.14",

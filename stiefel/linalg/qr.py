@@ -144,6 +144,8 @@ def _by_reflections(a: Tensor) -> Tensor:
         sizes = a.detach().abs().amax(-1, keepdim=True)
         rounding = 2 * a.shape[-1] ** 0.5 * torch.finfo(a.dtype).eps * sizes * fill_like(a)
         q, r = torch.linalg.qr((a + rounding).mH, mode="reduced")
-    diagonal = r.diagonal(dim1=-2, dim2=-1).real  # LAPACK's is real, also of complex matrices
-    sign = torch.where(diagonal < 0, -1.0, 1.0)  # zero counts as positive: the factor must not vanish
-    return (q * sign.to(r.dtype).unsqueeze(-2)).mH
+    # R's diagonal is real in LAPACK, of complex matrices too; MKL with several threads leaves its last entry complex.
+    diagonal = r.diagonal(dim1=-2, dim2=-1)
+    zero = diagonal == 0  # counts as positive: the factor must not vanish
+    phase = torch.where(zero, 1.0, diagonal / torch.where(zero, 1.0, diagonal.abs()))
+    return (q * phase.unsqueeze(-2)).mH

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import stiefel
-from stiefel.linalg import cayley_step, full_precision, gram_residual, one_by_one, polar
+from stiefel.linalg import cayley_step, full_precision, gram_residual, one_by_one, polar, qf
 from stiefel.linalg.lu import TOGETHER, inverse_of, solve, solve_from_the_right
 from stiefel.manifold.retractions import retract_cayley
 
@@ -54,6 +54,26 @@ def test_derivatives_of_solves(dtype: torch.dtype, threads: int) -> None:
     for function in (solve, lambda a, b: solve_from_the_right(b.mT, a), lambda a, b: inverse_of(a) @ b):
         assert torch.autograd.gradcheck(function, (a, b), check_forward_ad=True, check_batched_grad=True)
         assert torch.autograd.gradgradcheck(function, (a, b))
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.complex128])
+@pytest.mark.parametrize("size", [1e-3, 1.0])
+def test_the_triangular_factor_has_a_positive_diagonal(dtype: torch.dtype, size: float, threads: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    a = torch.eye(128) + size * torch.randn(2, 128, 128, generator=generator, dtype=dtype) / 128**0.5
+    q = qf(a.requires_grad_())
+    factor = a.detach() @ q.detach().mH
+    eps = torch.finfo(dtype).eps
+    assert float(factor.triu(1).abs().max()) < 100 * eps
+    assert float(factor.diagonal(dim1=-2, dim2=-1).imag.abs().max()) < 100 * eps
+    assert float(factor.diagonal(dim1=-2, dim2=-1).real.min()) > 0
+    if dtype == torch.complex128:  # the gradient is that of the factor so fixed
+        g, d = (torch.randn(a.shape, generator=generator, dtype=dtype) for _ in range(2))
+        (q * g.conj()).real.sum().backward()
+        h = 1e-6
+        with torch.no_grad():
+            ends = [float((qf(a + k * h * d) * g.conj()).real.sum()) for k in (1, -1)]
+        assert float((a.grad * d.conj()).real.sum()) == pytest.approx((ends[0] - ends[1]) / (2 * h), rel=1e-5)
 
 
 def test_solves_under_transforms(threads: int) -> None:

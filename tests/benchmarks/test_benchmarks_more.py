@@ -31,7 +31,14 @@ frechet = gan.frechet
 # --- end to end ---
 
 
-@pytest.mark.parametrize(("name", "settings", "lr"), [("rnn", 2, 1e-3), ("gan", 1, 1e-3), ("closed_form", 2, 0.1)])
+@pytest.mark.parametrize(
+    ("name", "settings", "lr"),
+    [
+        ("gan", 1, 1e-3),
+        pytest.param("rnn", 2, 1e-3, marks=pytest.mark.slow),
+        pytest.param("closed_form", 2, 0.1, marks=pytest.mark.slow),
+    ],
+)
 def test_every_method_runs_end_to_end(name, settings, lr, tmp_path):
     options = ["--budget", "tiny", "--methods", "all", "--lr", str(lr), "--seeds", "1", "--no-cost"]
     assert cli.main(["compare", str(FOLDER / f"{name}.py"), *options, "--out", str(tmp_path)]) == 0

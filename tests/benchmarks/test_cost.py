@@ -21,7 +21,6 @@ from costs.targets import Results, faster, targets, within
 
 import stiefel
 
-pytestmark = pytest.mark.xdist_group("cost")  # one process measures for all
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 CPU = torch.device("cpu")
 CASE = Case(3, 4, 9, dtype=torch.float64)
@@ -82,7 +81,8 @@ def test_a_record_says_what_ran_and_where(records):
 
 def test_orthogonality_is_that_of_the_weights(records):
     for r in records:
-        promised = r["candidate"] not in stiefel.available() or stiefel.get(r["candidate"]).claim is not None
+        method = r["candidate"].partition(",")[0]
+        promised = method not in stiefel.available() or stiefel.get(method).claim is not None
         if r["status"] == "timed" and r.get("error") is not None and r.get("condition") == 2.0 and promised:
             assert r["error"] < 3e-6, r["candidate"]
         if r["section"] == "rest" or r["candidate"] == PRODUCT:

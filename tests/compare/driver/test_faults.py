@@ -25,10 +25,7 @@ from odd_problem import HARMLESS, OUTCOMES, PLACES, PROBLEM
 
 from stiefel.compare.record.records import BROKEN, read, read_all
 
-pytestmark = [
-    pytest.mark.skipif(sys.platform != "linux", reason="processes are found in /proc"),
-    pytest.mark.xdist_group("faults"),  # one process makes what all of them damage
-]
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="processes are found in /proc")
 
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 DAMAGE = (

@@ -12,9 +12,16 @@ import stiefel
 import stiefel.methods  # all of them, before a test could seem to have registered one
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """``--every-case``: no samples are taken."""
+    parser.addoption("--every-case", action="store_true", help="try every case of tests that have very many")
+
+
 @pytest.hookimpl(tryfirst=True)  # before those that are slow are left out
-def pytest_collection_modifyitems(items: list[pytest.Function]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Function]) -> None:
     """Mark as slow what a test's ``sampled`` leaves out."""
+    if config.getoption("every_case"):
+        return
     tests: dict[tuple[str, bool], list[pytest.Function]] = defaultdict(list)
     for item in items:
         if item.get_closest_marker("sampled") and not item.get_closest_marker("slow"):

@@ -77,9 +77,9 @@ def test_it_is_in_the_catalogue_and_in_the_table(own_method: Path) -> None:
 def through_the_laws(folder: Path, module: str, name: str) -> str:
     """What pytest says of the laws on a method of a file in a folder, which is imported before tests are collected."""
     tests = Path(conformance.__file__).parent
-    command = [sys.executable, "-m", "pytest", "-p", module, "-p", "no:cacheprovider", "-k", name, "-vv"]
+    command = [sys.executable, "-m", "pytest", "-p", module, "-p", "no:cacheprovider", "--every-case", "-vv"]
     done = subprocess.run(
-        [*command, str(tests / "test_conformance.py"), str(tests / "test_finds_optima.py")],
+        [*command, "-k", name, str(tests / "test_conformance.py"), str(tests / "test_finds_optima.py")],
         cwd=tests.parent,
         env=os.environ | {"PYTHONPATH": os.pathsep.join([str(folder), str(tests.parent)])},
         capture_output=True,
@@ -88,7 +88,8 @@ def through_the_laws(folder: Path, module: str, name: str) -> str:
     )
     assert done.returncode == 0, done.stdout[-2000:]
     for check in conformance.CHECKS:
-        assert f"test_conforms[{check}-{name}-cpu] PASSED" in done.stdout
+        test = "test_fixed_points_conform[" if check == "fixed_points" else f"test_conforms[{check}-"
+        assert f"{test}{name}-cpu] PASSED" in done.stdout
     return done.stdout
 
 

@@ -1,6 +1,6 @@
 """The notebooks run from top to bottom, within a minute, and their outputs are committed."""
 
-import time
+import resource
 from pathlib import Path
 
 import nbformat
@@ -14,15 +14,21 @@ def test_there_are_notebooks():
     assert NOTEBOOKS
 
 
+def seconds_of_children() -> float:
+    """Processor time of processes that have ended: unlike the clock's, the same beside other work."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
+
+
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_notebook_runs(path):
     notebook = nbformat.read(path, as_version=4)
-    start = time.monotonic()
+    start = seconds_of_children()
     # An exception in a cell raises here.
     NotebookClient(
         notebook, timeout=120, kernel_name="python3", resources={"metadata": {"path": path.parent}}
     ).execute()
-    assert time.monotonic() - start < 60
+    assert 1 < seconds_of_children() - start < 60
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)

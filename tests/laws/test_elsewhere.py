@@ -65,7 +65,7 @@ def test_a_step_is_what_a_cpu_takes(method, kind):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.sampled(4, values=False)
+@pytest.mark.sampled(8, values=False)
 @pytest.mark.parametrize(
     ("shape", "double", "count"),
     [

@@ -113,6 +113,7 @@ def check(method: stiefel.Constraint, before: Tensor, gaps: Tensor) -> None:
         assert better > SEEDS / 2, f"only {better} of {SEEDS} runs ended better than they began"
 
 
+@pytest.mark.sampled(4, values=False)
 @pytest.mark.parametrize("method", [m for m in METHODS if m.caveat], ids=str)
 def test_a_caveat_is_true(method: stiefel.Constraint) -> None:
     """A method that excuses itself does stop short somewhere: otherwise the caveat would be a way around the test."""
@@ -127,6 +128,7 @@ MOVING = {"cayley": 3, "matrix_exp": 7}
 """How many of ten runs a fixed start lets arrive in 3000 steps, of methods whose start can move."""
 
 
+@pytest.mark.sampled(2, values=False)
 @pytest.mark.parametrize("name", MOVING)
 def test_a_start_that_moves_finds_what_one_that_stays_misses(name: str) -> None:
     """Procrustes with p = 5, n = 12 and condition 10 by plain SGD: 3 and 7 of 10, and 10 of 10."""

@@ -146,6 +146,7 @@ def _by_reflections(a: Tensor) -> Tensor:
         q, r = torch.linalg.qr((a + rounding).mH, mode="reduced")
     # R's diagonal is real in LAPACK, of complex matrices too; MKL with several threads leaves its last entry complex.
     diagonal = r.diagonal(dim1=-2, dim2=-1)
-    zero = diagonal == 0  # counts as positive: the factor must not vanish
-    phase = torch.where(zero, 1.0, diagonal / torch.where(zero, 1.0, diagonal.abs()))
+    size = diagonal.abs()
+    zero = size < torch.finfo(size.dtype).tiny  # counts as positive: the factor must not vanish
+    phase = torch.where(zero, 1.0, diagonal * torch.where(zero, 1.0, size).reciprocal())
     return (q * phase.unsqueeze(-2)).mH

@@ -44,7 +44,7 @@ def conforms(check: str, method: stiefel.Constraint, device: torch.device) -> No
             conformance.run(method, check, dtype, device)
 
 
-@pytest.mark.sampled(2)
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("device", DEVICES, ids=str)
 @pytest.mark.parametrize("method", PLAIN, ids=str)
 @pytest.mark.parametrize("check", [check for check in conformance.CHECKS if check != "fixed_points"])

@@ -44,6 +44,7 @@ def distance(x: Tensor, y: Tensor) -> float:
     return (torch.linalg.matrix_norm(x.to(y.dtype) - y) / torch.linalg.matrix_norm(y)).max().item()
 
 
+@pytest.mark.sampled(4)
 @every_method
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
@@ -67,6 +68,7 @@ def test_it_is_the_polar_factor_with_its_gradient(method, p, n, condition, dtype
     assert distance(leaf.grad, reference.grad) <= 64 * eps * condition
 
 
+@pytest.mark.sampled(4)
 @every_method
 @pytest.mark.parametrize("dtype", [torch.float64, torch.complex128], ids=str)
 @pytest.mark.parametrize(

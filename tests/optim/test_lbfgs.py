@@ -44,6 +44,7 @@ def loss(net: nn.ParameterDict, a: Tensor) -> Tensor:
     return -((net["W"] @ a) * net["W"].conj()).sum().real + net["b"].square().sum()
 
 
+@pytest.mark.sampled(4, values=False)
 @pytest.mark.parametrize("dtype", [DOUBLE, torch.complex128], ids=str)
 @pytest.mark.parametrize("method", METHODS)
 def test_it_ends_at_the_optimum_and_each_evaluation_is_on_the_set(method, dtype):

@@ -212,6 +212,7 @@ def test_gates_in_a_list_that_the_user_stacks_train(name: str, cls: type[torch.o
     assert loss.item() < first
 
 
+@pytest.mark.sampled(3, values=False)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.complex64, torch.complex128])
 @pytest.mark.parametrize(("p", "n"), [(1, 10), (5, 5), (64, 64), (64, 576), (256, 256), (512, 4608)])
 def test_a_normal_gradient_has_no_tangent_part(p: int, n: int, dtype: torch.dtype) -> None:

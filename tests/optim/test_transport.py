@@ -38,6 +38,7 @@ def normal_parts(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str
     return found
 
 
+@pytest.mark.sampled(3, values=False)
 @pytest.mark.parametrize(("cls", "hyper"), BASES, ids=lambda v: v.__name__ if isinstance(v, type) else "-".join(v))
 @pytest.mark.parametrize("method", METHODS, ids=str)
 def test_momenta_are_tangent_where_the_weight_is(

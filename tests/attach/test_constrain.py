@@ -142,8 +142,11 @@ def test_parts_of_one_model_carry_different_methods_under_one_optimizer(cls: typ
     for layer, old in zip(model, before, strict=True):
         assert not torch.equal(layer.weight, old)
     for row, method in zip(stiefel.report(model).rows, METHODS, strict=True):
-        claim = stiefel.get(method).claim
-        assert claim is None or claim.allows(row.relative, torch.float32, 5)
+        claim, moves = stiefel.get(method).claim, stiefel.get(method).coefficients
+        if claim is not None:
+            assert claim.allows(row.relative, torch.float32, 5)
+        elif moves is None:  # those that move along the set leave it in second order only
+            assert row.relative > 1e-5
 
 
 def test_a_constraint_object_is_taken_as_it_is() -> None:

@@ -107,12 +107,12 @@ def found(feature: str, size: int = 2, methods: list[str] | None = None) -> dict
 @pytest.mark.parametrize("size", [2, pytest.param(3, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("feature", "tolerance"), [("double", 2e-12), ("single", 2e-6)])
 def test_sharded_training_is_that_of_one_process(feature, tolerance, size):
-    """To the tolerance; or, where an optimizer divides by a gradient of rounding's size, to what another order does."""
+    """To the tolerance; in float32, where an optimizer may divide by mere rounding, to what another order does."""
     for method, result in found(feature, size).items():
         for name in ("momentum", "adam", "adamw"):
             if name in result:
                 assert result[f"{name} ranks"] == 0, (method, result)
-                allowed = max(tolerance, 4 * result[f"{name} rounding"])
+                allowed = max(tolerance, 4 * result.get(f"{name} rounding", 0.0))
                 assert method in CHAOTIC or result[name] < allowed, (method, result)
         assert method in CHAOTIC or result["report"] < max(tolerance, 1e-6 * (feature == "single")), (method, result)
 

@@ -194,7 +194,8 @@ def _or_null(value: Any) -> bool:
 
 def _layer(values: Mapping[str, Any]) -> bool:
     """What of a layer was measured, or the reason why not."""
-    return _by_name({**values, "reason": None}) and isinstance(values.get("reason") or "", str)
+    _texts(values, ("reason",))
+    return _by_name({key: value for key, value in values.items() if key != "reason"})
 
 
 def _by_name(values: Mapping[str, Any]) -> bool:

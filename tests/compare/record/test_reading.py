@@ -224,6 +224,7 @@ def test_a_run_with_torn_measurements_is_named_and_scored(tmp_path):
         ("energy", {"l0": 1.0}),
         ("energy", {"l0": {"forward": "much"}}),
         ("energy", {"l0": {"forward": None, "reason": [1]}}),
+        ("energy", {"l0": {"forward": None, "reason": []}}),
         ("conditioning", {"l0": 1.0}),
         ("conditioning", {"l0": {"input_rank": [1]}}),
         ("operator", {"l0": {"operator_largest": "much"}}),

@@ -30,7 +30,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Func
     for found in tests.values():
         marker = found[0].get_closest_marker("sampled")
         assert marker is not None
-        kept = sample({i.nodeid: i.callspec.params for i in found}, *marker.args, **marker.kwargs)
+        cases = {i.nodeid: {k: str(v) for k, v in i.callspec.params.items()} for i in found}
+        kept = sample(cases, *marker.args, **marker.kwargs)
         for item in found:
             if item.nodeid not in kept:
                 item.add_marker("slow")

@@ -27,12 +27,6 @@ def test_without_its_values_it_is_a_share_alone_and_never_nothing():
     assert len(sample(CASES, 10**9, values=False)) == 1
 
 
-def test_combinations_that_are_asked_for_all_occur():
-    kept = sample(CASES, 10**9, together=("a", "c"))
-    assert {(CASES[k]["a"], CASES[k]["c"]) for k in kept} == set(product(range(12), "xy"))
-    assert len(kept) <= 24 + 10
-
-
 def test_what_is_left_out_is_slow(tmp_path):
     (tmp_path / "conftest.py").write_text((HERE / "conftest.py").read_text())
     (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers =\n    slow: …\n    sampled: …\n")

@@ -8,7 +8,6 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
 
-import stiefel
 from claims.outcome import COLOURS, Claim, Outcome, Rows, best_rate, figure, mean, spread
 from claims.training import Run, Size
 from stiefel.attach import constrained_weights
@@ -83,12 +82,9 @@ def _weights(size: Size, kind: str, lr: float, seed: int) -> Run:
 def _acts(size: Size, kind: str, lr: float, seed: int) -> Run:
     """The network without a constraint, its hidden layers' outputs whitened, as ``norm`` does it or by PCA."""
     one = Run(size.problem(bias=False, norm="whitening"), "unconstrained", lr, seed)
-    for name, part in list(one.model.named_children()):
-        if isinstance(part, Whitening1d):
-            setattr(one.model, name, Whitening1d(size.width, group_size=part.group_size, kind=ACTIVATIONS[kind]))
-    one.optimizer = stiefel.optimizer(one.model, torch.optim.SGD, lr=lr)
-    one.schedule = one.problem.schedule(one.optimizer)
-    return one
+    return one.exchange(
+        Whitening1d, lambda part: Whitening1d(size.width, group_size=part.group_size, kind=ACTIVATIONS[kind])
+    )
 
 
 @torch.no_grad()

@@ -6,7 +6,6 @@ import torch
 from parts.norms import norm
 from torch import Tensor, nn
 
-import stiefel
 from claims.outcome import COLOURS, Claim, Outcome, Rows, best_rate, figure, mean, spread
 from claims.training import Run, Size
 from stiefel.nn import Whitening1d
@@ -78,11 +77,7 @@ def run(size: Size) -> Outcome:
 def _scores(size: Size, name: str, lr: float, seed: int) -> dict[str, float]:
     one = Run(size.problem(norm="none" if name == "none" else "batch"), "unconstrained", lr, seed)
     if name != "none":
-        for child, part in list(one.model.named_children()):
-            if isinstance(part, nn.BatchNorm1d):
-                setattr(one.model, child, CHOICES[name](part.num_features))
-        one.optimizer = stiefel.optimizer(one.model, torch.optim.SGD, lr=lr)
-        one.schedule = one.problem.schedule(one.optimizer)
+        one.exchange(nn.BatchNorm1d, lambda part: CHOICES[name](part.num_features))
     _compute(one)
     one.go(epoch=_compute)
     accuracy = one.accuracy()

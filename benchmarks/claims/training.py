@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from omdsm import OMDSM
@@ -12,6 +12,8 @@ from torch import Tensor, nn
 
 import stiefel
 from stiefel.compare.problem.batches import Part
+
+M = TypeVar("M", bound=nn.Module)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,10 +78,21 @@ class Run:
         given = self.method
         method = stiefel.get(given, **self.options) if isinstance(given, str) else replace(given, **self.options)
         self.model = self.problem.constrain(self.model, method)
-        self.optimizer = stiefel.optimizer(self.model, torch.optim.SGD, lr=self.lr)
-        self.schedule: Any = self.problem.schedule(self.optimizer)
+        self._optimize()
         self.order = torch.Generator().manual_seed(self.seed)
         self.steps, self.diverged = 0, False
+
+    def _optimize(self) -> None:
+        self.optimizer = stiefel.optimizer(self.model, torch.optim.SGD, lr=self.lr)
+        self.schedule: Any = self.problem.schedule(self.optimizer)
+
+    def exchange(self, cls: type[M], make: Callable[[M], nn.Module]) -> Run:
+        """Put other modules in the place of those of a class, before training."""
+        for name, part in list(self.model.named_children()):
+            if isinstance(part, cls):
+                setattr(self.model, name, make(part))
+        self._optimize()
+        return self
 
     def batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """One pass over the training data."""

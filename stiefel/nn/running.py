@@ -95,8 +95,9 @@ class RunningCovariance(Convertible):
         assert self.running_cov is not None
         # A compiler does not see what else is written to the covariance: it takes the matrix as eval() left it.
         if torch.compiler.is_compiling() or torch.jit.is_tracing():
-            fits = self.matrix is not None and self.matrix.dtype == self.running_cov.dtype
-            return self.matrix if fits and self.matrix is not None else self._computed()
+            if self.matrix is None or self.matrix.dtype != self.running_cov.dtype:
+                return self._computed()
+            return self.matrix
         own, state = self._made_of
         if own is not self.running_cov:
             return self._computed()

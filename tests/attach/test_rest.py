@@ -182,14 +182,15 @@ def test_a_model_shared_with_other_processes_is_computed_every_time() -> None:
 
 
 def test_access_is_quick() -> None:
-    """A few microseconds, against tens to thousands for computing it; a generous bound, for machines are shared."""
-    model = layer().eval()
-    times = []
+    """Some 3.5 times a plain layer's attribute, where computing the weight takes hundreds: beside it, for machines differ."""
+    kept, plain = layer().eval(), torch.nn.Sequential(torch.nn.Linear(4, 4))
+    times: dict[torch.nn.Module, list[float]] = {kept: [], plain: []}
     with torch.no_grad():
-        model[0].weight  # noqa: B018
-        for _ in range(20):
-            start = time.perf_counter()
-            for _ in range(500):
-                model[0].weight  # noqa: B018
-            times.append((time.perf_counter() - start) / 500)
-    assert min(times) <= 6e-6
+        kept[0].weight  # noqa: B018
+        for _ in range(40):
+            for model, measured in times.items():
+                start = time.thread_time()
+                for _ in range(500):
+                    model[0].weight  # noqa: B018
+                measured.append(time.thread_time() - start)
+    assert min(times[kept]) <= 10 * min(times[plain])

@@ -182,7 +182,7 @@ def test_a_model_shared_with_other_processes_is_computed_every_time() -> None:
 
 
 def test_access_is_quick() -> None:
-    """Some 3.5 times a plain layer's attribute, where computing the weight takes hundreds: beside it, for machines differ."""
+    """Some 3.5 times a plain layer's, where computing the weight takes hundreds of it: a ratio, for machines differ."""
     kept, plain = layer().eval(), torch.nn.Sequential(torch.nn.Linear(4, 4))
     times: dict[torch.nn.Module, list[float]] = {kept: [], plain: []}
     with torch.no_grad():

@@ -31,7 +31,7 @@ gpu: .venv-gpu/.installed
 	.venv-gpu/bin/python benchmarks/gpu.py $(ARGS)
 
 test: .venv/.installed
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal $(ARGS)
 
 fuzz: .venv/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python tests/fuzz.py $(ARGS)

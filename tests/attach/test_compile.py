@@ -75,7 +75,7 @@ def close(one: nn.Module, other: nn.Module, tolerance: float) -> None:
             torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.sampled(4, values=False)
+@pytest.mark.sampled(8, values=False)
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("backend", ["eager", "aot_eager"])
 def test_a_model_is_one_graph_with_the_same_numbers(method, backend):
@@ -139,7 +139,7 @@ def test_a_method_that_is_not_registered_is_traced_through():
     close(one, other, 1e-6)
 
 
-@pytest.mark.sampled(4, values=False)
+@pytest.mark.sampled(8, values=False)
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("cls", [torch.optim.SGD, torch.optim.Adam])
 def test_a_whole_training_step_compiles_once(method, cls):
@@ -168,7 +168,7 @@ def test_a_whole_training_step_compiles_once(method, cls):
         assert stiefel.report(other).worst < 1e-6
 
 
-@pytest.mark.sampled(4, values=False)
+@pytest.mark.sampled(8, values=False)
 @pytest.mark.parametrize("method", METHODS)
 def test_reduced_precision_of_products_stays_outside_of_the_graphs_weights(method):
     before = torch.get_float32_matmul_precision()
@@ -191,6 +191,7 @@ def test_reduced_precision_of_products_stays_outside_of_the_graphs_weights(metho
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="inductor needs a C++ compiler on a CPU")
+@pytest.mark.sampled(2, values=False)
 @pytest.mark.parametrize("method", ["own", "bjorck", "retraction"])
 def test_inductor_on_a_cpu(method):
     one, other = twins(method)

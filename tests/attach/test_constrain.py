@@ -52,6 +52,7 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 }
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("layer", LAYERS)
 def test_every_supported_layer_is_selected_even_as_the_root_and_trains(method: str, layer: str) -> None:
@@ -104,6 +105,7 @@ SELECTIONS: dict[str, tuple[dict[str, Any], list[str]]] = {
 }
 
 
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("selection", SELECTIONS)
 def test_layers_and_exclude(method: str, selection: str) -> None:
@@ -155,6 +157,7 @@ def test_a_constraint_object_is_taken_as_it_is() -> None:
     assert bindings_of(model[0])["weight"].constraint is method
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("scale", [1.0, "relu", 0.5])
 @pytest.mark.parametrize("shape", [(3, 7), (7, 3), (5, 5)])
@@ -198,6 +201,7 @@ PACKED: dict[str, tuple[Callable[[], nn.Module], str, int, tuple[int, ...]]] = {
 }
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("packed", PACKED)
 def test_packed_weights_are_orthogonal_per_block_and_train(method: str, packed: str) -> None:
@@ -222,6 +226,7 @@ def test_packed_weights_are_orthogonal_per_block_and_train(method: str, packed: 
         assert error > 1e-6
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("packed", PACKED)
 def test_the_layer_computes_with_the_constrained_weight(method: str, packed: str) -> None:
@@ -237,6 +242,7 @@ def test_the_layer_computes_with_the_constrained_weight(method: str, packed: str
     torch.testing.assert_close(output(model, x), output(plain, x), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("packed", ["rnn", "lstm", "attention"])
 def test_packed_weights_survive_a_copy_after_use(method: str, packed: str) -> None:

@@ -32,6 +32,7 @@ import stiefel
 import stiefel.methods
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("choice", OPTIMIZERS)
 def test_a_deep_copy_is_independent_and_trains(method: str, choice: str) -> None:
@@ -46,6 +47,7 @@ def test_a_deep_copy_is_independent_and_trains(method: str, choice: str) -> None
     assert_feasible(twin, method)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("when", ["before the optimizer", "after the optimizer"])
 def test_double_precision(method: str, when: str) -> None:
@@ -189,6 +191,7 @@ def test_a_reparameterized_model_in_bfloat16_says_what_to_do() -> None:
         model(torch.zeros(1, 4, dtype=torch.bfloat16))
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("options", [{}, {"group_size": 2}], ids=["plain", "grouped"])
 def test_equal_convolutions_in_channels_last(method: str, options: dict[str, Any]) -> None:

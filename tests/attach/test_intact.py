@@ -116,6 +116,7 @@ def averages(method: str) -> nn.Module:
     return average.module
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("how", ["eval", "no_grad", "inference"])
 @pytest.mark.parametrize("method", METHODS)
 def test_an_average_off_its_set_is_told_where_it_is_evaluated(method, how):

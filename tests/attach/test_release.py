@@ -65,6 +65,7 @@ def test_a_released_model_is_pickled_trained_and_constrained_again(method: str) 
         stiefel.release(loaded)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("released", ["copy", "original"])
 def test_releasing_a_copy_or_its_original_does_not_hurt_the_other(method: str, released: str) -> None:

@@ -142,6 +142,7 @@ READINGS = {
 }
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("axes", READINGS)
 @pytest.mark.parametrize("method", METHODS)
 def test_axes_say_which_dimensions_are_the_matrix(method, axes):

@@ -96,6 +96,7 @@ def leading(n: int, p: int, gap: float, seed: int = 0) -> tuple[Tensor, Tensor]:
     return q @ torch.diag(values) @ q.mT, q[:, :p].mT
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("second_order", [False, True])
 @pytest.mark.parametrize("method", FEASIBLE)
 def test_minimize_finds_the_subspace(method, second_order):
@@ -129,6 +130,7 @@ def test_the_gradients_norm_is_that_of_the_part_that_turns_the_span(method):
     assert stiefel.gradient_norm(net, lambda: (net["W"] * target).sum()) == pytest.approx(expected, rel=1e-12)
 
 
+@pytest.mark.sampled(3, values=False)
 @pytest.mark.parametrize("method", HELD)
 def test_training_reaches_the_subspace_and_keeps_the_claim(method):
     method_ = stiefel.get(method)

@@ -30,22 +30,25 @@ frechet = gan.frechet
 
 # --- end to end ---
 
+SOME, ALL = ("own", "riemannian", "soft", "unconstrained"), (*stiefel.available(), "default")
+
 
 @pytest.mark.parametrize(
     ("name", "settings", "lr"),
     [
         ("gan", 1, 1e-3),
-        pytest.param("rnn", 2, 1e-3, marks=pytest.mark.slow),
-        pytest.param("closed_form", 2, 0.1, marks=pytest.mark.slow),
+        ("rnn", 2, 1e-3),
+        ("closed_form", 2, 0.1),
     ],
 )
-def test_every_method_runs_end_to_end(name, settings, lr, tmp_path):
-    options = ["--budget", "tiny", "--methods", "all", "--lr", str(lr), "--seeds", "1", "--no-cost"]
+@pytest.mark.parametrize("methods", [SOME, pytest.param(ALL, marks=pytest.mark.slow)], ids=["some", "all"])
+def test_methods_run_end_to_end(name, settings, lr, methods, tmp_path):
+    options = ["--budget", "tiny", "--methods", *methods, "--lr", str(lr), "--seeds", "1", "--no-cost"]
     assert cli.main(["compare", str(FOLDER / f"{name}.py"), *options, "--out", str(tmp_path)]) == 0
     records, faults = read_all([tmp_path])
     assert not faults
     tuned = [r for r in records if r.spec.phase == "tuning"]
-    assert sorted(r.label for r in tuned) == sorted(settings * [*stiefel.available(), "default"])
+    assert sorted(r.label for r in tuned) == sorted(settings * [*methods])
     for record in records:
         assert record.status in ("done", "target missed", "skipped"), f"{record.label}: {record.reason}"
         assert record.status != "skipped" or record.reason

@@ -27,7 +27,7 @@ from stiefel.optim import guard
 SEED, COUNT, TOGETHER = 13, 200, 25
 
 
-@pytest.mark.sampled(2, values=False)
+@pytest.mark.sampled(6, values=False)
 @pytest.mark.parametrize("first", range(0, COUNT, TOGETHER))
 def test_random_configurations_train_or_are_refused_by_name(first: int) -> None:
     found = list(fuzz.results(range(first, first + TOGETHER), SEED, jobs=1))

@@ -46,7 +46,7 @@ def test_an_exported_program_computes_what_the_model_does(method, released):
     torch.testing.assert_close(program.module()(x), expected, rtol=0, atol=1e-5)
 
 
-@pytest.mark.sampled(4, values=False)
+@pytest.mark.sampled(8, values=False)
 @pytest.mark.parametrize("method", METHODS)
 def test_onnx(method, tmp_path):
     pytest.importorskip("onnxscript")
@@ -88,7 +88,7 @@ def bert(**more: Any) -> Any:
     return transformers.BertModel(transformers.BertConfig(vocab_size=30, **sizes)).eval()
 
 
-@pytest.mark.sampled(3, values=False)
+@pytest.mark.sampled(6, values=False)
 @pytest.mark.parametrize("method", FEW)
 @pytest.mark.parametrize("below", [False, True])
 def test_a_pretrained_model_is_saved_and_read_as_a_plain_one(method, below, tmp_path):

@@ -33,7 +33,7 @@ def test_lightning(method, monkeypatch, tmp_path):
         assert stiefel.report(again).worst < 1e-6
 
 
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_accelerate(processes):
     pytest.importorskip("accelerate")
     command = [sys.executable, "-m", "accelerate.commands.launch", "--cpu", "--num_processes", str(processes)]

@@ -98,7 +98,7 @@ def _quiet() -> Iterator[None]:
         yield
 
 
-@pytest.mark.sampled(5, values=False)
+@pytest.mark.sampled(10, values=False)
 @pytest.mark.parametrize("cls", list(classes()))
 def test_a_class_serves_a_method_on_the_step_or_is_refused_by_name(cls, request):
     found = outcome(cls, "retraction")
@@ -116,7 +116,7 @@ def test_a_class_serves_a_method_on_the_step_or_is_refused_by_name(cls, request)
         assert found == "works"
 
 
-@pytest.mark.sampled(5, values=False)
+@pytest.mark.sampled(10, values=False)
 @pytest.mark.parametrize("cls", list(classes()))
 def test_a_class_serves_a_reparameterization_as_it_is(cls):
     """What it needs beside gradients, such as a closure, it says itself, as with any model."""

@@ -39,6 +39,7 @@ def held(training: Training) -> Iterator[tuple[str, Tensor]]:
                 yield f"{i}.{key}", value
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize("method", FORMS, ids=str)
 def test_a_step_writes_into_the_tensors_that_the_last_one_left(method: Constraint, base: str) -> None:

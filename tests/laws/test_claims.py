@@ -177,7 +177,7 @@ def test_a_claim_of_too_few_steps_is_found_out() -> None:
     assert any("random start" not in where for where in off)
 
 
-@pytest.mark.sampled(5)
+@pytest.mark.sampled(10)
 @pytest.mark.parametrize(
     ("method", "shape", "dtype"),
     cases(list(QUICK), [torch.float32], N_LARGEST // 10) + cases([(5, 5)], [torch.float64, torch.complex64], N_LARGEST),

@@ -44,7 +44,7 @@ def conforms(check: str, method: stiefel.Constraint, device: torch.device) -> No
             conformance.run(method, check, dtype, device)
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("device", DEVICES, ids=str)
 @pytest.mark.parametrize("method", PLAIN, ids=str)
 @pytest.mark.parametrize("check", [check for check in conformance.CHECKS if check != "fixed_points"])
@@ -52,7 +52,7 @@ def test_conforms(check: str, method: stiefel.Constraint, device: torch.device) 
     conforms(check, method, device)
 
 
-@pytest.mark.sampled(12)
+@pytest.mark.sampled(24)
 @pytest.mark.parametrize("device", DEVICES, ids=str)
 @pytest.mark.parametrize("method", FORMS, ids=str)
 @pytest.mark.parametrize("check", conformance.CHECKS)

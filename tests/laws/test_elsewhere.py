@@ -48,7 +48,7 @@ def trained(method: Constraint, kind: str | None, steps: int = 3, cls: type = SG
     return model
 
 
-@pytest.mark.sampled(4, values=False)
+@pytest.mark.sampled(8, values=False)
 @every_device
 @pytest.mark.parametrize("method", FREE, ids=str)
 def test_no_step_waits_and_none_needs_float64_where_there_is_none(method, kind):
@@ -56,7 +56,7 @@ def test_no_step_waits_and_none_needs_float64_where_there_is_none(method, kind):
     assert all(w.allows(w.residual()) for w in constrained_weights(model))
 
 
-@pytest.mark.sampled(4, values=False)
+@pytest.mark.sampled(8, values=False)
 @every_device
 @pytest.mark.parametrize("method", [f for f in FREE if f.name not in DRAWING | TURNING], ids=str)
 def test_a_step_is_what_a_cpu_takes(method, kind):
@@ -220,7 +220,7 @@ def test_the_stand_in_changes_no_number():
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.sampled(4, values=False)
+@pytest.mark.sampled(8, values=False)
 @pytest.mark.parametrize("cls", [Adam])
 @pytest.mark.parametrize("method", [f for f in FREE if f.moves or f.claim], ids=str)
 def test_adam_trains_there(method, cls):
@@ -270,7 +270,7 @@ def test_second_derivatives_come_back_to_the_device(kind):
         torch.testing.assert_close(a.double(), b, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.sampled(4, values=False)
+@pytest.mark.sampled(8, values=False)
 @pytest.mark.parametrize("method", [f for f in FREE if f.name not in DRAWING | TURNING], ids=str)
 def test_float64_models_train_where_float64_is_slow(method):
     """What is in double stays on its device, in double."""

@@ -61,7 +61,7 @@ def resident() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
 
-@pytest.mark.sampled(4, values=False)
+@pytest.mark.sampled(8, values=False)
 @pytest.mark.parametrize("steps", [200, pytest.param(100_000, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("choice", OPTIMIZERS)
 @pytest.mark.parametrize("method", FEASIBLE)
@@ -82,7 +82,7 @@ def test_long_training_keeps_orthogonality_memory_and_the_lengths_of_proxies(met
     assert resident() - memory < 10e6
 
 
-@pytest.mark.sampled(4, values=False)
+@pytest.mark.sampled(8, values=False)
 @pytest.mark.parametrize("pair", [(m, METHODS[(i + 7) % len(METHODS)]) for i, m in enumerate(METHODS)], ids="-".join)
 def test_models_in_two_threads_train_as_alone(pair):
     def run(method: str, seed: int) -> list[Tensor]:

@@ -30,7 +30,7 @@ def residual(x: Tensor) -> float:
     return torch.linalg.matrix_norm(gram_residual(wide)).max().item()
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(8)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.complex64])
 @pytest.mark.parametrize(("p", "n"), SHAPES)
 @pytest.mark.parametrize("size", [1e-6, 1.0, 1e4, 1e6, 1e7, 1e10, 1e18])
@@ -116,7 +116,7 @@ def check_steps(
                 assert residual(x) <= ROUNDING * torch.finfo(dtype).eps * shape[1] ** 0.5, (kind, length)
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(8)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.complex64])
 @pytest.mark.parametrize(("p", "n"), [(1, 1), (3, 3), (5, 7), (1, 10), (3, 9), (33, 33), (16, 48)])
 @pytest.mark.parametrize("method", FEASIBLE, ids=str)
@@ -140,7 +140,7 @@ def test_steps_of_any_length_end_on_the_largest_set(method: stiefel.Constraint) 
     check_steps(method, (1, 512, 4608), torch.float32, 1, (0.1, 1e3, 1e18))
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(8)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.complex64])
 @pytest.mark.parametrize(("p", "n"), [(1, 1), (3, 3), (5, 7), (3, 7), (1, 10), (33, 33), (8, 64)])
 @pytest.mark.parametrize("retract", [retract_cayley, retract_exp_euclidean, retract_exp_canonical])

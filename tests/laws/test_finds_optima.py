@@ -70,7 +70,7 @@ def rate(method: stiefel.Constraint) -> float:
     return 0.2 if method.caveat else 1.5
 
 
-@pytest.mark.sampled(4, values=False)
+@pytest.mark.sampled(8, values=False)
 @pytest.mark.parametrize(("shape", "condition"), cases(SHAPES), ids=str)
 @pytest.mark.parametrize("method", METHODS, ids=str)
 def test_procrustes(method: stiefel.Constraint, shape: tuple[int, int], condition: float) -> None:
@@ -91,7 +91,7 @@ def procrustes(
     return shortfalls(method, start, lambda w: (w * t).sum((-2, -1)), best, steps)
 
 
-@pytest.mark.sampled(4, values=False)
+@pytest.mark.sampled(8, values=False)
 @pytest.mark.parametrize(("shape", "condition"), cases([s for s in SHAPES if s != (5, 5)]), ids=str)
 @pytest.mark.parametrize("method", METHODS, ids=str)
 def test_pca(method: stiefel.Constraint, shape: tuple[int, int], condition: float) -> None:
@@ -113,7 +113,7 @@ def check(method: stiefel.Constraint, before: Tensor, gaps: Tensor) -> None:
         assert better > SEEDS / 2, f"only {better} of {SEEDS} runs ended better than they began"
 
 
-@pytest.mark.sampled(4, values=False)
+@pytest.mark.sampled(8, values=False)
 @pytest.mark.parametrize("method", [m for m in METHODS if m.caveat], ids=str)
 def test_a_caveat_is_true(method: stiefel.Constraint) -> None:
     """A method that excuses itself does stop short somewhere: otherwise the caveat would be a way around the test."""

@@ -69,7 +69,7 @@ def stays(method: Constraint, index: int, decay: dict[str, Any], steps: int, sca
     assert gap <= allowed, f"{decay}: leaves the solution by {gap:.1e}, where {allowed:.1e} is the optimizer's own"
 
 
-@pytest.mark.sampled(6)
+@pytest.mark.sampled(12)
 @pytest.mark.parametrize("index", range(len(BASES)), ids=lambda i: name(BASES[i]))
 @pytest.mark.parametrize("method", METHODS, ids=str)
 def test_a_solution_stays(method: Constraint, index: int) -> None:
@@ -87,7 +87,7 @@ def test_a_solution_stays_for_500_steps(method: Constraint, index: int, scale: f
         stays(method, index, decay, 500, scale)
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(8)
 @pytest.mark.parametrize("cls", [torch.optim.SGD, torch.optim.Adam], ids=lambda c: c.__name__)
 @pytest.mark.parametrize("method", [m for m in METHODS if torch.complex128 in m.dtypes], ids=str)
 def test_a_complex_solution_stays(method: Constraint, cls: Cls) -> None:
@@ -121,7 +121,7 @@ def ends_at_a_solution(method: Constraint, cls: Cls, hyper: dict[str, Any], step
         assert gaps.max() <= 1e-6, f"ends {gaps.max():.1e} short of a solution"
 
 
-@pytest.mark.sampled(6, values=False)
+@pytest.mark.sampled(12, values=False)
 @pytest.mark.parametrize("method", METHODS, ids=str)
 def test_training_ends_at_a_solution(method: Constraint) -> None:
     ends_at_a_solution(method, torch.optim.Adam, {}, 500)

@@ -15,6 +15,7 @@ MOST = 12
 THIN = [form for name in stiefel.available() for form in forms(name) if form.thin]
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("method", THIN, ids=str)
 @pytest.mark.parametrize("layers", [1, 4])
 def test_a_step_holds_a_few_times_the_weight(method: Constraint, layers: int) -> None:
@@ -42,6 +43,7 @@ def _small_batches():
     stiefel.bucket_bytes(2**28)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("method", ["own", "projection", "retraction", "riemannian", "cayley", "pogo"])
 def test_bounded_batches_take_less_memory_and_give_the_same_weights(
     method: str, request: pytest.FixtureRequest

@@ -121,6 +121,7 @@ def test_the_ends_of_single_precision(
         assert method.claim.allows(residual(x), dtype, x.shape[-2])
 
 
+@pytest.mark.sampled(3)
 @every_forgetful
 @every_precision
 @pytest.mark.parametrize("shape", SHAPES, ids=str)

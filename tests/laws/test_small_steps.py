@@ -30,6 +30,7 @@ from stiefel.methods import method_class
 from stiefel.methods.riemannian import METRICS, RETRACTIONS
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize(
     ("name", "options"), [case for kind in (Reparameterization, StepMethod) for case in variants(kind)]
 )

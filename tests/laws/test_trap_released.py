@@ -193,6 +193,7 @@ def test_trap_04_peer_geoopt_has_these_faults() -> None:
     assert not optimizer.state[weight]["momentum_buffer"].norm() < 1e6
 
 
+@pytest.mark.sampled(3)
 @over("method", VARIANTS)
 @pytest.mark.parametrize("nesterov", [False, True])
 def test_trap_05_the_first_step_with_momentum_is_the_plain_one(method: stiefel.Constraint, nesterov: bool) -> None:

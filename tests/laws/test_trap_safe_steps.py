@@ -41,6 +41,7 @@ def test_trap_10_a_zero_gradient_moves_nothing(method: stiefel.Constraint, dtype
         torch.testing.assert_close(after, start, rtol=0, atol=tolerance(dtype))
 
 
+@pytest.mark.sampled(3)
 @over("method", STEPPED)
 @pytest.mark.parametrize("singular", [(0.7, 1.2), (0.3, 1.5)], ids=str)
 def test_trap_10_a_weight_outside_comes_back_without_a_gradient(
@@ -58,6 +59,7 @@ def test_trap_10_a_weight_outside_comes_back_without_a_gradient(
         assert residual(layer.weight) < 1e-4  # landing halves it per step at this rate, once inside
 
 
+@pytest.mark.sampled(3)
 @over("method", LIFTED)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("shape", [(3, 7), (4, 4), (1, 6)], ids=str)
@@ -106,6 +108,7 @@ def test_trap_10_a_step_never_leads_out_of_the_tube_or_further_away(
             assert (after <= wall + tolerance(dtype) * shape[0] ** 0.5).all(), (exponent, lr)
 
 
+@pytest.mark.sampled(3)
 @over("method", IN_PLACE)
 @pytest.mark.parametrize("size", [1e-2, 1e5])
 @pytest.mark.parametrize("cls", [torch.optim.SGD, torch.optim.Adam])

@@ -204,6 +204,7 @@ def test_trap_12_training_starts_in_the_component_of_the_given_weight(method: st
         torch.testing.assert_close(layer.weight.detach(), u @ vh, rtol=0, atol=1e-12)
 
 
+@pytest.mark.sampled(3)
 @over("method", [m for m in HELD if m.name not in JUMPS])
 @pytest.mark.parametrize("sign", [1, -1])
 def test_trap_12_continuous_methods_keep_the_determinants_sign(method: stiefel.Constraint, sign: int) -> None:

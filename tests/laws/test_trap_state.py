@@ -61,6 +61,7 @@ class Branches(nn.Module):
         return [v.detach().clone() for v in (*self.state_dict().values(), self.early.weight, self.late.weight)]
 
 
+@pytest.mark.sampled(3)
 @over("method", VARIANTS)
 @pytest.mark.parametrize("choice", OPTIMIZERS)
 def test_trap_11_a_late_first_gradient_starts_a_state_of_its_own(method: stiefel.Constraint, choice: str) -> None:
@@ -83,6 +84,7 @@ def test_trap_11_a_late_first_gradient_starts_a_state_of_its_own(method: stiefel
     assert (model.late.weight - start).norm() > 1e-3
 
 
+@pytest.mark.sampled(3)
 @over("method", VARIANTS)
 @pytest.mark.parametrize(("choice", "how"), [("momentum", "objects"), ("adam", "state dicts")])
 def test_trap_11_training_resumes_bit_for_bit_also_before_a_first_gradient(
@@ -126,6 +128,7 @@ def test_trap_11_peer_pogo_has_these_faults() -> None:
 AVERAGES = {"swa": None, "ema": get_ema_multi_avg_fn(0.7)}
 
 
+@pytest.mark.sampled(3)
 @over("method", VARIANTS)
 @pytest.mark.parametrize("average", AVERAGES)
 def test_trap_13_averaged_weights_are_projected_back(method: stiefel.Constraint, average: str) -> None:
@@ -154,6 +157,7 @@ def test_trap_13_averaged_weights_are_projected_back(method: stiefel.Constraint,
         assert torch.equal(averaged(torch.eye(shape[1], dtype=torch.float64)), after.mT)
 
 
+@pytest.mark.sampled(3)
 @over("method", [m for m in VARIANTS if m.place != "forward" or m.claim is not None])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_trap_13_a_round_trip_through_bfloat16_is_projected_back(

@@ -45,7 +45,7 @@ def distance(x: Tensor, y: Tensor) -> float:
     return (torch.linalg.matrix_norm(x.to(y.dtype) - y) / torch.linalg.matrix_norm(y)).max().item()
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(8)
 @every_step
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(("p", "n"), SHAPES)
@@ -63,7 +63,7 @@ def test_many_steps_come_to_the_polar_factor_with_its_gradient(step, p, n, condi
     assert distance(leaf.grad, reference.grad) <= 64 * eps * condition
 
 
-@pytest.mark.sampled(4)
+@pytest.mark.sampled(8)
 @every_step
 @pytest.mark.parametrize("dtype", [torch.float64, torch.complex128], ids=str)
 @pytest.mark.parametrize("small", [True, False])

@@ -132,6 +132,7 @@ def test_full_precision_restores_autocast():
 # --- polar: the gradient ---
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("kind", SPECTRA)
 @pytest.mark.parametrize("shape", [(1, 4), (3, 5), (4, 4), (1, 1)])
 def test_polar_first_and_second_derivative(kind, shape):

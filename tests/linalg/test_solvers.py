@@ -50,6 +50,7 @@ def distance(x: Tensor, y: Tensor) -> float:
     return (torch.linalg.matrix_norm(x.to(y.dtype) - y) / torch.linalg.matrix_norm(y)).max().item()
 
 
+@pytest.mark.sampled(4)
 @pytest.mark.parametrize("solver", SOLVERS)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("condition", [1, 1.01, 1.3, 2, 3, 7, 10, 30, 100, 1e3, 1e4])

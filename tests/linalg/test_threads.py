@@ -133,7 +133,7 @@ CASES = [(name, {}) for name in stiefel.available()] + [
 ]
 
 
-@pytest.mark.sampled(6, values=False)
+@pytest.mark.sampled(12, values=False)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize(("name", "options"), CASES, ids=lambda v: v if isinstance(v, str) else "-".join(v.values()))
 def test_a_step_of_every_method(name: str, options: dict[str, str], shape: tuple[int, int, int], threads: int) -> None:

@@ -220,6 +220,7 @@ def small_network() -> nn.Module:
     )
 
 
+@pytest.mark.sampled(3, values=False)
 @pytest.mark.parametrize("method", stiefel.available())
 def test_a_training_step_of_every_method_can_be_counted(method: str) -> None:
     model = stiefel.constrain(small_network(), method, exclude=["5"])

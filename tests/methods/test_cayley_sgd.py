@@ -41,6 +41,7 @@ def quadratic(n, dtype, seed=3):
     return lambda x: c @ x - t[:, : x.shape[1]]
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("dtype", [torch.float64, torch.complex128], ids=["real", "complex"])
 @pytest.mark.parametrize("iterations", [1, 2, 5])
 @pytest.mark.parametrize("scale", [1.0, 2.0])

@@ -60,7 +60,7 @@ def function_of(made):
     return function, [p.detach().clone().requires_grad_() for p in made.parameters()]
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("name", SAMPLES)
 @pytest.mark.parametrize("kind", ["zca", "newton"])
 @pytest.mark.parametrize("eps", [0.0, 0.1])

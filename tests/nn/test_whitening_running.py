@@ -301,6 +301,7 @@ def operations(program):
     return {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("cls", [Whitening1d, Whitening2d])
 @pytest.mark.parametrize("strict", [False, True])
@@ -337,6 +338,7 @@ def test_a_traced_evaluation_is_the_same():
     assert close(traced(x).double(), net(x).double(), 1e-6)
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.usefixtures("_compiler")
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("cls", [Whitening1d, Whitening2d])

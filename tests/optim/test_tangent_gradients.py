@@ -187,6 +187,7 @@ def test_a_step_that_the_scaler_skips_changes_nothing(fused: bool) -> None:
     assert stiefel.report(net).worst < 1e-5
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("cls", [torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW])
 @pytest.mark.parametrize("name", [n for n in stiefel.available() if not stiefel.get(n).real_only])
 def test_gates_in_a_list_that_the_user_stacks_train(name: str, cls: type[torch.optim.Optimizer]) -> None:

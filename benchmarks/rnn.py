@@ -10,12 +10,18 @@ The metric is the cross-entropy over that of a predictor without memory, which s
 copying (the blanks known, the symbols guessed), log 10 of digits. Whether strict orthogonality is what memory wants is
 the question of Vorontsov, Trabelsi, Kadoury and Pal (ICML 2017).
 
+In the literature copying is learned by cells with modReLU, trained by RMSprop, the recurrent matrix at a tenth of the
+rate (Helfrich, Willmott and Ye, ICML 2018; Lezcano-Casado and Martínez-Rubio, ICML 2019): ``--budget literature``, over
+that share of the rate too.
+
     stiefel compare benchmarks/rnn.py --budget small --methods own riemannian soft unconstrained
+    stiefel compare benchmarks/rnn.py --budget literature --methods own matrix_exp unconstrained default
     stiefel compare benchmarks/rnn.py --budget paper --device cuda --cell rnn lstm gru
     stiefel compare benchmarks/rnn.py --budget paper --device cuda --task copying --delay 200 1000
 """
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, ClassVar
@@ -23,13 +29,15 @@ from typing import Any, ClassVar
 import torch
 import torch.nn.functional as F
 from parts.fresh_batches import Draws
+from parts.modrelu import ModReLU
 from parts.norms import OverStates
 from torch import Tensor, nn
 
 from stiefel.compare import Batch, Data, Problem, datasets, where
 from stiefel.errors import ProblemError
 
-CELLS: dict[str, Any] = {"rnn": nn.RNN, "lstm": nn.LSTM, "gru": nn.GRU}
+CELLS: dict[str, Any] = {"rnn": nn.RNN, "lstm": nn.LSTM, "gru": nn.GRU, "modrelu": ModReLU}
+OPTIMIZERS = {"adam": torch.optim.Adam, "rmsprop": torch.optim.RMSprop}
 RECALLED, SYMBOLS = 10, 8
 BLANK, SIGN, ALPHABET = 8, 9, 10
 
@@ -39,6 +47,7 @@ class Recurrent(Problem):
     """One recurrent layer with a linear readout, on the copying task or on digits pixel by pixel.
 
     ``delay`` is copying's T, ``steps`` its batches per epoch; ``data`` names the images, of 64 pixels (digits) or 784.
+    ``recurrent`` is the recurrent matrices' learning rate over that of the other parameters.
     """
 
     task: str = "copying"
@@ -48,6 +57,8 @@ class Recurrent(Problem):
     steps: int = 30
     epochs: int = 20
     batch_size: int = 64
+    optim: str = "adam"  # or rmsprop
+    recurrent: float = 1.0
     norm: str = "none"  # of the states that are read out: none, batch, layer, group, whitening; the recurrence has none
     data: str = "digits"
     examples: int | None = None  # of the images at most; a quarter as many to validate and test with
@@ -57,7 +68,6 @@ class Recurrent(Problem):
     higher_is_better = False
     layers = ("rnn.weight_hh_l0",)
     scales = (1.0,)
-    optimizer = torch.optim.Adam
     learning_rates = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
     default_rate = 1e-3
     evaluation_batch = 1000
@@ -65,6 +75,15 @@ class Recurrent(Problem):
     budgets: ClassVar = {
         "tiny": {"hidden": (16,), "delay": (5,), "steps": (5,), "epochs": (2,), "batch_size": (256,)},
         "small": {},
+        "literature": {
+            "cell": ("modrelu",),
+            "optim": ("rmsprop",),
+            "recurrent": (0.1, 1.0, 10.0),
+            "task": ("copying",),
+            "delay": (100,),
+            "hidden": (100,),
+            "steps": (50,),
+        },
         "paper": {
             "hidden": (128,),
             "delay": (200,),
@@ -77,8 +96,9 @@ class Recurrent(Problem):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.task not in ("copying", "digits") or self.cell not in CELLS:
-            raise ProblemError(f"task={self.task!r}, cell={self.cell!r}: expected copying or digits, and {set(CELLS)}")
+        for name, known in (("task", ("copying", "digits")), ("cell", CELLS), ("optim", OPTIMIZERS)):
+            if getattr(self, name) not in known:
+                raise ProblemError(f"{name}={getattr(self, name)!r}: expected {' or '.join(known)}")
 
     def make_model(self) -> nn.Module:
         """``cell → linear``, read at every step (copying) or at the last (digits)."""
@@ -92,6 +112,18 @@ class Recurrent(Problem):
             return Data(Draws(partial(copying, self.batch_size, self.delay), self.steps), *held_out)
         found = datasets.load(self.data, self.data_dir, examples=self.examples)
         return Data(*((_pixels(x), y) for x, y in (found.train, found.validation, found.test)))
+
+    @property
+    def optimizer(self) -> type[torch.optim.Optimizer]:  # type: ignore[override]
+        """Adam or RMSprop."""
+        return OPTIMIZERS[self.optim]
+
+    def parameters(self, model: nn.Module, lr: float) -> Iterable[Any]:
+        """The recurrent matrices at their share of the rate, and the rest."""
+        groups: tuple[list[Tensor], list[Tensor]] = ([], [])
+        for name, parameter in model.named_parameters():
+            groups["weight_hh" in name].append(parameter)
+        return [{"params": groups[False]}, {"params": groups[True], "lr": lr * self.recurrent}]
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Cross-entropy, mean over examples and, in copying, over all T + 20 steps."""

@@ -12,6 +12,7 @@ import pytest
 import scipy.linalg
 import torch
 from common import gaussian
+from parts.modrelu import ModReLU
 from stability import Stability, stability
 from torch import nn
 
@@ -20,6 +21,7 @@ from stiefel.compare import cli, load_problem
 from stiefel.compare.record.measurements import lines_of, parsed
 from stiefel.compare.record.records import Record, read_all
 from stiefel.compare.record.spec import RunSpec
+from stiefel.compare.worker.training import Training
 from stiefel.errors import ProblemError
 
 FOLDER = Path(__file__).parents[2] / "benchmarks"
@@ -64,7 +66,7 @@ def test_methods_run_end_to_end(name, settings, lr, methods, tmp_path):
 
 @pytest.mark.parametrize("problem", [RNN, GAN, CLOSED_FORM])
 def test_every_budget_names_factors_that_fit(problem):
-    for budget in ("tiny", "small", "paper"):
+    for budget in problem.budgets:
         values = {name: choices[0] for name, choices in problem.budgets[budget].items()}
         assert problem(**values).target is None or problem(**values).target > 0
 
@@ -72,7 +74,7 @@ def test_every_budget_names_factors_that_fit(problem):
 # --- recurrent ---
 
 
-@pytest.mark.parametrize("cell", ["rnn", "lstm", "gru"])
+@pytest.mark.parametrize("cell", ["rnn", "lstm", "gru", "modrelu"])
 def test_the_recurrent_weight_is_computed_once_per_forward_pass(cell, monkeypatch):
     method = type(stiefel.get("own"))
     calls, forward = [], method.forward
@@ -83,9 +85,33 @@ def test_the_recurrent_weight_is_computed_once_per_forward_pass(cell, monkeypatc
     problem.loss(model, rnn.copying(4, problem.delay)).backward()
     assert len(calls) == 1
     assert stiefel.report(model).rows[0].layout.count("8×8") == 1
-    gates = {"rnn": 1, "lstm": 4, "gru": 3}[cell]
+    gates = {"rnn": 1, "lstm": 4, "gru": 3, "modrelu": 1}[cell]
     weight = model.rnn.weight_hh_l0.detach().reshape(gates, 8, 8)
     assert torch.dist(weight @ weight.mT, torch.eye(8).expand(gates, 8, 8)) < 1e-5
+
+
+def test_modrelu_shortens_or_lengthens_each_state_by_its_bias():
+    cell = ModReLU(3, 5, batch_first=True).double()
+    x, h, states = torch.randn(2, 4, 3, dtype=torch.float64), np.zeros((2, 5)), []
+    w, u, b = (p.detach().numpy() for p in (cell.weight_ih_l0, cell.weight_hh_l0, cell.bias))
+    for t in range(4):
+        z = x[:, t].numpy() @ w.T + h @ u.T
+        h = z / np.abs(z) * np.maximum(0, np.abs(z) + b)
+        states.append(h)
+    found, last = cell(x)
+    np.testing.assert_allclose(found.detach().numpy(), np.stack(states, 1), rtol=1e-12)
+    np.testing.assert_array_equal(last[0].detach().numpy(), found[:, -1].detach().numpy())
+
+
+@pytest.mark.parametrize("method", ["own", "riemannian", "unconstrained"])
+@pytest.mark.parametrize("cell", ["rnn", "lstm", "modrelu"])
+def test_the_recurrent_matrix_has_a_rate_of_its_own(cell, method):
+    problem = RNN(cell=cell, optim="rmsprop" if method != "riemannian" else "adam", recurrent=0.1, hidden=6)
+    spec = RunSpec("quality", "final", "rnn", "", problem.identity(), method, {}, 0.01, 0)
+    job = Training(problem, spec, torch.device("cpu"))
+    rates = {id(p): group["lr"] for group in job.optimizer.param_groups for p in group["params"]}
+    assert rates == {id(p): 0.001 if "weight_hh" in n else 0.01 for n, p in job.model.named_parameters()}
+    assert sorted(rates.values()).count(0.001) == 1
 
 
 def test_copying_is_the_task_of_the_papers():

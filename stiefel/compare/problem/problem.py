@@ -110,6 +110,15 @@ class Problem(ABC):
         """
         return constrain(model, method, layers=self.layers, exclude=self.exclude)
 
+    def parameters(self, model: nn.Module, lr: float) -> Iterable[Any]:
+        """What the optimizer is given: parameters, or groups with options of their own. Default: all parameters.
+
+        Args:
+            model: constrained; the name of a parameter behind a weight contains that weight's name.
+            lr: the learning rate of the run, for groups at a share of it.
+        """
+        return model.parameters()
+
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """The training loss of a batch, a scalar, without penalties. Default: cross-entropy."""
         return F.cross_entropy(model(batch[0]), batch[1])

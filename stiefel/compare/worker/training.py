@@ -44,7 +44,9 @@ class Training:
             # Constraining moves the weights onto the set; releasing leaves them there, as plain parameters.
             release(problem.constrain(model, get(control(), **control_options(spec.options))))
         self.model = problem.constrain(model, method)
-        self.optimizer = optimizer(self.model, problem.optimizer, lr=spec.lr, **problem.hyper)
+        self.optimizer = optimizer(
+            self.model, problem.optimizer, problem.parameters(self.model, spec.lr), lr=spec.lr, **problem.hyper
+        )
         # Averages gradients over processes. Parameters are shared, so evaluation uses the model, without communication.
         self.network: nn.Module = DistributedDataParallel(self.model) if distributed.is_initialized() else self.model
 

@@ -1,4 +1,4 @@
-"""The claims of the author's talk on normalization and orthogonal weights, one command each.
+"""The claims of the author's talk on normalization and orthogonal weights, and others' results, one command each.
 
     python benchmarks/talk.py                          lists them
     python benchmarks/talk.py distortion               at a size that shows the effect: minutes
@@ -26,14 +26,14 @@ if TYPE_CHECKING:
     from claims.outcome import Claim
 
 HERE = Path(__file__).parent
-EXPERIMENTS = ("conditioning", "choices", "axes", "distortion", "signal", "rates")
+EXPERIMENTS = ("conditioning", "choices", "axes", "distortion", "signal", "rates", "depth")
 PAPER = """unconstrained default own olm_as_released own_pca soft riemannian:metric=euclidean,retraction=qr
     ei_qr_as_released"""
 COMPARISONS = {
     "small_batches": (
         "Batch normalization fails in small batches; layers, groups and orthogonal weights do not need them large.",
         "mlp.py --norm none batch layer group --methods own unconstrained --scale relu --no-cost",
-        "--batch-size 2 16 128 --epochs 5 --lr 0.01 0.1 0.3 1 --studies 3",
+        "--batch-size 2 16 128 --epochs 3 --lr 0.01 0.1 0.3 1 --studies 2",
         "--batch-size 32 256 --epochs 1 --seeds 2 --lr 0.1",
     ),
     "omdsm": (

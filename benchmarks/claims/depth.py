@@ -1,0 +1,213 @@
+"""Very deep networks: is it the orthogonal start that lets them train, or the constraint that keeps it?
+
+Two results of others. Linear networks on whitened inputs learn in a number of steps that does not grow with depth from
+orthogonal starts, and from Gaussian ones it does (Saxe, McClelland and Ganguli, ICLR 2014). Networks of tanh need an
+orthogonal start with a gain a little above 1 (Pennington, Schoenholz and Ganguli, NeurIPS 2017; Xiao, Bahri,
+Sohl-Dickstein, Schoenholz and Pennington, ICML 2018). Both are about starts; here two methods hold what was started.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from matplotlib.figure import Figure
+from torch import Tensor, nn
+
+import stiefel
+from claims.outcome import COLOURS, Claim, Outcome, Rows, figure
+from claims.training import Size
+from stiefel.compare import datasets
+
+STARTS = {
+    "orthogonal start": "unconstrained",
+    "Gaussian start": None,
+    "held by own": "own",
+    "held by retraction": "retraction",
+}
+"""What is compared, and the method that makes it; a Gaussian start needs none."""
+WIDTH = 64
+ENOUGH = 0.9
+"""The accuracy at which steps are counted."""
+FRESH = 1000
+"""Seeds from here on report; those below choose the learning rate."""
+
+
+Parts = list[tuple[Tensor, Tensor]]
+
+
+@cache
+def whitened(data: str, examples: int | None) -> Parts:
+    """Training, validation and test data, inputs with mean 0 and covariance I on the first."""
+    found = datasets.load(data, None, examples=examples)
+    parts: list[Any] = [found.train, found.validation, found.test]
+    first = parts[0][0].double()
+    values, vectors = torch.linalg.eigh(torch.cov(first.T))
+    told = values > 1e-4 * values.max()  # pixels that are always blank have no variance to be made 1
+    white = vectors[:, told] / values[told].sqrt()
+    return [(((x.double() - first.mean(0)) @ white).float(), y) for x, y in parts]
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network of many equal layers without biases, and how it is trained.
+
+    Args:
+        activation: linear (squared loss, as in the theory) or tanh (cross-entropy).
+        depth: hidden layers of ``WIDTH`` units.
+        gain: scale of an orthogonal start; standard deviation of a Gaussian one, times √n.
+        start: of ``STARTS``.
+        size: of the experiment; its ``steps`` are the limit.
+    """
+
+    activation: str
+    depth: int
+    gain: float
+    start: str
+    size: Size
+
+    @property
+    def data(self) -> Parts:
+        """For training, validation and test."""
+        return whitened(self.size.data, self.size.examples)
+
+    def make(self) -> nn.Module:
+        """The network, from the current seed."""
+        net = nn.Sequential()
+        for i in range(self.depth):
+            layer = nn.Linear(WIDTH if i else self.data[0][0].shape[1], WIDTH, bias=False)
+            nn.init.normal_(layer.weight, std=self.gain / math.sqrt(layer.in_features))
+            net.add_module(f"hidden{i}", layer)
+            if self.activation == "tanh":
+                net.add_module(f"tanh{i}", nn.Tanh())
+        net.add_module("head", nn.Linear(WIDTH, 10, bias=False))
+        method = STARTS[self.start]
+        return net if method is None else stiefel.constrain(net, method, exclude=["head"], scale=self.gain)
+
+    def loss(self, outputs: Tensor, labels: Tensor) -> Tensor:
+        """½‖y − onehot‖² in the mean over examples, or cross-entropy."""
+        if self.activation == "tanh":
+            return F.cross_entropy(outputs, labels)
+        return 0.5 * (outputs - F.one_hot(labels, 10)).square().sum(1).mean()
+
+    def train(self, lr: float, seed: int) -> tuple[float, float]:
+        """Train by plain SGD until accuracy is ``ENOUGH``, on validation data or, of fresh seeds, on test data.
+
+        Returns:
+            how many steps it took, infinite where it did not get there; the best accuracy.
+        """
+        torch.manual_seed(seed)
+        model, (x, y) = self.make(), self.data[0]
+        held_out, labels = self.data[2 if seed >= FRESH else 1]
+        optimizer, best = stiefel.optimizer(model, torch.optim.SGD, lr=lr), 0.0
+        order = torch.Generator().manual_seed(seed)
+        for step in range(1, self.size.steps + 1):
+            rows = torch.randint(len(y), (self.size.batch,), generator=order)
+            loss = self.loss(model(x[rows]), y[rows])
+            optimizer.zero_grad()
+            loss.backward()
+            try:
+                optimizer.step()
+            except stiefel.DivergenceError:
+                break
+            if not loss.isfinite():
+                break
+            with torch.no_grad():
+                best = max(best, (model(held_out).argmax(1) == labels).double().mean().item())
+            if best >= ENOUGH:
+                return step, best
+        return math.inf, best
+
+    def rows(self) -> Rows:
+        """Of rates a factor 4 apart, then √2 around the best, on a seed for choosing; of the best on fresh seeds."""
+        what = {"activation": self.activation, "depth": self.depth, "gain": self.gain, "start": self.start}
+        ladder = self.size.ladder
+        tried: dict[float, tuple[float, float]] = {}
+        for lr in ladder[::4]:
+            tried[lr] = self.train(lr, 0)
+        at = ladder.index(_best(tried))
+        for lr in ladder[max(0, at - 3) : at + 4]:
+            if lr not in tried:
+                tried[lr] = self.train(lr, 0)
+        lr = _best(tried)
+        found = [("tuning", rate, 0, *result) for rate, result in tried.items()]
+        found += [("final", lr, FRESH + seed, *self.train(lr, FRESH + seed)) for seed in self.size.seeded()]
+        return [what | dict(zip(("phase", "lr", "seed", "steps", "best"), row, strict=True)) for row in found]
+
+
+def run(size: Size) -> Outcome:
+    """Steps to 90 % by depth of linear networks, and the best accuracy of tanh networks, from each start."""
+    shallow, deep, deepest = size.depths
+    cases = [("linear", shallow, 1.0), ("linear", deep, 1.0)]
+    cases += [("tanh", depth, gain) for depth in (deep, deepest) for gain in (1.0, 1.05)]
+    rows: Rows = []
+    for activation, depth, gain in cases:
+        for start in STARTS:
+            rows += Network(activation, depth, gain, start, size).rows()
+            print(f"{activation}, {depth} layers, gain {gain:g}, {start}: {_told(rows[-size.seeds :])}", flush=True)
+    return Outcome(rows, _sentence(rows, size), _picture(rows, size))
+
+
+def _best(tried: dict[float, tuple[float, float]]) -> float:
+    """The rate of the fewest steps; where none got there, of the best accuracy."""
+    return min(tried, key=lambda lr: (tried[lr][0], -tried[lr][1]))
+
+
+def _told(rows: Rows) -> str:
+    """Steps of some reported runs, or how far they came."""
+    steps = sorted(r["steps"] for r in rows)
+    if math.isinf(steps[len(steps) // 2]):
+        return f"never (at best {max(r['best'] for r in rows):.2f})"
+    return f"{steps[len(steps) // 2]:g}"
+
+
+def _of(rows: Rows, phase: str, **where: Any) -> Rows:
+    return [r for r in rows if r["phase"] == phase and all(r[k] == v for k, v in where.items())]
+
+
+def _sentence(rows: Rows, size: Size) -> str:
+    shallow, deep, deepest = size.depths
+    parts = []
+    for activation, depths, gain in (("linear", (shallow, deep), 1.0), ("tanh", (deep, deepest), 1.05)):
+        listed = (
+            f"{start} "
+            + " / ".join(
+                _told(_of(rows, "final", activation=activation, depth=d, gain=gain, start=start)) for d in depths
+            )
+            for start in STARTS
+        )
+        parts.append(f"{activation}, gain {gain:g}, {depths[0]} / {depths[1]} layers: {', '.join(listed)}")
+    return (
+        f"Steps to {ENOUGH:.0%} of the test data at the rate chosen, the median over seeds. " + "; ".join(parts) + "."
+    )
+
+
+def _picture(rows: Rows, size: Size) -> Figure:
+    """Steps against the learning rate, a panel for each kind of network; on the upper line, never."""
+    shallow, deep, deepest = size.depths
+    panels = [("linear", (shallow, deep), 1.0), ("tanh", (deep, deepest), 1.0), ("tanh", (deep, deepest), 1.05)]
+    made, axes = figure(3)
+    never = 1.5 * size.steps
+    for ax, (activation, depths, gain) in zip(axes[0], panels, strict=True):
+        for start, colour in zip(STARTS, COLOURS, strict=False):
+            for depth, style in zip(depths, ("--", "-"), strict=True):
+                about = {"activation": activation, "depth": depth, "gain": gain, "start": start}
+                tried = sorted(_of(rows, "tuning", **about), key=lambda r: r["lr"])
+                steps = [min(r["steps"], never) for r in tried]
+                label = start if depth == depths[1] else None
+                ax.plot([r["lr"] for r in tried], steps, style, marker=".", color=colour, label=label)
+        ax.axhline(never, color="0.7", linewidth=0.8, zorder=0)
+        ax.text(1, never * 0.96, "never ", ha="right", va="top", color="0.4", transform=ax.get_yaxis_transform())
+        ax.set(
+            xscale="log", yscale="log", xlabel="learning rate", ylabel=f"steps to {ENOUGH:.0%}", ylim=(1, 1.2 * never)
+        )
+        ax.set_title(f"{activation}, gain {gain:g}: {depths[0]} (dashed), {depths[1]} layers", fontsize=9)
+    axes[0, 0].legend(frameon=False, fontsize=8)
+    return made
+
+
+CLAIM = Claim("Deep linear and tanh networks train from orthogonal starts and not from Gaussian ones.", run)

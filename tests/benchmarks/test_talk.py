@@ -8,7 +8,10 @@ import importlib
 import pytest
 import talk  # which imports the experiments late: they register methods, of which no other test may know
 
-SMALLEST = {"depth": 2, "width": 16, "epochs": 1, "seeds": 2, "rates": (0.1, 0.3), "examples": 256}
+SMALLEST = {
+    "depth": 2, "width": 16, "epochs": 1, "seeds": 2, "rates": (0.1, 0.3), "examples": 256,
+    "depths": (1, 2, 3), "steps": 4, "ladder": (0.1, 0.2),
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", talk.EXPERIMENTS)

@@ -43,7 +43,7 @@ class CNN(Problem):
     width: float = 0.125  # times the paper's numbers of filters
     depth: int = 10  # of the wide ResNet, 6n + 4
     epochs: int = 10
-    pixels: int = 32  # images are averaged to so many a side
+    pixels: int = 32  # a side: images are averaged to so many, or cut to the 28 that the padding surrounds
     norm: str | None = (
         None  # of activations: none, batch, layer, group, instance, whitening; default: the network's own
     )
@@ -115,6 +115,8 @@ class CNN(Problem):
     def _images(self, rows: Tensor) -> Tensor:
         side = 8 if self.data == "digits" else 32
         images = rows.reshape(len(rows), -1, side, side)
+        if self.pixels == 28 < side:
+            return images[:, :, 2:-2, 2:-2]
         return F.avg_pool2d(images, side // self.pixels) if self.pixels < side else images
 
 

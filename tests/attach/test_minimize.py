@@ -83,7 +83,7 @@ def tucker(method: str) -> tuple[nn.Module, Loss, None]:
     return net, lambda: -torch.einsum("abc,ia,bj,ck->ijk", t, net["U"], net["V"], net["W"]).square().sum(), None
 
 
-@pytest.mark.sampled(3)
+@pytest.mark.sampled(6)
 @pytest.mark.parametrize("second_order", [False, True])
 @pytest.mark.parametrize("method", EXACT)
 @pytest.mark.parametrize("job", [pca, trace_ratio, gates, low_rank, tucker])

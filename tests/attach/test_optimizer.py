@@ -45,7 +45,7 @@ def test_the_optimizer_of_a_plain_module_is_cls_itself() -> None:
     assert type(stiefel.optimizer(mlp(), torch.optim.SGD, lr=0.1)) is torch.optim.SGD
 
 
-@pytest.mark.sampled(6)
+@pytest.mark.sampled(12)
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("choice", OPTIMIZERS)
 def test_training_lowers_the_loss_and_stays_on_the_set(method: str, choice: str) -> None:

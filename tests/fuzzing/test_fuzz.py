@@ -99,6 +99,7 @@ FAULTS = [
 ]
 
 
+@pytest.mark.sampled(3, values=False)
 @pytest.mark.parametrize(
     ("wrong", "kind"), FAULTS, indirect=["wrong"], ids=lambda v: v if isinstance(v, str) else v.__name__
 )

@@ -35,6 +35,7 @@ def trained(method: str) -> nn.Module:
     return model.eval()
 
 
+@pytest.mark.sampled(3)
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("released", [False, True])
 def test_an_exported_program_computes_what_the_model_does(method, released):

@@ -276,6 +276,7 @@ def test_stabilize_with_momentum_does_not_blow_up(metric, cls):
     assert torch.linalg.norm(buffer) < 10 * torch.linalg.norm(t)
 
 
+@pytest.mark.sampled(2, values=False)
 @pytest.mark.parametrize("retraction", RETRACTIONS)
 @pytest.mark.parametrize(
     ("shape", "steps"),

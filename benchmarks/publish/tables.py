@@ -391,7 +391,7 @@ class Result:
         hours = self.runs.wall_seconds.sum() / 3600
         return (
             f"{len(tuning)} tuning runs, {len(final)} reported ones on fresh seeds and {len(cost)} cost runs, "
-            f"{hours:.1f} processor hours; {len(self.methods)} methods in {len(self.settings)} settings, "
+            f"{hours:.1f} hours of runs; {len(self.methods)} methods in {len(self.settings)} settings, "
             f"{trials} tuning runs each over rates from {rates[0]:g} to {rates[-1]:g}, "
             f"{int(self.summary.n.max())} fresh seeds; {first.cores:.0f} cores ({first.cpu}), torch {first.torch}, "
             f"float32, code {', '.join(sorted(set(self.runs.commit)))}."

@@ -113,7 +113,8 @@ def inverse_root_by_iteration(v: Float[Tensor, "*batch p n"]) -> tuple[Tensor, T
     in double because float32 would lose one digit for each digit of the condition number; on GPUs that costs little
     beside a factorization.
 
-    Source: Amsel, Persson, Musco and Gower, The Polar Express, 2025 (arXiv 2505.16932), section 3, on the Gram matrix.
+    Source: Amsel, Persson, Musco and Gower, The Polar Express, ICLR 2026 (arXiv 2505.16932), section 3, on the
+    Gram matrix.
     """
     wide = widened(v)
     gram = wide @ wide.mH

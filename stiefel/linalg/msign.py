@@ -35,7 +35,7 @@ def msign(
         smallest: singular values above this share of ‖M‖_F reach 1 at the fastest possible rate.
         safety: as in :func:`quintics`; 1.01 where ``smallest`` is so small that rounding would leave an interval.
 
-    Source: Amsel, Persson, Musco and Gower, The Polar Express, 2025 (arXiv 2505.16932), Algorithm 1.
+    Source: Amsel, Persson, Musco and Gower, The Polar Express, ICLR 2026 (arXiv 2505.16932), Algorithm 1.
     """
     # balance(M)·√p is ‖M‖_F, or √p for M = 0; 1.01 leaves room for rounding, since the first interval ends at 1.
     x = (m / (1.01 * m.shape[-2] ** 0.5 * balance(m))).reshape(-1, *m.shape[-2:])

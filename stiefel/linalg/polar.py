@@ -58,8 +58,8 @@ def polar(
     Returns:
         X in the dtype of ``v``. Autocast and TF32 are off inside.
 
-    Source: Huang, Liu, Lang, Yu and Li (AAAI 2018), equations 6 and 7, for the map; the gradient in this gap-free form
-    follows from differentiating ``H X = V``, ``H² = V Vᴴ`` (Higham 2008, section 8.2).
+    Source: Huang, Liu, Lang, Yu, Wang and Li (AAAI 2018), equations 6 and 7, for the map; the gradient in this gap-free
+    form follows from differentiating ``H X = V``, ``H² = V Vᴴ`` (Higham 2008, section 8.2).
     """
     if eps is None:
         eps = 1e-9 if v.dtype in _DOUBLE else 1e-6

@@ -37,7 +37,7 @@ def polar_in_single(
 ) -> tuple[Float[Tensor, "b p n"], Float[Tensor, "b p p"], Float[Tensor, "b p p"]]:
     """X, H and H⁻¹ of the polar decomposition ``V = H X``, up to condition numbers of 1e5.
 
-    Source: Amsel, Persson, Musco and Gower, The Polar Express, 2025 (arXiv 2505.16932).
+    Source: Amsel, Persson, Musco and Gower, The Polar Express, ICLR 2026 (arXiv 2505.16932).
     """
     x = _turned_back(v, newton_schulz(_steps(v)))
     return x, *_factors(v, x, FLOOR)

@@ -38,7 +38,8 @@ def whitened(v: Float[Tensor, "*batch p n"], eps: float = TIE) -> Float[Tensor, 
     Returns:
         X in the dtype of ``v``. Differentiable once; a second derivative is an error.
 
-    Source: Huang et al. (AAAI 2018), section 3.2 (OLM_var); Dang, Yi, Hu, Wang and Fua (2018) for the instability.
+    Source: Huang et al. (AAAI 2018), section 3.2 (OLM_var); Dang, Yi, Hu, Wang, Fua and Salzmann (ECCV 2018) and Wang,
+    Dang, Hu, Fua and Salzmann (NeurIPS 2019) for the instability.
     """
     return _Whitened.apply(v, eps)[0]
 

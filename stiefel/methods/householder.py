@@ -26,7 +26,7 @@ class Householder(Reparameterization):
 
     name = "householder"
     summary = "product of p reflections in compact form"
-    reference = "Mhammedi et al., ICML 2017"
+    reference = "Schreiber & Van Loan, 1989; Mhammedi et al., ICML 2017"
     real_only = True  # with real τ, reflections miss p of the unitary set's dimensions
     claim = Claim(rates=(0, 1.0))
     caveat = "reflections with a leading entry of 1 reach part of the set only at infinity"

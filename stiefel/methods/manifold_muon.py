@@ -31,14 +31,14 @@ class ManifoldMuon(StepMethod):
     Args:
         iterations: T of the dual ascent.
 
-    Source: Bernstein, Modular Manifolds, 2025; the mean is added here.
+    Source: Bernstein, Modular Manifolds, 2025, a web article; the mean is added here.
     """
 
     iterations: int = 30
 
     name = "manifold_muon"
     summary = "steepest tangent step in the spectral norm, by dual ascent"
-    reference = "Bernstein, 2025"
+    reference = "Bernstein, 2025 (web article)"
     claim = Claim()
     step_length = True
 

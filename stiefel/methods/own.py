@@ -25,7 +25,7 @@ class OWN(Centred):
         eps: relative floor of the proxy's singular values in the gradient, which keeps that of a rank-deficient proxy
             finite; default 1e-6, and 1e-9 for float64 (:func:`stiefel.linalg.polar`).
 
-    Source: Huang, Liu, Lang, Yu and Li, Orthogonal Weight Normalization, AAAI 2018 (arXiv 1709.06079).
+    Source: Huang, Liu, Lang, Yu, Wang and Li, Orthogonal Weight Normalization, AAAI 2018 (arXiv 1709.06079).
     """
 
     eps: float | None = None

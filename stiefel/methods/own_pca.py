@@ -23,7 +23,7 @@ class OWNPCA(Centred):
     Args:
         center: subtract row means, as in OWN.
 
-    Source: Huang, Liu, Lang, Yu and Li, AAAI 2018, section 3.2 and figure 2 (OLM_var).
+    Source: Huang, Liu, Lang, Yu, Wang and Li, AAAI 2018, section 3.2 and figure 2 (OLM_var).
     """
 
     name = "own_pca"

@@ -29,7 +29,8 @@ class POGO(StepMethod):
         polish: Newton-Schulz steps after each move. One is the published method; a second one takes a residual e to
             about ¾e².
 
-    Source: Javaloy and Vergari, ICML 2026 (arXiv 2602.14656), Algorithm 1 with λ = ½; the limit on ‖Ψ‖ is added here.
+    Source: Javaloy and Vergari, An embarrassingly simple way to optimize orthogonal matrices at scale, ICML 2026 (arXiv
+    2602.14656), Algorithm 1 with λ = ½; the limit on ‖Ψ‖ is added here.
     """
 
     polish: int = 1

@@ -30,14 +30,14 @@ class Projection(StepMethod):
     Args:
         map: ``"polar"`` or ``"qr"``.
 
-    Source: Absil and Malick, Projection-like retractions on matrix manifolds, 2012.
+    Source: Absil and Malick, Projection-like retractions on matrix manifolds, SIAM J. Optim. 2012.
     """
 
     map: str = "polar"
 
     name = "projection"
     summary = "nearest orthonormal matrix after each step (or a QR retraction)"
-    reference = "Absil & Malick, 2012"
+    reference = "Absil & Malick, SIAM J. Optim. 2012"
     claim = Claim()
     tuning: ClassVar = {"map": tuple(MAPS)}
 

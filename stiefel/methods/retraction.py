@@ -25,14 +25,15 @@ class Retraction(StepMethod):
     Args:
         map: the retraction: ``"qr"``, ``"polar"`` or ``"cayley"`` (a 2p×2p solve).
 
-    Source: Absil, Mahony and Sepulchre (2008), sections 3.6 and 4.1; Wen and Yin (2013) for cayley.
+    Source: Absil, Mahony and Sepulchre (2008), sections 3.6 and 4.1, for the maps; Li, Sajadmanesh, Li and Lyu, StelLA,
+    NeurIPS 2025, for any optimizer between a tangent gradient and a retraction; Wen and Yin (2013) for cayley.
     """
 
     map: str = "qr"
 
     name = "retraction"
     summary = "tangent part of any optimizer's update, then a retraction"
-    reference = "Absil, Mahony & Sepulchre, 2008"
+    reference = "Absil, Mahony & Sepulchre, 2008; Li et al., NeurIPS 2025"
     claim = Claim()
     projects = True
     tuning: ClassVar = {"map": tuple(MAPS)}

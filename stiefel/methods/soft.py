@@ -37,8 +37,8 @@ class Soft(Penalty):
         strength: λ ≥ 0, or a callable of the number of optimizer steps taken so far.
         decoupled: act in the step instead of in the loss.
 
-    Source: Bansal, Chen and Wang, NeurIPS 2018, eqs. 1 to 4 and 6; Massart, 2022, for dso = so; Wang, Chen, Chakraborty
-    and Yu, Orthogonal Convolutional Neural Networks, CVPR 2020, eq. 8.
+    Source: Bansal, Chen and Wang, NeurIPS 2018, eqs. 1 to 4 and 6; Massart, ICPR 2022, for dso = so; Wang, Chen,
+    Chakraborty and Yu, Orthogonal Convolutional Neural Networks, CVPR 2020, eq. 8.
     """
 
     kind: str = "so"

@@ -10,10 +10,11 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from stiefel.compare.analyse.costs import STEADY
-from stiefel.compare.analyse.statistics.differences import Difference, Sample, family
+from stiefel.compare.analyse.statistics.differences import Difference, Sample, family, shared_variance
 from stiefel.compare.analyse.statistics.scores import Interval, Metric, exp
 from stiefel.compare.analyse.summarize import scale_name
 from stiefel.compare.analyse.summary import dagger
@@ -160,7 +161,7 @@ class Result:
             scores = scores.map(metric.log)
         values = scores.mean(axis="columns", skipna=False).dropna()
         step = metric.resolution / math.sqrt(len(settings))
-        return Sample(tuple(values), step, (), len(scores) - len(values), metric.higher_is_better)
+        return Sample(tuple(values), step, _parts(runs, metric), len(scores) - len(values), metric.higher_is_better)
 
     def among(self, at: str) -> list[str]:
         """The methods with a score at a point or in a setting, by name."""
@@ -193,12 +194,16 @@ class Result:
             return self.against_control[second, at].turned
         return self.pair(first, second, at)
 
+    def sample(self, method: str, at: str) -> Sample:
+        """What tests compare of a method, at a point or in a setting."""
+        return self._samples[method, at]
+
     def interval(self, method: str, at: str) -> Interval:
-        """The mean of its fresh seeds with the t interval; geometric on a log scale."""
-        sample = self._samples[method, at]
+        """The mean of its replicates with the t interval, the test set's luck in it; geometric on a log scale."""
+        sample = self.sample(method, at)
         if self.metric_of.log_scale:
             return Interval.mean(sample.values).map(exp)
-        return Interval.mean(sample.values, sample.resolution, sample.resolution**2)
+        return Interval.mean(sample.values, sample.resolution, shared_variance(sample.parts, sample.resolution))
 
     def score(self, method: str, at: str) -> float:
         """Its score without the interval."""
@@ -444,6 +449,16 @@ class Result:
     @property
     def _higher(self) -> bool:
         return bool(self.runs.higher_is_better.dropna().iloc[0])
+
+
+def _parts(runs: pd.DataFrame, metric: Metric) -> tuple[float, ...]:
+    """The mean score on each part of the test set, where all runs have recorded as many parts; else empty."""
+    if metric.log_scale or "test_parts" not in runs or runs.test_parts.isna().any():
+        return ()
+    parts = [json.loads(text) for text in runs.test_parts]
+    if len(set(map(len, parts))) != 1 or any(None in part for part in parts):
+        return ()
+    return tuple(np.mean(parts, axis=0).tolist())
 
 
 def _clear(first: pd.Series, other: pd.Series) -> bool:

@@ -96,19 +96,72 @@ def test_tables_keep_known_faults_apart(result):
     assert right.count("**") == 4  # one score of each of two settings
 
 
-def test_a_rerun_is_set_beside_what_is_published(result, tmp_path):
-    here = read_report(tmp_path / "runs").table()
-    same = published.beside(here, result)
-    assert same.splitlines()[0].startswith("16 scores beside the published ones")
-    assert "≠ depth" not in same
-    moved = here.assign(test_accuracy=here.test_accuracy - 0.5, low=here.low - 0.5, high=here.high - 0.5)
-    assert published.beside(moved, result).count("≠ depth") == 16
+def rerun(tmp_path, change) -> tables.Result:
+    """The made-up runs again, with a change to their frames."""
+    folder = tmp_path / "again"
+    folder.mkdir()
+    frames = published.frames(read_report(tmp_path / "runs"))
+    published.write({name: change(frame) for name, frame in frames.items()}, folder)
+    return tables.Result(folder)
+
+
+def test_a_rerun_that_is_what_is_published_agrees(result, tmp_path):
+    said, apart = published.beside(rerun(tmp_path, lambda frame: frame), result)
+    assert said.startswith("16 scores beside the published ones")
+    assert "≠ depth" not in said
+    assert said.endswith("0 of 16 differ")
+    assert apart == 0
+
+
+def test_a_rerun_with_a_method_that_moved_differs_there(result, tmp_path):
+    def moved(frame):
+        if "test_at_best" not in frame:
+            return frame
+        return frame.assign(test_at_best=frame.test_at_best - 0.1 * (frame.label == "soft"))
+
+    said, apart = published.beside(rerun(tmp_path, moved), result)
+    assert said.count("≠ depth") == apart == 4
+    assert all("soft" in line for line in said.splitlines() if line.startswith("≠"))
+
+
+def test_a_method_that_fails_in_a_rerun_differs(result, tmp_path):
+    def failed(frame):
+        lost = frame.label == "own" if "label" in frame else None
+        return frame if lost is None else frame.assign(test_at_best=frame.test_at_best.mask(lost))
+
+    said, apart = published.beside(rerun(tmp_path, failed), result)
+    assert apart == 4
+    assert said.count("own: failed → ") == 4
+
+
+def test_a_run_that_disagrees_fails(result, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(published, "RUNS", tmp_path)
+    monkeypatch.setattr(published.cli, "main", lambda arguments: 0)
+    (tmp_path / "runs").rename(tmp_path / "omdsm")
+    assert published.main(["run", "omdsm"]) == 0
+    told = pd.read_csv(result.folder / "runs.csv.gz", low_memory=False)
+    told.assign(test_at_best=told.test_at_best + 0.05).to_csv(result.folder / "runs.csv.gz", index=False)
+    assert published.main(["run", "omdsm"]) == 1
+    assert "16 of 16 differ" in capsys.readouterr().out
+
+
+def test_the_luck_of_the_test_set_is_in_the_interval(result):
+    narrow = result.interval("own", "depth 4, scale 1")
+    parts = "[" + ", ".join(["0.8", "1.0"] * 10) + "]"
+    wide = tables.Result(result.folder)
+    wide.__dict__["runs"] = result.runs.assign(test_parts=parts)  # a cached property: as if it had been read
+    found = wide.interval("own", "depth 4, scale 1")
+    shared = (0.1**2 * 20 / 19) / 20
+    t = 2.7764451
+    assert (found.high - found.value) ** 2 - (narrow.high - narrow.value) ** 2 == pytest.approx(
+        t**2 * (shared - tables.resolution(result.runs.test_at_best) ** 2), rel=0.02
+    )
 
 
 def test_a_method_of_another_name_is_set_beside_itself(result, tmp_path, monkeypatch):
     monkeypatch.setattr(published, "RENAMED", {"soft": "penalty"})
-    here = read_report(tmp_path / "runs").table()
-    said = published.beside(here.replace({"method": {"soft": "penalty"}}), result)
+    here = rerun(tmp_path, lambda frame: frame.replace({"soft": "penalty"}))
+    said, _ = published.beside(here, result)
     assert said.startswith("16 scores beside")
     assert "scale 1, penalty: " in said
 

@@ -9,6 +9,10 @@ Sohl-Dickstein, Schoenholz and Pennington, ICML 2018). Both are about starts; he
 from __future__ import annotations
 
 import math
+import multiprocessing
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -33,6 +37,8 @@ STARTS = {
 WIDTH = 64
 ENOUGH = 0.9
 """The accuracy at which steps are counted."""
+CLOSELY, SELDOM = 30, 5
+"""How many steps are looked at each, and which later ones: looking costs as much as a step."""
 FRESH = 1000
 """Seeds from here on report; those below choose the learning rate."""
 
@@ -69,6 +75,9 @@ class Network:
     gain: float
     start: str
     size: Size
+
+    def __str__(self) -> str:
+        return f"{self.activation}, {self.depth} layers, gain {self.gain:g}, {self.start}"
 
     @property
     def data(self) -> Parts:
@@ -116,6 +125,8 @@ class Network:
                 break
             if not loss.isfinite():
                 break
+            if step > CLOSELY and step % SELDOM:
+                continue
             with torch.no_grad():
                 best = max(best, (model(held_out).argmax(1) == labels).double().mean().item())
             if best >= ENOUGH:
@@ -142,14 +153,27 @@ class Network:
 def run(size: Size) -> Outcome:
     """Steps to 90 % by depth of linear networks, and the best accuracy of tanh networks, from each start."""
     shallow, deep, deepest = size.depths
-    cases = [("linear", shallow, 1.0), ("linear", deep, 1.0)]
-    cases += [("tanh", depth, gain) for depth in (deep, deepest) for gain in (1.0, 1.05)]
+    free = [start for start, method in STARTS.items() if method in (None, "unconstrained")]
+    cases = [("tanh", depth, 1.05, start) for depth in (deepest, deep) for start in STARTS]
+    cases += [("linear", depth, 1.0, start) for depth in (deep, shallow) for start in STARTS]
+    cases += [("tanh", depth, 1.0, start) for depth in (deepest, deep) for start in free]
+    networks = [Network(*case, size) for case in cases]
     rows: Rows = []
-    for activation, depth, gain in cases:
-        for start in STARTS:
-            rows += Network(activation, depth, gain, start, size).rows()
-            print(f"{activation}, {depth} layers, gain {gain:g}, {start}: {_told(rows[-size.seeds :])}", flush=True)
+    with _workers(size.jobs) as run_all:
+        for network, found in zip(networks, run_all(Network.rows, networks), strict=True):
+            rows += found
+            print(f"{network}: {_told(found[-size.seeds :])}", flush=True)
     return Outcome(rows, _sentence(rows, size), _picture(rows, size))
+
+
+@contextmanager
+def _workers(jobs: int) -> Iterator[Callable[..., Iterable[Rows]]]:
+    """``map`` in so many processes."""
+    if jobs == 1:
+        yield map
+        return
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), torch.set_num_threads, (1,)) as pool:
+        yield pool.map
 
 
 def _best(tried: dict[float, tuple[float, float]]) -> float:
@@ -199,7 +223,8 @@ def _picture(rows: Rows, size: Size) -> Figure:
                 tried = sorted(_of(rows, "tuning", **about), key=lambda r: r["lr"])
                 steps = [min(r["steps"], never) for r in tried]
                 label = start if depth == depths[1] else None
-                ax.plot([r["lr"] for r in tried], steps, style, marker=".", color=colour, label=label)
+                if tried:
+                    ax.plot([r["lr"] for r in tried], steps, style, marker=".", color=colour, label=label)
         ax.axhline(never, color="0.7", linewidth=0.8, zorder=0)
         ax.text(1, never * 0.96, "never ", ha="right", va="top", color="0.4", transform=ax.get_yaxis_transform())
         ax.set(

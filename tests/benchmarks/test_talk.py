@@ -10,7 +10,7 @@ import talk  # which imports the experiments late: they register methods, of whi
 
 SMALLEST = {
     "depth": 2, "width": 16, "epochs": 1, "seeds": 2, "rates": (0.1, 0.3), "examples": 256,
-    "depths": (1, 2, 3), "steps": 4, "ladder": (0.1, 0.2),
+    "depths": (1, 2, 3), "steps": 4, "ladder": (0.1, 0.2), "jobs": 1,
 }  # fmt: skip
 
 

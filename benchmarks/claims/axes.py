@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 from claims.outcome import COLOURS, Claim, Outcome, Rows, best_rate, figure, mean, spread
-from claims.training import Run, Size
+from claims.training import SHOWN, TINY, Run, Size
 from stiefel.attach import constrained_weights
 from stiefel.nn import Whitening1d
 
@@ -103,4 +103,4 @@ def _seen(model: nn.Module, what: str, probe: Tensor) -> list[Tensor]:
     return found
 
 
-CLAIM = Claim("PCA whitening fails where ZCA works, since axes swap: of activations, and of weights.", run)
+CLAIM = Claim("PCA whitening fails where ZCA works, since axes swap: of activations, and of weights.", run, SHOWN, TINY)

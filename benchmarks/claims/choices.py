@@ -7,7 +7,7 @@ from parts.norms import norm
 from torch import Tensor, nn
 
 from claims.outcome import COLOURS, Claim, Outcome, Rows, best_rate, figure, mean, spread
-from claims.training import Run, Size
+from claims.training import SHOWN, TINY, Run, Size
 from stiefel.nn import Whitening1d
 
 
@@ -98,4 +98,4 @@ def _compute(one: Run) -> None:
         h = part(h) if isinstance(part, (Standardize, nn.Linear, nn.ReLU)) else h
 
 
-CLAIM = Claim("Batch normalization makes three choices: which of them matter?", run)
+CLAIM = Claim("Batch normalization makes three choices: which of them matter?", run, SHOWN, TINY)

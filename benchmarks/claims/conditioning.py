@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from matplotlib.figure import Figure
 
 from claims.outcome import COLOURS, Claim, Outcome, Rows, band, best_rate, figure, mean, spread
-from claims.training import Run, Size
+from claims.training import SHOWN, TINY, Run, Size
 from stiefel.measure.model.conditioning import conditioning
 
 KINDS: dict[str, tuple[str, dict[str, Any], str]] = {
@@ -82,4 +82,6 @@ def _picture(rows: Rows, size: Size) -> Figure:
     return made
 
 
-CLAIM = Claim("Normalized and orthogonal layers are better conditioned, so that gradients descend faster.", run)
+CLAIM = Claim(
+    "Normalized and orthogonal layers are better conditioned, so that gradients descend faster.", run, SHOWN, TINY
+)

@@ -24,7 +24,6 @@ from torch import Tensor, nn
 
 import stiefel
 from claims.outcome import COLOURS, Claim, Outcome, Rows, figure
-from claims.training import Size
 from stiefel.compare import datasets
 
 STARTS = {
@@ -47,15 +46,35 @@ Parts = list[tuple[Tensor, Tensor]]
 
 
 @cache
-def whitened(data: str, examples: int | None) -> Parts:
-    """Training, validation and test data, inputs with mean 0 and covariance I on the first."""
-    found = datasets.load(data, None, examples=examples)
+def whitened() -> Parts:
+    """Training, validation and test data of the digits, inputs with mean 0 and covariance I on the first."""
+    found = datasets.load("digits", None)
     parts: list[Any] = [found.train, found.validation, found.test]
     first = parts[0][0].double()
     values, vectors = torch.linalg.eigh(torch.cov(first.T))
     told = values > 1e-4 * values.max()  # pixels that are always blank have no variance to be made 1
     white = vectors[:, told] / values[told].sqrt()
     return [(((x.double() - first.mean(0)) @ white).float(), y) for x, y in parts]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Size:
+    """How large the experiment is.
+
+    Args:
+        depths: hidden layers, of linear networks the first two, of tanh networks the last two.
+        steps: at most.
+        ladder: learning rates, √2 apart.
+        batch, seeds: examples a step; networks of each kind that are reported.
+        jobs: processes that train.
+    """
+
+    depths: tuple[int, int, int] = (10, 100, 200)
+    steps: int = 300
+    ladder: tuple[float, ...] = tuple(1e-4 * 2 ** (k / 2) for k in range(25))
+    batch: int = 128
+    seeds: int = 3
+    jobs: int = 2
 
 
 @dataclass(frozen=True)
@@ -82,7 +101,7 @@ class Network:
     @property
     def data(self) -> Parts:
         """For training, validation and test."""
-        return whitened(self.size.data, self.size.examples)
+        return whitened()
 
     def make(self) -> nn.Module:
         """The network, from the current seed."""
@@ -146,7 +165,7 @@ class Network:
                 tried[lr] = self.train(lr, 0)
         lr = _best(tried)
         found = [("tuning", rate, 0, *result) for rate, result in tried.items()]
-        found += [("final", lr, FRESH + seed, *self.train(lr, FRESH + seed)) for seed in self.size.seeded()]
+        found += [("final", lr, FRESH + seed, *self.train(lr, FRESH + seed)) for seed in range(self.size.seeds)]
         return [what | dict(zip(("phase", "lr", "seed", "steps", "best"), row, strict=True)) for row in found]
 
 
@@ -235,4 +254,9 @@ def _picture(rows: Rows, size: Size) -> Figure:
     return made
 
 
-CLAIM = Claim("Deep linear and tanh networks train from orthogonal starts and not from Gaussian ones.", run)
+CLAIM = Claim(
+    "Deep linear and tanh networks train from orthogonal starts and not from Gaussian ones.",
+    run,
+    shown=Size(),
+    tiny=Size(depths=(2, 3, 4), steps=10, ladder=(0.03, 0.1), seeds=2, jobs=1),
+)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from claims.outcome import COLOURS, Claim, Outcome, Rows, band, figure, mean
-from claims.training import Run, Size
+from claims.training import SHOWN, TINY, Run, Size
 from stiefel.attach import constrained_weights
 from stiefel.linalg import polar, qf, whitened
 
@@ -56,4 +56,4 @@ def run(size: Size) -> Outcome:
     return Outcome(rows, f"At the end of training, mean over layers and seeds, ‖W − V‖/‖V‖ is: {listed}.", made)
 
 
-CLAIM = Claim("Of all transforms that make the proxy's rows orthonormal, ZCA's changes it least.", run)
+CLAIM = Claim("Of all transforms that make the proxy's rows orthonormal, ZCA's changes it least.", run, SHOWN, TINY)

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 from matplotlib.figure import Figure
 
-from claims.training import Size
-
+S = TypeVar("S")
 Rows = list[dict[str, Any]]
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000000")
 """Okabe and Ito's: told apart by eyes that see fewer colours."""
@@ -32,16 +31,19 @@ class Outcome:
 
 
 @dataclass(frozen=True)
-class Claim:
+class Claim(Generic[S]):
     """A claim, and how it is tried.
 
     Args:
         says: the claim, in a sentence.
         run: the experiment, at a size.
+        shown, tiny: the size that shows the effect, and one that shows only that it runs.
     """
 
     says: str
-    run: Callable[[Size], Outcome]
+    run: Callable[[S], Outcome]
+    shown: S
+    tiny: S
 
 
 def figure(columns: int = 1, rows: int = 1) -> tuple[Figure, Any]:

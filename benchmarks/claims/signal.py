@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from claims.outcome import COLOURS, Claim, Outcome, Rows, band, figure, mean
-from claims.training import Run, Size
+from claims.training import SHOWN, TINY, Run, Size
 from stiefel.measure import preservation, redundancy
 
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -68,4 +68,6 @@ def _measured(one: Run, name: str, when: str) -> Rows:
     ]
 
 
-CLAIM = Claim("Orthogonal filters keep the signal's energy through depth, and do not repeat each other.", run)
+CLAIM = Claim(
+    "Orthogonal filters keep the signal's energy through depth, and do not repeat each other.", run, SHOWN, TINY
+)

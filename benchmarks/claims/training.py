@@ -26,8 +26,6 @@ class Size:
         epochs, batch: passes over the data, examples a step.
         seeds: how many networks of each kind.
         rates: learning rates tried.
-        depths, steps, ladder: hidden layers, steps and learning rates of the very deep networks of ``depth.py``.
-        jobs: how many processes train these.
     """
 
     data: str = "digits"
@@ -38,10 +36,6 @@ class Size:
     batch: int = 128
     seeds: int = 3
     rates: tuple[float, ...] = (0.1, 0.3, 1.0, 3.0, 10.0)
-    depths: tuple[int, int, int] = (10, 100, 200)
-    steps: int = 300
-    ladder: tuple[float, ...] = tuple(1e-4 * 2 ** (k / 2) for k in range(25))
-    jobs: int = 2
 
     def problem(self, **factors: Any) -> OMDSM:
         """The problem of that size, with factors such as ``norm`` and ``bias``."""
@@ -56,9 +50,7 @@ class Size:
 
 
 SHOWN = Size()
-TINY = Size(
-    depth=3, width=32, epochs=2, seeds=2, rates=(0.3, 1.0), depths=(2, 3, 4), steps=10, ladder=(0.03, 0.1), jobs=1
-)  # fmt: skip
+TINY = Size(depth=3, width=32, epochs=2, seeds=2, rates=(0.3, 1.0))
 
 
 @dataclass

@@ -2,7 +2,6 @@
 
 import importlib
 import math
-from dataclasses import replace
 from types import ModuleType
 
 import pytest
@@ -19,16 +18,14 @@ def depth() -> ModuleType:
 
 @pytest.fixture
 def make(depth):
-    size = importlib.import_module("claims.training").SHOWN
-
     def network(activation: str, layers: int, gain: float, start: str, steps: int = 300):
-        return depth.Network(activation, layers, gain, start, replace(size, steps=steps))
+        return depth.Network(activation, layers, gain, start, depth.Size(steps=steps))
 
     return network
 
 
 def test_inputs_are_white_on_the_training_data(depth) -> None:
-    x = depth.whitened("digits", None)[0][0].double()
+    x = depth.whitened()[0][0].double()
     assert torch.allclose(x.mean(0), torch.zeros(x.shape[1], dtype=torch.float64), atol=1e-5)
     assert torch.allclose(torch.cov(x.T), torch.eye(x.shape[1], dtype=torch.float64), atol=1e-4)
 

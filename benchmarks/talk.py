@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from claims.outcome import Claim
 
 HERE = Path(__file__).parent
-EXPERIMENTS = ("conditioning", "choices", "axes", "distortion", "signal", "rates", "depth")
+EXPERIMENTS = ("conditioning", "choices", "axes", "distortion", "signal", "rates", "depth", "pca")
 PAPER = """unconstrained default own olm_as_released own_pca soft riemannian:metric=euclidean,retraction=qr
     ei_qr_as_released"""
 COMPARISONS = {

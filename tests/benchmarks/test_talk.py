@@ -10,7 +10,7 @@ import pytest
 import talk  # which imports the experiments late: they register methods, of which no other test may know
 
 SMALLEST = {"depth": 2, "width": 16, "epochs": 1, "seeds": 2, "rates": (0.1, 0.3), "examples": 256}
-OF_ITS_OWN = {"depth": {"depths": (1, 2, 3), "steps": 4}}
+OF_ITS_OWN = {"depth": {"depths": (1, 2, 3), "steps": 4}, "pca": {"rates": (4.0,)}}
 """Smaller than ``--tiny``: of the network that most have, and of claims that have another."""
 
 

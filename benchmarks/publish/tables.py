@@ -23,6 +23,8 @@ from stiefel.methods import control
 
 LOG = {"gap"}
 """Metrics that span decades: ratios are compared."""
+GIVEN = "default"
+"""The other control: the network as its author made it."""
 DIGITS = 2e-6
 """What the files' six digits leave of a score, relative to 1."""
 LARGEST = 20_000
@@ -103,8 +105,8 @@ class Result:
 
     @property
     def constrained(self) -> list[str]:
-        """Of these, the ones that are not the control."""
-        return [method for method in self.right if method != control()]
+        """Of these, the ones that are not a control."""
+        return [method for method in self.right if method not in (control(), GIVEN)]
 
     def ran(self, method: str, setting: str) -> bool:
         """Whether a method is in a setting at all: a learnable scale is for some only."""
@@ -392,15 +394,26 @@ class Result:
         tuning, final = (quality[quality.phase == phase] for phase in ("tuning", "final"))
         rates, first = sorted(tuning.lr.unique()), self.runs.iloc[0]
         each = self.summary.tuning_runs
+        if self.by_studies:
+            each //= int(self.summary.n.max())
         trials = f"{each.min()}" if each.min() == each.max() else f"{each.min()} to {each.max()}"
         hours = self.runs.wall_seconds.sum() / 3600
+        n = int(self.summary.n.max())
+        replicates = f"{n} studies, each with a tuning of its own" if self.by_studies else f"{n} fresh seeds"
+        costs = f" and {len(cost)} cost runs" if len(cost) else ""
+        of_study = " in a study" if self.by_studies else ""
         return (
-            f"{len(tuning)} tuning runs, {len(final)} reported ones on fresh seeds and {len(cost)} cost runs, "
-            f"{hours:.1f} hours of runs; {len(self.methods)} methods in {len(self.settings)} settings, "
-            f"{trials} tuning runs each over rates from {rates[0]:g} to {rates[-1]:g}, "
-            f"{int(self.summary.n.max())} fresh seeds; {first.cores:.0f} cores ({first.cpu}), torch {first.torch}, "
+            f"{len(tuning)} tuning runs, {len(final)} reported ones on fresh seeds{costs}, "
+            f"{hours:.1f} hours of runs; {_count(self.methods, 'method')} in {_count(self.settings, 'setting')}, "
+            f"{trials} tuning runs each{of_study} over rates from {rates[0]:g} to {rates[-1]:g}, "
+            f"{replicates}; {first.cores:.0f} cores ({first.cpu}), torch {first.torch}, "
             f"float32, code {', '.join(sorted(set(self.runs.commit)))}."
         )
+
+    @property
+    def by_studies(self) -> bool:
+        """Whether each replicate was tuned by itself, so that what is said holds of the tuning too."""
+        return "study" in self.runs and bool(self.runs.study.notna().any())
 
     def scores(self, settings: Sequence[str], *, faulty: bool = False) -> str:
         """A table: methods, their score in each setting with its interval and the chosen rate, worst error, cost.
@@ -459,6 +472,10 @@ def _parts(runs: pd.DataFrame, metric: Metric) -> tuple[float, ...]:
     if len(set(map(len, parts))) != 1 or any(None in part for part in parts):
         return ()
     return tuple(np.mean(parts, axis=0).tolist())
+
+
+def _count(what: Sequence[object], noun: str) -> str:
+    return f"{len(what)} {noun}{'s' if len(what) > 1 else ''}"
 
 
 def _clear(first: pd.Series, other: pd.Series) -> bool:

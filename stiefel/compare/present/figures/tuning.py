@@ -50,7 +50,7 @@ def sensitivity(summary: Summary) -> Sheet:
                     good = _reached(row)
                     ax.plot(*good, color=GREY, ls=STYLES[1], lw=1.0, zorder=1)
         label_axis(ax, titles[label], "learning rate", log=spans_decades(summary))
-        ax.set_ylabel(f"validation {summary.metric}", **PLAIN)
+        ax.set_ylabel(f"validation\n{summary.metric}", **PLAIN)
         in_decades(ax)
         ax.xaxis.set_major_formatter(POWERS)
         if heights is not None:

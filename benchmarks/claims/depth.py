@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 from torch import Tensor, nn
 
 import stiefel
-from claims.outcome import COLOURS, Claim, Outcome, Rows, figure
+from claims.outcome import COLOURS, Claim, Outcome, Rows, among, figure
 from stiefel.compare import datasets
 
 STARTS = {
@@ -98,16 +98,11 @@ class Network:
     def __str__(self) -> str:
         return f"{self.activation}, {self.depth} layers, gain {self.gain:g}, {self.start}"
 
-    @property
-    def data(self) -> Parts:
-        """For training, validation and test."""
-        return whitened()
-
     def make(self) -> nn.Module:
         """The network, from the current seed."""
         net = nn.Sequential()
         for i in range(self.depth):
-            layer = nn.Linear(WIDTH if i else self.data[0][0].shape[1], WIDTH, bias=False)
+            layer = nn.Linear(WIDTH if i else whitened()[0][0].shape[1], WIDTH, bias=False)
             nn.init.normal_(layer.weight, std=self.gain / math.sqrt(layer.in_features))
             net.add_module(f"hidden{i}", layer)
             if self.activation == "tanh":
@@ -129,8 +124,8 @@ class Network:
             how many steps it took, infinite where it did not get there; the best accuracy.
         """
         torch.manual_seed(seed)
-        model, (x, y) = self.make(), self.data[0]
-        held_out, labels = self.data[2 if seed >= FRESH else 1]
+        model, ((x, y), validation, test) = self.make(), whitened()
+        held_out, labels = test if seed >= FRESH else validation
         optimizer, best = stiefel.optimizer(model, torch.optim.SGD, lr=lr), 0.0
         order = torch.Generator().manual_seed(seed)
         for step in range(1, self.size.steps + 1):
@@ -208,10 +203,6 @@ def _told(rows: Rows) -> str:
     return f"{steps[len(steps) // 2]:g}"
 
 
-def _of(rows: Rows, phase: str, **where: Any) -> Rows:
-    return [r for r in rows if r["phase"] == phase and all(r[k] == v for k, v in where.items())]
-
-
 def _sentence(rows: Rows, size: Size) -> str:
     shallow, deep, deepest = size.depths
     parts = []
@@ -219,7 +210,8 @@ def _sentence(rows: Rows, size: Size) -> str:
         listed = (
             f"{start} "
             + " / ".join(
-                _told(_of(rows, "final", activation=activation, depth=d, gain=gain, start=start)) for d in depths
+                _told(among(rows, phase="final", activation=activation, depth=d, gain=gain, start=start))
+                for d in depths
             )
             for start in STARTS
         )
@@ -239,7 +231,7 @@ def _picture(rows: Rows, size: Size) -> Figure:
         for start, colour in zip(STARTS, COLOURS, strict=False):
             for depth, style in zip(depths, ("--", "-"), strict=True):
                 about = {"activation": activation, "depth": depth, "gain": gain, "start": start}
-                tried = sorted(_of(rows, "tuning", **about), key=lambda r: r["lr"])
+                tried = sorted(among(rows, phase="tuning", **about), key=lambda r: r["lr"])
                 steps = [min(r["steps"], never) for r in tried]
                 label = start if depth == depths[1] else None
                 if tried:

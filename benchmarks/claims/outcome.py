@@ -62,9 +62,14 @@ def band(ax: Any, xs: Sequence[float], many: Sequence[Sequence[float]], label: s
     ax.plot(xs, np.median(values, 0), color=colour, label=label, **style)
 
 
+def among(rows: Rows, **where: Any) -> Rows:
+    """The rows with certain values."""
+    return [r for r in rows if all(r[k] == v for k, v in where.items())]
+
+
 def mean(rows: Rows, key: str, **where: Any) -> float:
     """The mean of a number over the rows with certain values."""
-    found = [r[key] for r in rows if all(r[k] == v for k, v in where.items())]
+    found = [r[key] for r in among(rows, **where)]
     return float(np.mean(found)) if found else float("nan")
 
 
@@ -75,6 +80,6 @@ def best_rate(rows: Rows, rates: Sequence[float], **where: Any) -> float:
 
 def spread(rows: Rows, key: str, **where: Any) -> str:
     """Mean and standard error, as text."""
-    found = [r[key] for r in rows if all(r[k] == v for k, v in where.items())]
+    found = [r[key] for r in among(rows, **where)]
     error = np.std(found, ddof=1) / len(found) ** 0.5 if len(found) > 1 else float("nan")
     return f"{np.mean(found):.3f} ± {error:.3f}"

@@ -19,10 +19,9 @@ import torch
 from torch import Tensor, nn
 
 import stiefel
-from claims.outcome import COLOURS, Claim, Outcome, Rows, figure
+from claims.outcome import COLOURS, Claim, Outcome, Rows, among, figure
 from stiefel.linalg import nearest_orthonormal
 
-Loss = Callable[[Tensor], Tensor]
 GEOOPT = "QR by geoopt"
 ONLINE = {"landing": "landing", "QR": "retraction", GEOOPT: ""}
 """What is timed, and its method here: the same retraction by Cholesky factors, and by LAPACK as geoopt has it."""
@@ -169,8 +168,7 @@ def _whole(size: Size) -> Rows:
 
     def ended(lr: float, seed: int) -> float:
         one = Components("pogo", n, p, lr, momentum=0.3, seed=seed)
-        one.until(0.0, size.long, None, every=size.long)
-        return one.gap()
+        return one.until(0.0, size.long, None, every=size.long)[1]
 
     lr = min(size.rates, key=lambda rate: ended(rate, 0))
     found = [(seed, ended(lr, seed)) for seed in range(1000, 1000 + size.seeds)]
@@ -181,14 +179,14 @@ def _whole(size: Size) -> Rows:
 
 
 def _ratios(rows: Rows, p: int) -> str:
-    seconds = {r["method"]: r["seconds"] for r in rows if r["part"] == "online" and r["p"] == p}
+    seconds = {r["method"]: r["seconds"] for r in among(rows, part="online", p=p)}
     others = [f"{name} {seconds[name] / seconds['landing']:.2g}" for name in ONLINE if name != "landing"]
     return f"over the time of landing {' and '.join(others)}"
 
 
 def _sentence(rows: Rows, size: Size) -> str:
     online = "; ".join(f"{p} components {_ratios(rows, p)}" for p in size.components)
-    gaps = [r["gap"] for r in rows if r["part"] == "whole"]
+    gaps = [r["gap"] for r in among(rows, part="whole")]
     return (
         f"Online, {size.features} features, time to a gap of {size.gap:g}: {online}. POGO from the covariance, "
         f"{size.whole} features, {size.long} steps: a gap of {min(gaps):.1g} to {max(gaps):.1g}."
@@ -199,7 +197,7 @@ def _picture(rows: Rows, size: Size) -> Any:
     made, axes = figure(2)
     for ax, what, label in zip(axes[0], ("seconds", "milliseconds"), ("seconds to the gap", "ms a step"), strict=True):
         for name, colour in zip(ONLINE, COLOURS, strict=False):
-            values = [r[what] for r in rows if r["part"] == "online" and r["method"] == name]
+            values = [r[what] for r in among(rows, part="online", method=name)]
             ax.plot(size.components, values, "o-", color=colour, label=name)
         ax.set(xscale="log", yscale="log", xlabel="components", ylabel=label)
         ax.set_xticks(size.components, [str(p) for p in size.components])

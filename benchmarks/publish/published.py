@@ -127,24 +127,25 @@ def beside(here: tables.Result, published: tables.Result) -> tuple[str, int]:
     Each is tested as methods are against each other: Welch's test, corrected by Holm's for their number. One that has
     a published score and none here differs too.
     """
-    found = []
+    formerly = {new: old for old, new in RENAMED.items()}
+    found: dict[str, tuple[tuple[str, str], tuple[str, str]]] = {}
     for setting in here.settings:
         then = reduce(lambda text, pair: text.replace(*pair), FORMERLY.items(), setting)
         for method in here.methods:
-            names = ({new: old for old, new in RENAMED.items()}.get(method, method), method)
+            names = (formerly.get(method, method), method)
             before = next((name for name in names if name in published.among(then)), None)
             if before is not None and here.ran(method, setting):
-                found.append((f"{setting}, {method}", (method, setting), (before, then)))
-    known = [row for row in found if row[1][0] in here.among(row[1][1])]
-    tested = family([(here.sample(*now), published.sample(*then)) for _, now, then in known])
-    apart = {title for (title, *_), d in zip(known, tested, strict=True) if d.apart}
-    apart |= {title for title, *_ in found} - {title for title, *_ in known}
+                found[f"{setting}, {method}"] = (method, setting), (before, then)
+    known = {title: (now, then) for title, (now, then) in found.items() if now[0] in here.among(now[1])}
+    pairs = [(here.sample(*now), published.sample(*then)) for now, then in known.values()]
+    tested = dict(zip(known, family(pairs), strict=True))
+    apart = {title for title in found if title not in known or tested[title].apart}
     lines = [
         f"{'≠' if title in apart else ' '} {title}: "
-        f"{here.interval(*now) if (title, now, then) in known else 'failed'} → {published.interval(*then)}"
-        for title, now, then in found
+        f"{here.interval(*now) if title in known else 'failed'} → {published.interval(*then)}"
+        for title, (now, then) in found.items()
     ]
-    findable = [d.detectable for d in tested if d.detectable is not None]
+    findable = [d.detectable for d in tested.values() if d.detectable is not None]
     head = f"{len(lines)} scores beside the published ones, here → published; ≠ where Welch's test tells them apart"
     if findable:
         head += f" (a difference of {np.median(findable):.2g} in the median would be told 4 times in 5)"

@@ -10,11 +10,10 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 
 from stiefel.compare.analyse.costs import STEADY
-from stiefel.compare.analyse.statistics.differences import Difference, Sample, family, shared_variance
+from stiefel.compare.analyse.statistics.differences import Difference, Sample, family, mean_parts, shared_variance
 from stiefel.compare.analyse.statistics.scores import Interval, Metric, exp
 from stiefel.compare.analyse.summarize import scale_name
 from stiefel.compare.analyse.summary import dagger
@@ -395,7 +394,7 @@ class Result:
         rates, first = sorted(tuning.lr.unique()), self.runs.iloc[0]
         each = self.summary.tuning_runs
         if self.by_studies:
-            each //= int(self.summary.n.max())
+            each = each // int(self.summary.n.max())  # not in place: it is the summary's
         trials = f"{each.min()}" if each.min() == each.max() else f"{each.min()} to {each.max()}"
         hours = self.runs.wall_seconds.sum() / 3600
         n = int(self.summary.n.max())
@@ -468,10 +467,7 @@ def _parts(runs: pd.DataFrame, metric: Metric) -> tuple[float, ...]:
     """The mean score on each part of the test set, where all runs have recorded as many parts; else empty."""
     if metric.log_scale or "test_parts" not in runs or runs.test_parts.isna().any():
         return ()
-    parts = [json.loads(text) for text in runs.test_parts]
-    if len(set(map(len, parts))) != 1 or any(None in part for part in parts):
-        return ()
-    return tuple(np.mean(parts, axis=0).tolist())
+    return mean_parts([json.loads(text) for text in runs.test_parts])
 
 
 def _count(what: Sequence[object], noun: str) -> str:

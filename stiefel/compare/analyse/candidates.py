@@ -12,7 +12,7 @@ import numpy as np
 
 from stiefel.compare.analyse.costs import CostRow
 from stiefel.compare.analyse.rows import Row
-from stiefel.compare.analyse.statistics.differences import Sample, shared_variance
+from stiefel.compare.analyse.statistics.differences import Sample, mean_parts, shared_variance
 from stiefel.compare.analyse.statistics.scores import Interval, Metric, exp
 from stiefel.compare.analyse.summary import Setting, Summary
 
@@ -153,8 +153,7 @@ class Candidate:
 
     @property
     def _parts(self) -> tuple[float, ...]:
-        parts = [row.parts for row in self.rows]
-        return tuple(np.mean(parts, axis=0).tolist()) if len(set(map(len, parts))) == 1 else ()
+        return mean_parts([row.parts for row in self.rows])
 
     @staticmethod
     def _ratio(costs: Sequence[CostRow], end: str) -> float:

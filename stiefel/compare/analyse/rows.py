@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from stiefel.compare.analyse.costs import CostRow
-from stiefel.compare.analyse.statistics.differences import shared_variance
+from stiefel.compare.analyse.statistics.differences import mean_parts, shared_variance
 from stiefel.compare.analyse.statistics.scores import Interval, Metric, exp
 from stiefel.compare.record.choice import Choice
 from stiefel.compare.record.measurements import lines_of, parsed
@@ -95,9 +95,7 @@ class Row:
     def parts(self) -> tuple[float, ...]:
         """The mean score on each part of the test set; empty where runs did not record them."""
         found = [r.summary.get("test_parts") or [] for r in self.final if r.status in ENDED]
-        if self.metric.log_scale or not found or len(set(map(len, found))) > 1 or any(None in part for part in found):
-            return ()
-        return tuple(np.mean(found, axis=0).tolist())
+        return () if self.metric.log_scale else mean_parts(found)
 
     @cached_property
     def steps(self) -> dict[int, float]:

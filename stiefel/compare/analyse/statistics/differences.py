@@ -188,6 +188,13 @@ def detectable(spread: float, n: int, pairs: int, alpha: float = ALPHA) -> float
     return spread * math.sqrt(2 / n) * _needed(alpha / pairs, n - 1)
 
 
+def mean_parts(runs: Sequence[Sequence[float | None]]) -> tuple[float, ...]:
+    """The mean score on each part of the test set; empty where not all have recorded as many parts."""
+    if len(set(map(len, runs))) != 1 or any(None in parts for parts in runs):
+        return ()
+    return tuple(np.mean(np.array(runs, dtype=float), axis=0).tolist())
+
+
 def shared_variance(parts: Sequence[float], resolution: float) -> float:
     """Variance of a mean over the test set, from its means on equal parts; without them resolution²."""
     if len(parts) < 2:

@@ -6,7 +6,7 @@ import itertools
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
@@ -23,7 +23,9 @@ from stiefel.methods import control
 LOG = {"gap"}
 """Metrics that span decades: ratios are compared."""
 GIVEN = "default"
-"""The other control: the network as its author made it."""
+"""The network as its author made it."""
+CONTROLS = (control(), GIVEN)
+"""What methods are compared with first: no constraint from an orthogonal start, and the network as it is."""
 DIGITS = 2e-6
 """What the files' six digits leave of a score, relative to 1."""
 LARGEST = 20_000
@@ -34,18 +36,12 @@ LARGEST = 20_000
 class Result:
     """A published comparison: the files that ``published.py collect`` wrote.
 
-    Methods are told apart by Welch's test with Holm's correction, in two families: every method against the control at
-    every point, and all pairs at all points. A point is a setting, or the mean over settings seed by seed where a
-    factor is averaged over. Each comparison is one tuning with fresh seeds, so all that is said holds at the rates that
-    it chose.
-
-    Args:
-        folder: of the files.
-        over: a factor that points average over; empty: none.
+    Methods are told apart by Welch's test with Holm's correction, in two families: every method against every control,
+    and all pairs, both over all settings. Where a comparison is one tuning with fresh seeds, what is said holds at the
+    rates that it chose; by studies it holds of the tuning too.
     """
 
     folder: Path
-    over: str = ""
 
     @cached_property
     def summary(self) -> pd.DataFrame:
@@ -105,7 +101,7 @@ class Result:
     @property
     def constrained(self) -> list[str]:
         """Of these, the ones that are not a control."""
-        return [method for method in self.right if method not in (control(), GIVEN)]
+        return [method for method in self.right if method not in CONTROLS]
 
     def ran(self, method: str, setting: str) -> bool:
         """Whether a method is in a setting at all: a learnable scale is for some only."""
@@ -136,67 +132,57 @@ class Result:
         return runs.assign(setting=runs.apply(title, axis="columns"))
 
     @cached_property
-    def points(self) -> dict[str, list[str]]:
-        """What verdicts are about, with the settings of each."""
-        found: dict[str, list[str]] = {}
-        for setting in self.settings:
-            parts = [part for part in setting.split(", ") if part.split(" ", 1)[0] != self.over]
-            found.setdefault(", ".join(parts), []).append(setting)
-        return found
-
-    @cached_property
     def _samples(self) -> dict[tuple[str, str], Sample]:
-        """What tests compare, by method and point, and by method and setting; on a log scale the logarithms."""
-        places = self.points | {setting: [setting] for setting in self.settings}
+        """What tests compare, by method and setting; on a log scale the logarithms."""
         methods = list(dict.fromkeys(self.summary.method))
-        found = {(method, at): self._sample(method, settings) for at, settings in places.items() for method in methods}
+        found = {(method, at): self._sample(method, at) for at in self.settings for method in methods}
         return {key: sample for key, sample in found.items() if sample.values}
 
-    def _sample(self, method: str, settings: Sequence[str]) -> Sample:
-        """The mean over settings, seed by seed, of the seeds that have a score in all."""
+    def _sample(self, method: str, setting: str) -> Sample:
         metric = self.metric_of
-        runs = self._final[(self._final.label == method) & self._final.setting.isin(settings)]
-        scores = runs.pivot_table(index="seed", columns="setting", values="test_at_best", dropna=False)
-        scores = scores.reindex(columns=list(settings))
-        if metric.log_scale:
-            scores = scores.map(metric.log)
-        values = scores.mean(axis="columns", skipna=False).dropna()
-        step = metric.resolution / math.sqrt(len(settings))
-        return Sample(tuple(values), step, _parts(runs, metric), len(scores) - len(values), metric.higher_is_better)
+        runs = self._final[(self._final.label == method) & (self._final.setting == setting)]
+        scores = runs.test_at_best.map(metric.log) if metric.log_scale else runs.test_at_best
+        values = scores.dropna()
+        lost = len(scores) - len(values)
+        return Sample(tuple(values), metric.resolution, _parts(runs, metric), lost, metric.higher_is_better)
 
     def among(self, at: str) -> list[str]:
-        """The methods with a score at a point or in a setting, by name."""
+        """The methods with a score in a setting, by name."""
         return sorted(method for method, place in self._samples if place == at)
 
     @cached_property
-    def against_control(self) -> dict[tuple[str, str], Difference]:
-        """Every method against the control, by method and point: one family."""
+    def against_control(self) -> dict[tuple[str, str, str], Difference]:
+        """Every method against every control, by method, control and setting: one family, as a verdict has it."""
         keys = [
-            (method, at)
-            for at in self.points
-            if control() in self.among(at)
+            (method, base, at)
+            for at in self.settings
+            for base in CONTROLS
+            if base in self.among(at)
             for method in self.among(at)
-            if method != control() and method not in self.faulty
+            if method not in self.faulty and method not in CONTROLS[: CONTROLS.index(base) + 1]
         ]
-        pairs = [(self._samples[method, at], self._samples[control(), at]) for method, at in keys]
+        pairs = [(self._samples[method, at], self._samples[base, at]) for method, base, at in keys]
         return dict(zip(keys, family(pairs), strict=True))
 
     @cached_property
     def pairs(self) -> dict[tuple[str, str, str], Difference]:
-        """All pairs, by both methods and point: one family."""
-        keys = [(a, b, at) for at in self.points for a, b in itertools.combinations(self.among(at), 2)]
+        """All pairs, by both methods and setting: one family."""
+        keys = [(a, b, at) for at in self.settings for a, b in itertools.combinations(self.among(at), 2)]
         return dict(zip(keys, family([(self._samples[a, at], self._samples[b, at]) for a, b, at in keys]), strict=True))
 
     def difference(self, first: str, second: str, at: str) -> Difference:
-        """The first's score less the second's; of logarithms where the metric spans decades."""
-        if second == control() and (first, at) in self.against_control:
-            return self.against_control[first, at]
-        if first == control() and (second, at) in self.against_control:
-            return self.against_control[second, at].turned
+        """The first's score less the second's; of logarithms where the metric spans decades.
+
+        Corrected for all comparisons with a control where either is one, and for all pairs where neither is.
+        """
+        if (first, second, at) in self.against_control:
+            return self.against_control[first, second, at]
+        if (second, first, at) in self.against_control:
+            return self.against_control[second, first, at].turned
         return self.pair(first, second, at)
 
     def sample(self, method: str, at: str) -> Sample:
-        """What tests compare of a method, at a point or in a setting."""
+        """What tests compare of a method in a setting."""
         return self._samples[method, at]
 
     def interval(self, method: str, at: str) -> Interval:
@@ -242,7 +228,7 @@ class Result:
         return bool(found.apart) and self.metric_of.better(found.value) > 0
 
     def same(self, at: str, among: Sequence[str] | None = None) -> list[str]:
-        """The best of a point, and what cannot be told from it."""
+        """The best of a setting, and what cannot be told from it."""
         known = [method for method in self.methods if method in (among or self.right) and method in self.among(at)]
         best = self.best(at, known)
         return [m for m in known if m == best or not self.above(best, m, at)]
@@ -261,61 +247,17 @@ class Result:
 
     def findable(self, at: str) -> float:
         """The smallest difference from the control that would have been found 4 times in 5, the median over methods."""
-        found = [d.detectable for (_, point), d in self.against_control.items() if point == at]
+        found = [d.detectable for (_, *where), d in self.against_control.items() if where == [control(), at]]
         return float(pd.Series(found).median())
 
     def wins(self, first: str, second: str) -> list[str]:
-        """The points at which ``first`` is told apart from ``second`` and better."""
-        return [at for at in self.points if self.above(first, second, at)]
-
-    def compared(self) -> tuple[int, int]:
-        """How many rivals the best methods of all settings have, and how many the control."""
-        rows = self.summary[~self.summary.method.isin(self.faulty) & self.summary[self.metric].notna()]
-        sizes = [(len(group) - 1, bool((group.method == control()).any())) for _, group in rows.groupby("setting")]
-        return sum(size for size, _ in sizes), sum(size for size, controlled in sizes if controlled)
-
-    def claimed(self) -> tuple[int, int]:
-        """Of these, how many the rule of 0.1.0 told apart.
-
-        Its intervals were bootstrapped from an interquartile mean; two were told apart where they did not overlap.
-        """
-        rows = self.summary[~self.summary.method.isin(self.faulty)]
-        best = beside = 0
-        for _, group in rows.groupby("setting"):
-            scored = group[group[self.metric].notna()]
-            order = scored.sort_values(self.metric, ascending=not self._higher)
-            best += sum(_clear(order.iloc[0], other) for _, other in order.iloc[1:].iterrows())
-            base = scored[scored.method == control()]
-            others = scored[scored.method != control()]
-            beside += sum(_clear(base.iloc[0], other) for _, other in others.iterrows()) if len(base) else 0
-        return best, beside
-
-    def survive(self) -> tuple[int, int]:
-        """What of that the tests of single settings tell apart, Holm's correction over all of them."""
-        best = beside = 0
-        rows = self.summary[~self.summary.method.isin(self.faulty)]
-        single = replace(self, over="") if self.over else self
-        for setting, group in rows.groupby("setting"):
-            scored = group[group[self.metric].notna()]
-            order = scored.sort_values(self.metric, ascending=not self._higher)
-            first, methods = order.iloc[0], set(single.among(str(setting)))
-            for _, other in order.iloc[1:].iterrows():
-                if _clear(first, other) and {first.method, other.method} <= methods:
-                    best += bool(single.pair(first.method, other.method, str(setting)).apart)
-            base = scored[scored.method == control()]
-            for _, other in scored[scored.method != control()].iterrows():
-                if len(base) and _clear(base.iloc[0], other) and other.method in methods:
-                    beside += bool(single.against_control[other.method, str(setting)].apart)
-        return best, beside
+        """The settings in which ``first`` is told apart from ``second`` and better."""
+        return [at for at in self.settings if self.above(first, second, at)]
 
     def pair(self, first: str, second: str, at: str) -> Difference:
         """The difference of two methods in the family of all pairs."""
         found = self.pairs.get((first, second, at))
         return found if found is not None else self.pairs[second, first, at].turned
-
-    def leads(self, method: str, among: Sequence[str] | None = None) -> list[str]:
-        """The settings in which it is the best, of those given."""
-        return [setting for setting in self.settings if self.best(setting, among) == method]
 
     def turned(self, method: str, setting: str, moment: str) -> float:
         """Degrees by which a step of 1 % of one layer turns the gradient of another: median over pairs of layers."""
@@ -324,7 +266,7 @@ class Result:
         return float(rows[where].degrees.median())
 
     def ratio(self, method: str) -> float:
-        """Its step time over the control's, geometric mean over points with credible times; NaN without any."""
+        """Its step time over the control's, geometric mean over settings with credible times; NaN without any."""
         values = [ratio for label, ratio, believed in self._costs if label == method and believed]
         return math.exp(sum(map(math.log, values)) / len(values)) if values else math.nan
 
@@ -414,27 +356,19 @@ class Result:
         """Whether each replicate was tuned by itself, so that what is said holds of the tuning too."""
         return "study" in self.runs and bool(self.runs.study.notna().any())
 
-    def scores(self, settings: Sequence[str], *, faulty: bool = False) -> str:
+    def scores(self, settings: Sequence[str]) -> str:
         """A table: methods, their score in each setting with its interval and the chosen rate, worst error, cost.
 
-        Where a factor is averaged over, also the mean of these settings. Bold, at points: the best without known
-        faults, and what cannot be told from it.
+        Those with known faults come last, with a dagger. Bold: the best of a setting of the others, and what cannot be
+        told from it. What a step costs is shown where it was measured.
         """
-        methods = [m for m in self.methods if (m in self.faulty) == faulty]
-        means = [at for at, inside in self.points.items() if self.over and set(inside) <= set(settings)]
-        top = {at: self.same(at) for at in self.points}
+        top = {at: self.same(at) for at in self.settings}
         lines = []
-        for m in methods:
+        for m in self.methods:
             cells = [self._cell(m, s, bold=m in top.get(s, ())) for s in settings]
-            cells += [self._mean(m, at, bold=m in top[at]) for at in means]
-            lines.append([f"`{m}`", *cells, words.error(self.error(m)), self._step(m)])
-        return markdown(["method", *settings, *(f"mean, {at}" for at in means), "worst error", "step"], lines)
-
-    def _mean(self, method: str, at: str, bold: bool) -> str:
-        if method not in self.among(at):
-            return words.NONE
-        text = _brief(self.interval(method, at))
-        return f"**{text}**" if bold else text
+            name = dagger(f"`{m}`") if m in self.faulty else f"`{m}`"
+            lines.append([name, *cells, words.error(self.error(m)), *([self._step(m)] if self._costs else [])])
+        return markdown(["method", *settings, "worst error", *(["step"] if self._costs else [])], lines)
 
     def _step(self, method: str) -> str:
         if math.isnan(self.ratio(method)):
@@ -472,11 +406,6 @@ def _parts(runs: pd.DataFrame, metric: Metric) -> tuple[float, ...]:
 
 def _count(what: Sequence[object], noun: str) -> str:
     return f"{len(what)} {noun}{'s' if len(what) > 1 else ''}"
-
-
-def _clear(first: pd.Series, other: pd.Series) -> bool:
-    """Whether the published intervals of two rows have no point in common."""
-    return bool(first["low"] > other["high"] or first["high"] < other["low"])
 
 
 def resolution(scores: pd.Series) -> float:

@@ -18,7 +18,7 @@ def test_pogo_solves_components_of_condition_number_1000(pca) -> None:
 
 
 def test_landing_comes_to_the_gap_of_a_qr_retraction_in_about_as_many_steps(pca) -> None:
-    """Ablin, Vary, Gao and Absil (JMLR 2024): it saves time by cheaper steps, and does not need more than twice as many.
+    """Ablin, Vary, Gao and Absil (JMLR 2024): cheaper steps, and no more than twice as many.
 
     Each at the best of rates a factor 2 apart; both must arrive.
     """

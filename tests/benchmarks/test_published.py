@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+import experiments
 import pandas as pd
 import published
 import pytest
@@ -23,12 +24,13 @@ def result(tmp_path, monkeypatch) -> tables.Result:
     made_up = {"wrong": {"released": "made up"}, "environment": CPU | {"torch": "2"}}
     comparison(tmp_path / "runs", LEVELS, fields=points, scales=(1.0, "relu"), **made_up)
     monkeypatch.setattr(published, "HERE", tmp_path)
-    monkeypatch.setattr(published, "SHOWN", {"omdsm": ("sensitivity", "depth 8, scale √2")})
+    shown = {"page": True, "figures": ["sensitivity", "depth 8, scale √2"]}
+    monkeypatch.setitem(published.COMPARISONS, "omdsm", published.COMPARISONS["omdsm"] | shown)
     assert published.collect("omdsm", tmp_path / "runs") == 0
     return tables.Result(tmp_path / "results" / "omdsm")
 
 
-@pytest.mark.parametrize("name", published.ARGUMENTS)
+@pytest.mark.parametrize("name", published.COMPARISONS)
 def test_every_command_is_a_plan(name, monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "benchmarks").symlink_to(ROOT / "benchmarks")
@@ -81,19 +83,22 @@ def test_collected_files_hold_what_the_report_says(result, tmp_path):
     assert "4 tuning runs each over rates from 0.01 to 10, 5 fresh seeds" in protocol
 
 
-def test_tables_keep_known_faults_apart(result):
-    right, released = (result.scores(result.where("scale 1"), faulty=faulty) for faulty in (False, True))
-    assert [line.split("|")[1].strip() for line in right.splitlines()] == [
+def test_a_table_marks_known_faults(result):
+    lines = result.scores(result.where("scale 1")).splitlines()
+    assert [line.split("|")[1].strip() for line in lines] == [
         "method",
         "---",
         "`unconstrained`",
         "`soft`",
         "`own`",
+        "`released` †",
     ]
-    assert "`released`" in released
-    assert len(released.splitlines()) == 3
-    assert "**" not in released
-    assert right.count("**") == 4  # one score of each of two settings
+    assert "**" not in lines[-1]
+    assert "\n".join(lines).count("**") == 4  # one score of each of two settings
+    assert lines[0].endswith("| worst error | step |")
+    free = tables.Result(result.folder)
+    free.__dict__["runs"] = result.runs[result.runs.kind == "quality"]
+    assert free.scores(free.settings).splitlines()[0].endswith("| worst error |"), "no cost was measured"
 
 
 def rerun(tmp_path, change) -> tables.Result:
@@ -158,14 +163,6 @@ def test_the_luck_of_the_test_set_is_in_the_interval(result):
     )
 
 
-def test_a_method_of_another_name_is_set_beside_itself(result, tmp_path, monkeypatch):
-    monkeypatch.setattr(published, "RENAMED", {"soft": "penalty"})
-    here = rerun(tmp_path, lambda frame: frame.replace({"soft": "penalty"}))
-    said, _ = published.beside(here, result)
-    assert said.startswith("16 scores beside")
-    assert "scale 1, penalty: " in said
-
-
 def test_scores_are_means_with_t_intervals_and_names_their_resolution(result, tmp_path):
     """As the report of the same records has them; the files hold six digits."""
     rows = read_report(tmp_path / "runs").table().set_index(["setting", "method"])
@@ -182,19 +179,20 @@ def test_the_size_of_a_test_set_is_found_from_scores(examples, scores):
     assert tables.resolution(pd.Series(scores)) == (pytest.approx(1 / examples) if examples else 0.0)
 
 
-def test_points_average_over_a_factor_and_control_the_error_of_all(result):
-    means = tables.Result(result.folder, over="depth")
-    assert means.points == {
-        "scale 1": ["depth 4, scale 1", "depth 8, scale 1"],
-        "scale √2": ["depth 4, scale √2", "depth 8, scale √2"],
+def test_both_controls_are_in_the_first_family(result):
+    assert set(result.against_control) == {
+        (method, "unconstrained", setting) for method in ("own", "soft") for setting in result.settings
+    }, "known faults are in no family with no constraint"
+    given = tables.Result(result.folder)
+    given.__dict__["summary"] = result.summary.replace({"method": {"soft": "default"}})
+    given.__dict__["runs"] = result.runs.replace({"label": {"soft": "default"}})
+    assert set(given.against_control) == {
+        (*pair, setting)
+        for pair in (("own", "unconstrained"), ("own", "default"), ("default", "unconstrained"))
+        for setting in result.settings
     }
-    each = [means.score("own", setting) for setting in means.points["scale 1"]]
-    assert means.score("own", "scale 1") == pytest.approx(sum(each) / 2)
-    assert len(means.against_control) == 2 * 2, "own and soft at two scales; known faults are in no family with none"
-    assert len(means.pairs) == 2 * 6
-    assert set(means.losses("scale 1")) == {"own", "soft"}
-    assert means.same("scale 1") == ["unconstrained"]
-    assert "mean, scale 1" in means.scores(means.where("scale 1"))
+    assert given.difference("unconstrained", "default", "depth 4, scale 1").value == pytest.approx(0.02, abs=0.01)
+    assert len(result.pairs) == 4 * 6
 
 
 def test_times_of_a_busy_machine_are_not_published(result):
@@ -208,13 +206,22 @@ def test_times_of_a_busy_machine_are_not_published(result):
     assert "not credible" in busy.scores(busy.where("scale 1"))
 
 
-def test_what_an_old_rule_claimed_is_counted_beside_what_stands(result):
-    (rivals, controlled), claimed, survive = result.compared(), result.claimed(), result.survive()
-    assert (rivals, controlled) == (8, 8)  # three right methods in four settings
-    assert claimed == survive == (4, 4), "`own` in each setting; the interval of `soft` meets that of the control"
-
-
 def test_a_sentence_must_not_outlive_its_numbers():
     assert published.holds(True) == ""
     with pytest.raises(AssertionError, match="what the records do not"):
         published.holds(False)
+
+
+def test_what_an_experiment_left_is_read(tmp_path):
+    lines = ["kind,lr,seed,accuracy,validation,layer"]
+    for lr, accuracy, validation in ((0.1, 0.9, 0.8), (1.0, 0.5, 0.9)):
+        lines += [f"a,{lr},{seed},{accuracy + 0.02 * seed},{validation},{layer}" for seed in (0, 1) for layer in (1, 2)]
+    (tmp_path / "rows.csv").write_text("\n".join(lines))
+    found = experiments.Experiment(tmp_path)
+    assert found.rate(kind="a") == 1.0, "by validation, not by the test"
+    tuned = found.tuned(kind="a")
+    assert (tuned.mean, tuned.error) == (pytest.approx(0.51), pytest.approx(0.01))
+    assert str(tuned) == ".510 ± .010"
+    assert found.mean("accuracy", lr=0.1, seed=1, layer=2) == pytest.approx(0.92)
+    with pytest.raises(ValueError, match="no rows"):
+        found.mean("accuracy", kind="b")

@@ -57,7 +57,7 @@ def sensitivity(summary: Summary) -> Sheet:
             ax.set_ylim(heights)
 
     above = 0.3 + 0.16 * max((title.count("\n") for title in titles.values()), default=0)
-    panels = tuple(Panel(partial(draw, label), (1.62, 1.5), above=above) for label in labels)
+    panels = tuple(Panel(partial(draw, label), (1.62, 1.5), left=0.8, above=above) for label in labels)
     legend = {setting.title: _setting(i, INK) for i, setting in enumerate(summary.settings)} if several else {}
     return Sheet(panels, columns=5, legend=legend)
 

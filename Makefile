@@ -1,6 +1,6 @@
 # make compare   set up .venv, compare three methods with no constraint on digits, print the verdict (see COMPARE)
 # make cost      what the methods cost beside other packages (a short form: make cost COST=--full for all of it)
-# make reproduce the published small comparison on Fashion-MNIST again (some 40 minutes); fails where a score differs
+# make reproduce the first published comparison again, on digits (some 50 minutes); fails where a score differs
 # make gpu       tests, costs and a small comparison on a GPU, with the torch that PYTHON has (ARGS=--dry-run: without one)
 # make test      set up .venv, run the tests
 # make fuzz      train random configurations (ARGS="--count 10000 --seed 7 --jobs 2")

@@ -17,6 +17,7 @@ that is `default`.
 Released OLM layers have no bias, all others one. So `bias` is a factor: with it or without it, for every method.
 """
 
+import math
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -82,8 +83,8 @@ class OMDSM(Problem):
         return datasets.load(self.data, self.data_dir, examples=self.examples)
 
     def schedule(self, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
-        """Half the rate for the second half, as the paper's 80 epochs halve it after 40."""
-        return torch.optim.lr_scheduler.StepLR(optimizer, max(1, self.epochs // 2), gamma=0.5)
+        """Half the rate for the second half (the shorter one), as the paper's 80 epochs halve it after 40."""
+        return torch.optim.lr_scheduler.StepLR(optimizer, math.ceil(self.epochs / 2), gamma=0.5)
 
     @property
     def target(self) -> float:  # type: ignore[override]

@@ -16,8 +16,9 @@ class Standardize(nn.Module):
 
     Args:
         features: their number.
-        of: ``"batch"``: computed from the mini-batch, and differentiated; ``"estimate"``: running averages, constants
-            to the gradient; ``"data"``: computed from all training data as an epoch begins, constants until the next.
+        of: ``"batch"``: computed from the mini-batch, and differentiated; ``"constant"``: the same, constants to the
+            gradient; ``"estimate"``: running averages, constants too; ``"data"``: computed from all training data as an
+            epoch begins, constants until the next.
     """
 
     def __init__(self, features: int, of: str) -> None:
@@ -35,13 +36,16 @@ class Standardize(nn.Module):
         if self.training and self.of != "data":
             for kept, new in ((self.mean, mean_), (self.variance, variance)):
                 kept.lerp_(new.detach(), 0.1)
-        if not (self.training and self.of == "batch"):
+        if not (self.training and self.of in ("batch", "constant")):
             mean_, variance = self.mean, self.variance
+        elif self.of == "constant":
+            mean_, variance = mean_.detach(), variance.detach()
         return (h - mean_) * (variance + 1e-5).rsqrt() * self.weight + self.bias
 
 
 CHOICES = {
     "mini-batch, computed, standardized": lambda n: Standardize(n, "batch"),
+    "mini-batch, as constants, standardized": lambda n: Standardize(n, "constant"),
     "mini-batches, estimated, standardized": lambda n: Standardize(n, "estimate"),
     "data set, computed, standardized": lambda n: Standardize(n, "data"),
     "mini-batch, computed, whitened in groups": lambda n: norm("whitening", n),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -76,7 +77,7 @@ class _Follow:
         free = [p for p in group["params"] if id(p) not in held]
         group["params"] = [p for p in group["params"] if id(p) in held]
         run.optimizer.param_groups.append({**group, "params": free})
-        self.halves_at = len(run.train[1]) // run.problem.batch_size * max(1, run.problem.epochs // 2)
+        self.halves_at = len(run.train[1]) // run.problem.batch_size * math.ceil(run.problem.epochs / 2)
 
     def step(self) -> None:
         """Nothing: rates are set step by step."""

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 HERE = Path(__file__).parent
 EXPERIMENTS = ("conditioning", "choices", "axes", "distortion", "signal", "rates", "depth", "pca")
 COMPARISONS: dict[str, dict[str, str]] = tomllib.loads((HERE / "comparisons.toml").read_text())
-"""What is claimed or asked, and the arguments of ``stiefel compare``: as published, and tiny."""
+"""What is asked, and the arguments of ``stiefel compare``: as published, and tiny."""
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -43,7 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(given)
     if options.claim is None:
         for name in (*EXPERIMENTS, *COMPARISONS):
-            print(f"{name:18} {COMPARISONS[name]['says'] if name in COMPARISONS else claim(name).says}")
+            print(f"{name:18} {COMPARISONS[name]['asks'] if name in COMPARISONS else claim(name).says}")
         return 0
     folder = options.out / (f"{options.claim}-tiny" if options.tiny else options.claim)
     if options.claim in COMPARISONS:
@@ -62,7 +62,7 @@ def compare(name: str, folder: Path, *, tiny: bool, more: list[str]) -> int:
     comparison = COMPARISONS[name]
     file, *options = shlex.split(comparison["tiny" if tiny else "run"])
     command = ["compare", str(HERE / file), *options, *more, "--out", str(folder)]
-    print(f"{comparison['says']}\nstiefel {shlex.join(command)}\n", flush=True)
+    print(f"{comparison['asks']}\nstiefel {shlex.join(command)}\n", flush=True)
     return cli.main(command)
 
 

@@ -135,7 +135,12 @@ def collect(name: str, records: Path) -> int:
         write_html(report, page)
     runs = report.runs()
     reported, epochs = runs[runs.phase == "final"].hash, report.epochs()
-    more = {"epochs": epochs[epochs.hash.isin(reported)], "layers": report.layers(), "dependence": report.dependence()}
+    more = {
+        "verdict": report.verdict(),
+        "epochs": epochs[epochs.hash.isin(reported)],
+        "layers": report.layers(),
+        "dependence": report.dependence(),
+    }
     if not report.problems[0].higher_is_better:
         more["stability"] = pd.DataFrame(map(asdict, stability(report.problems[0].records, FACTOR)))
     write(frames(report) | more, folder)
@@ -154,7 +159,7 @@ def write(frames: Mapping[str, pd.DataFrame], folder: Path) -> None:
     """Frames as files, those that are not small compressed."""
     for what, rows in frames.items():
         if len(rows):
-            small = what in ("summary", "stability")
+            small = what in ("summary", "verdict", "stability")
             # Without the time, so that the same records give the same file.
             packed = None if small else {"method": "gzip", "mtime": 0}
             compact(flat(rows)).to_csv(folder / f"{what}.csv{'' if small else '.gz'}", index=False, compression=packed)
@@ -216,7 +221,7 @@ def rendered(template: str) -> str:
         **experiments,
         results=results,
         commands={name: "stiefel " + shlex.join(command(name)) for name in known},
-        says={name: comparison["says"] for name, comparison in COMPARISONS.items()},
+        asks={name: comparison["asks"] for name, comparison in COMPARISONS.items()},
         number=words.score,
         error=words.error,
         holds=holds,

@@ -54,6 +54,17 @@ class Result:
         return pd.read_csv(self.folder / "runs.csv.gz", low_memory=False)
 
     @cached_property
+    def verdict(self) -> pd.DataFrame:
+        """A row per pair of methods: what the engine's verdict says of the mean over all settings."""
+        return pd.read_csv(self.folder / "verdict.csv")
+
+    def overall(self, first: str, second: str) -> pd.Series:
+        """Its row of a pair, as it has it: what stands second is a control, or the worse of two."""
+        found = self.verdict[(self.verdict.method == first) & (self.verdict.against == second)]
+        assert len(found) == 1, f"{self.name} has no verdict on {first!r} against {second!r}"
+        return found.iloc[0]
+
+    @cached_property
     def dependence(self) -> pd.DataFrame:
         """A row per pair of layers."""
         return pd.read_csv(self.folder / "dependence.csv.gz")
@@ -122,7 +133,10 @@ class Result:
     @cached_property
     def _final(self) -> pd.DataFrame:
         """The reported runs, each with the title of its setting."""
-        runs = self.runs[(self.runs.kind == "quality") & (self.runs.phase == "final")]
+        return self._titled(self.runs[(self.runs.kind == "quality") & (self.runs.phase == "final")])
+
+    def _titled(self, runs: pd.DataFrame) -> pd.DataFrame:
+        """Runs with the title of the setting of each."""
         titles = {setting: [part.split(" ", 1) for part in setting.split(", ")] for setting in self.settings}
 
         def title(run: pd.Series) -> str:
@@ -305,7 +319,7 @@ class Result:
         return markdown(["method", *(f"{rate:g}" for rate in values.columns)], lines)
 
     def by_rate(self, **where: object) -> pd.DataFrame:
-        """The same as numbers: a row per method, a column per rate; NaN where the run failed."""
+        """The same as numbers: a row per method, a column per rate; NaN where some study has no result."""
         runs = self.runs[(self.runs.kind == "quality") & (self.runs.phase == "tuning")]
         for name, value in where.items():
             runs = runs[runs[name].astype(str) == str(value)]
@@ -313,7 +327,8 @@ class Result:
         plain = runs[runs[knobs].isna().all(axis="columns")]
         grid = plain.groupby("lr").label.nunique()  # rates in between are those of a few methods
         plain = plain[plain.lr.isin(grid[grid > plain.label.nunique() / 2].index)]
-        return plain.pivot_table(index="label", columns="lr", values="best_validation", aggfunc="mean", dropna=False)
+        found = plain.groupby(["label", "lr"]).best_validation.agg(["mean", "count"])
+        return found["mean"].where(found["count"] == found["count"].max()).unstack("lr").dropna(axis="columns", how="all")
 
     def near_best(self) -> list[int]:
         """How many of each method's rates ended near the best of all."""
@@ -334,9 +349,8 @@ class Result:
         quality, cost = (self.runs[self.runs.kind == kind] for kind in ("quality", "cost"))
         tuning, final = (quality[quality.phase == phase] for phase in ("tuning", "final"))
         rates, first = sorted(tuning.lr.unique()), self.runs.iloc[0]
-        each = self.summary.tuning_runs
-        if self.by_studies:
-            each = each // int(self.summary.n.max())  # not in place: it is the summary's
+        places = ["label", "setting", *(["study"] if self.by_studies else [])]
+        each = self._titled(tuning).groupby(places).size()
         trials = f"{each.min()}" if each.min() == each.max() else f"{each.min()} to {each.max()}"
         hours = self.runs.wall_seconds.sum() / 3600
         n = int(self.summary.n.max())

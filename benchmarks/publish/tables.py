@@ -328,7 +328,8 @@ class Result:
         grid = plain.groupby("lr").label.nunique()  # rates in between are those of a few methods
         plain = plain[plain.lr.isin(grid[grid > plain.label.nunique() / 2].index)]
         found = plain.groupby(["label", "lr"]).best_validation.agg(["mean", "count"])
-        return found["mean"].where(found["count"] == found["count"].max()).unstack("lr").dropna(axis="columns", how="all")
+        known = found["mean"].where(found["count"] == found["count"].max())
+        return known.unstack("lr").dropna(axis="columns", how="all")
 
     def near_best(self) -> list[int]:
         """How many of each method's rates ended near the best of all."""

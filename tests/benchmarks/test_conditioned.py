@@ -9,7 +9,7 @@ import pytest
 @pytest.fixture
 def measured():
     """Of the last hidden layer's inputs at the start: effective rank and κ over nonzero eigenvalues, over two seeds."""
-    claim = importlib.import_module("claims.conditioning")  # late: it registers methods, of which no other test may know
+    claim = importlib.import_module("claims.conditioning")  # late: it registers methods
 
     def of(kind: str) -> tuple[float, float]:
         method, options, norm = claim.KINDS[kind]
@@ -23,7 +23,7 @@ def measured():
 
 
 def test_normalized_inputs_keep_the_rank_that_depth_collapses(measured) -> None:
-    """Huang et al. (CVPR 2018, CVPR 2019): whitened and normalized layers are conditioned better by orders of magnitude."""
+    """Huang et al. (CVPR 2018, CVPR 2019): normalized layers are conditioned better by orders of magnitude."""
     (start, _), (orthogonal, condition) = measured("as torch starts"), measured("orthogonal start, √2")
     assert start < 1.1
     assert 1.1 < orthogonal < 2

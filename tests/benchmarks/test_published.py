@@ -60,6 +60,7 @@ def test_collected_files_hold_what_the_report_says(result, tmp_path):
     assert files == {
         "report.html",
         "summary.csv",
+        "verdict.csv",
         "runs.csv.gz",
         "epochs.csv.gz",
         "sensitivity.png",
@@ -78,6 +79,8 @@ def test_collected_files_hold_what_the_report_says(result, tmp_path):
     assert result.above("soft", "released", "depth 4, scale 1")
     assert not result.above("released", "soft", "depth 4, scale 1")
     assert result.ratio("soft") == pytest.approx(1.5, rel=1e-5)
+    for told in report.verdict().itertuples():  # of methods at a scale, where that is a choice too
+        assert result.overall(told.method, told.against).difference == pytest.approx(told.difference, rel=1e-5)
     protocol = result.protocol()
     assert "64 tuning runs, 80 reported ones on fresh seeds and 8 cost runs" in protocol
     assert "4 tuning runs each over rates from 0.01 to 10, 5 fresh seeds" in protocol

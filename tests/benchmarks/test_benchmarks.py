@@ -85,6 +85,20 @@ def constrained(problem, method="own", **options):
     return {w.name: w.binding.layout.matrix_shape for w in stiefel.attach.constrained_weights(model)}
 
 
+@pytest.mark.parametrize("epochs", [1, 2, 35, 80])
+def test_the_rate_of_omdsm_is_halved_once(epochs):
+    """After half of the epochs, rounded up: of 35 the last one had a quarter of it."""
+    problem = load_problem(BENCHMARKS / "omdsm.py")(epochs=epochs)
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    schedule, rates = problem.schedule(optimizer), []
+    for _ in range(epochs):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    half = epochs // 2
+    assert rates == [1.0] * (epochs - half) + [0.5] * half
+
+
 def test_every_layer_of_the_mlp_is_in_groups_and_the_head_is_one():
     mlp = load_problem(BENCHMARKS / "mlp.py")(data="fashion-mnist")
     found = constrained(mlp)

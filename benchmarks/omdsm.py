@@ -29,6 +29,7 @@ from torch import nn
 
 import stiefel
 from stiefel.compare import Data, Problem, datasets, where
+from stiefel.errors import ProblemError
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +42,7 @@ class OMDSM(Problem):
     bias: bool = True  # of the hidden layers
     norm: str = "none"  # of activations: none, batch, layer, group, whitening
     norm_place: str = "after"  # or before: the hidden linear maps
+    decay: str = "half"  # of the rate: once half-way, as in the paper, or by a cosine to nearly nothing
     data: str = "digits"
     examples: int | None = None  # of the training data at most; a quarter as many to validate and test with
     data_dir: str | None = where(None, "folder with the files of the data set")
@@ -82,8 +84,18 @@ class OMDSM(Problem):
         """Pixels in [0, 1] less their mean, padded to 32×32 (digits are 8×8)."""
         return datasets.load(self.data, self.data_dir, examples=self.examples)
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.decay not in ("half", "cosine"):
+            raise ProblemError(f"decay={self.decay!r}: expected half or cosine")
+
     def schedule(self, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
-        """Half the rate for the second half (the shorter one), as the paper's 80 epochs halve it after 40."""
+        """Half the rate for the second half (the shorter one), as the paper's 80 epochs halve it after 40; or a cosine.
+
+        A rate that stays large leaves the noise of its last steps in the score.
+        """
+        if self.decay == "cosine":
+            return torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.epochs)
         return torch.optim.lr_scheduler.StepLR(optimizer, math.ceil(self.epochs / 2), gamma=0.5)
 
     @property

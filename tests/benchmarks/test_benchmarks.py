@@ -13,6 +13,7 @@ from torch import nn
 import stiefel
 from stiefel.compare import load_problem
 from stiefel.compare.record.records import read_all
+from stiefel.errors import ProblemError
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 PROBLEMS = ["omdsm", "mlp", "cnn"]
@@ -85,18 +86,30 @@ def constrained(problem, method="own", **options):
     return {w.name: w.binding.layout.matrix_shape for w in stiefel.attach.constrained_weights(model)}
 
 
-@pytest.mark.parametrize("epochs", [1, 2, 35, 80])
-def test_the_rate_of_omdsm_is_halved_once(epochs):
-    """After half of the epochs, rounded up: of 35 the last one had a quarter of it."""
-    problem = load_problem(BENCHMARKS / "omdsm.py")(epochs=epochs)
+def rates_of_omdsm(epochs: int, decay: str) -> list[float]:
+    """The learning rate of each epoch, relative to the first."""
+    problem = load_problem(BENCHMARKS / "omdsm.py")(epochs=epochs, decay=decay)
     optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
     schedule, rates = problem.schedule(optimizer), []
     for _ in range(epochs):
         rates.append(optimizer.param_groups[0]["lr"])
         optimizer.step()
         schedule.step()
+    return rates
+
+
+@pytest.mark.parametrize("epochs", [1, 2, 35, 80])
+def test_the_rate_of_omdsm_is_halved_once_or_follows_a_cosine(epochs):
+    """Halved after half of the epochs, rounded up: of 35 the last one had a quarter of it."""
     half = epochs // 2
-    assert rates == [1.0] * (epochs - half) + [0.5] * half
+    assert rates_of_omdsm(epochs, "half") == [1.0] * (epochs - half) + [0.5] * half
+    angles = torch.arange(epochs, dtype=torch.float64) / epochs * torch.pi
+    assert rates_of_omdsm(epochs, "cosine") == pytest.approx(((1 + angles.cos()) / 2).tolist())
+
+
+def test_a_decay_that_omdsm_does_not_know_is_refused():
+    with pytest.raises(ProblemError, match="decay='step': expected half or cosine"):
+        load_problem(BENCHMARKS / "omdsm.py")(decay="step")
 
 
 def test_every_layer_of_the_mlp_is_in_groups_and_the_head_is_one():

@@ -65,11 +65,6 @@ class Result:
         return found.iloc[0]
 
     @cached_property
-    def dependence(self) -> pd.DataFrame:
-        """A row per pair of layers."""
-        return pd.read_csv(self.folder / "dependence.csv.gz")
-
-    @cached_property
     def _near(self) -> pd.DataFrame:
         return pd.read_csv(self.folder / "stability.csv")
 
@@ -218,22 +213,6 @@ class Result:
         """The method with the worst score, of those given."""
         return max(among or self.right, key=lambda method: self._place(method, setting))
 
-    def lowest(self, settings: Sequence[str], among: Sequence[str] | None = None) -> float:
-        """The smallest score of the methods in some settings."""
-        return min(self._scores(settings, among))
-
-    def highest(self, settings: Sequence[str], among: Sequence[str] | None = None) -> float:
-        """The largest score of the methods in some settings."""
-        return max(self._scores(settings, among))
-
-    def _scores(self, settings: Sequence[str], among: Sequence[str] | None) -> list[float]:
-        return [
-            self.score(method, setting)
-            for setting in settings
-            for method in self.among(setting)
-            if method in (among or self.right)
-        ]
-
     def above(self, first: str, second: str, setting: str) -> bool:
         """Whether the first is told apart from the second and better."""
         if not {first, second} <= set(self.among(setting)):
@@ -255,10 +234,6 @@ class Result:
         """The methods that are told apart from the control and worse."""
         return [method for method in self.constrained if self.above(control(), method, at)]
 
-    def below(self, method: str, at: str) -> list[str]:
-        """The methods without known faults from which one is told apart, and better."""
-        return [other for other in self.right if other != method and self.above(method, other, at)]
-
     def findable(self, at: str) -> float:
         """The smallest difference from the control that would have been found 4 times in 5, the median over methods."""
         found = [d.detectable for (_, *where), d in self.against_control.items() if where == [control(), at]]
@@ -272,12 +247,6 @@ class Result:
         """The difference of two methods in the family of all pairs."""
         found = self.pairs.get((first, second, at))
         return found if found is not None else self.pairs[second, first, at].turned
-
-    def turned(self, method: str, setting: str, moment: str) -> float:
-        """Degrees by which a step of 1 % of one layer turns the gradient of another: median over pairs of layers."""
-        rows = self.dependence
-        where = (rows.method == method) & (rows.setting == setting) & (rows.moment == moment) & (rows.distance != 0)
-        return float(rows[where].degrees.median())
 
     def ratio(self, method: str) -> float:
         """Its step time over the control's, geometric mean over settings with credible times; NaN without any."""
@@ -330,10 +299,6 @@ class Result:
         found = plain.groupby(["label", "lr"]).best_validation.agg(["mean", "count"])
         known = found["mean"].where(found["count"] == found["count"].max())
         return known.unstack("lr").dropna(axis="columns", how="all")
-
-    def near_best(self) -> list[int]:
-        """How many of each method's rates ended near the best of all."""
-        return self._near["all"].tolist()
 
     def stability(self) -> str:
         """A table: how many of the rates tried ended near the best, of metrics that are better when smaller."""
